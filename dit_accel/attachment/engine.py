@@ -343,7 +343,8 @@ class Engine:
         recorder, turn = self.recorder, facts.turn
         if plan.reused is not None and call.rows is None:  # its parts are counted one by one
             return KernelResult(run_reusing(plan, call, context, layer, recorder, run_kernel)), plan, call, turn
-        if plan.skips_logits or not plan.needs_kernel:
+        # the field before the property that begins with it: most plans mix no V, and each call asks
+        if not plan.needs_kernel or (plan.only_values and plan.skips_logits):
             result = KernelResult(run_dense(plan, call, layer))
             recorder.planned_call(context, plan)
             return result, plan, call, turn

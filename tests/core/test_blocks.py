@@ -74,10 +74,7 @@ def test_streams_are_read_and_written_however_they_are_given():
         assert same(SIGNATURE.read_call(new_args, new_kwargs), (OTHER, expected[1]))
         assert same((*args, *kwargs.values()), (*before[0], *before[1].values()))
         assert (len(new_args), set(new_kwargs)) == (len(args), set(kwargs))
-
-
-def test_a_stream_that_the_call_lacks_can_be_given():
-    assert SIGNATURE.write_call((H, E), (H,), {}) == ((H,), {"encoder_hidden_states": E})
+    assert SIGNATURE.write_call((H, E), (H,), {}) == ((H,), {"encoder_hidden_states": E})  # a stream that it lacks
     by_keyword = block_signature(BlockList(pattern="blocks.*", takes=("extra",)), Joint)
     assert by_keyword.read_call((H, E, OTHER), {}) == (None,)
     assert by_keyword.write_call((H,), (OTHER, E, E), {"extra": E})[1]["extra"] is H
@@ -91,13 +88,9 @@ def test_results_are_read_and_built_in_the_blocks_order():
     assert alone.read_result(H) == (H,)
     assert alone.write_result((H,)) is H
     assert alone.write_result((H,), like=E) is H
-
-
-def test_what_is_no_stream_is_kept_and_cannot_be_made_up():
-    listed = BlockList(pattern="blocks.*", gives=(None, 0))
+    listed = BlockList(pattern="blocks.*", gives=(None, 0))  # what is no stream is kept, and can't be made up
     signature = block_signature(listed, Joint)
-    assert not listed.gives_streams_only
-    assert FLUX_LIKE.gives_streams_only
+    assert (listed.gives_streams_only, FLUX_LIKE.gives_streams_only) == (False, True)
     assert same(signature.read_result((E, H)), (H,))
     assert same(signature.write_result((OTHER,), like=(E, H)), (E, OTHER))
     with pytest.raises(ConfigError, match=r"Joint.*streams"):

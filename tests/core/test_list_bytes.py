@@ -1,7 +1,6 @@
 """What an estimate says of tile lists and bitmaps, against those that a run makes."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def tensors_of(value):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_estimate_counts_every_entry_of_the_lists(name):
     config = METHODS[name]
-    for layout, steps in itertools.product(LAYOUTS, (2, 9)):
+    for layout, steps in zip(LAYOUTS, (2, 9), strict=True):
         seen = {}
 
         def note(planned, seen=seen):

@@ -1,36 +1,30 @@
 """What decay and factors of heads do to attention, on the embedded models' own queries and keys: as published.
 
 The published claims are about attention, so they are tested there: it spreads out beyond the trained length, and decay
-brings it back. What must hold of any call holds on random inputs too.
+brings it back. What holds of any call is among the kernels' tests.
 """
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from recorded_calls import (
     PICTURE,
     VIDEOS,
-    Sample,
     alike,
-    alpha_table,
-    attend,
     between_frames,
     by_distance,
     calls_of,
     centred_logits,
     clip_size,
-    decay,
     decayed,
     frame_distance,
     generated,
     in_bands,
     loaded,
-    sample,
 )
 from some_cases import some
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
 from dit_accel import UltraImage, UltraViCo
@@ -77,76 +71,6 @@ def test_attention_repeats_after_the_models_period_and_bands_end_that(name):
     masses = [in_bands(by_distance(one), video.period, video.gamma) for one in shares]
     assert masses[1] < 0.95 * masses[0]
     assert masses[2] < 0.6 * masses[0]
-
-
-# What holds of any call, on random and on recorded inputs
-
-
-@pytest.mark.parametrize("name", some(["random", *MODELS], "wan-tiny", "flux-tiny"))
-def test_a_factor_of_a_head_is_a_factor_of_its_queries(name):
-    """Invariants 5 and 8: in the call or on the queries; permuted with its head; more of it, less entropy."""
-    q, k, v, *_ = sample(name).wide()
-    heads = q.shape[1]
-    scale = torch.linspace(0.5, 2.0, heads)
-    inside = attend(q, k, v, head_scale=scale)
-    torch.testing.assert_close(attend(q * scale[:, None, None], k, v), inside)
-    order = torch.arange(heads).roll(1)
-    permuted = attend(q[:, order], k[:, order], v[:, order], head_scale=scale[order])
-    torch.testing.assert_close(permuted, inside[:, order])
-    mean = v.mean(2, keepdim=True).expand_as(v)
-    torch.testing.assert_close(attend(q, k, v, head_scale=torch.zeros(heads)), mean)
-    best = (q @ k.mT).argmax(-1, keepdim=True).expand_as(v)
-    endless = torch.full((heads,), 1e9)  # logits of padded text, nearly alike, are 2e-7 apart
-    assert torch.equal(attend(q, k, v, head_scale=endless), v.gather(2, best))
-    entropies = [token_entropy(factor * q[:, :, ::7], k) for factor in (0.5, 1.0, 1.3, 2.0, 4.0)]
-    assert all(bool((b <= a + 1e-9).all()) for a, b in itertools.pairwise(entropies))
-
-
-@pytest.mark.parametrize("name", ["random", "wan-tiny"])
-def test_a_shift_of_all_keys_matters_to_decay_alone(name):
-    """Invariant 6: factors do not see it; decay does, unless the keys are centred."""
-    one = sample(name).wide()
-    q, k, v = one.q, one.k, one.v
-    moved = k + torch.randn(k.shape[1], 1, k.shape[3])
-    decays, heads = decay(one, alpha_table(one, 0.5)), torch.full((q.shape[1],), 1.3)
-    torch.testing.assert_close(attend(q, moved, v, head_scale=heads), attend(q, k, v, head_scale=heads))
-    assert not torch.allclose(attend(q, moved, v, frame_decay=decays), attend(q, k, v, frame_decay=decays))
-    centred = [x - x.mean(2, keepdim=True) for x in (k, moved)]
-    torch.testing.assert_close(*(attend(q, x, v, frame_decay=decays) for x in centred))
-
-
-def of_positive_logits(one: Sample) -> Sample:
-    """A sample with one more dimension, by which every q . k is moved above 0."""
-    least = float((one.q @ one.k.mT).min())
-    return one._replace(
-        q=pad(one.q, (0, 1), value=1.0), k=pad(one.k, (0, 1), value=0.1 - least), v=pad(one.v, (0, 1))
-    )  # fmt: skip
-
-
-@pytest.mark.sample
-@pytest.mark.parametrize("name", ["random", "wan-tiny"])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_decay_gathers_attention_in_the_window_and_a_hard_mask_is_its_limit(name, backend):
-    """Invariant 7, of positive logits: values that tell which keys lie in a frame's window give the attention there."""
-    one = of_positive_logits(sample(name).wide())
-    scale = (one.q.shape[-1] - 1) ** -0.5
-    window = one.trained // 2
-    near = (one.frames[:, None] - torch.arange(one.v.shape[-1])).abs() <= window  # [S, frame]
-    rows = (one.frames < near.shape[1]).nonzero()[:, 0]
-    told = near.double().expand_as(one.v)
-
-    def within(table):
-        out = attend(one.q, one.k, told, backend, scale=scale, frame_decay=decay(one, table))
-        return out[:, :, rows, one.frames[rows].long()]
-
-    masses = [within(alpha_table(one, alpha)) for alpha in (1.0, 0.9, 0.7, 0.4, 0.1)]
-    assert all(bool((b > a).all()) for a, b in itertools.pairwise(masses))
-    hard = np.where(np.arange(one.length) <= window, 1.0, -1e6)
-    torch.testing.assert_close(within(hard), torch.ones_like(masses[0]))
-    seen = (one.frames[:, None] - one.frames).abs() <= window
-    found = attend(one.q, one.k, one.v, backend, scale=scale, frame_decay=decay(one, hard))
-    masked = scaled_dot_product_attention(one.q, one.k, one.v, attn_mask=seen, scale=scale)
-    torch.testing.assert_close(found, masked)
 
 
 # How local heads are

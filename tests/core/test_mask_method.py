@@ -5,12 +5,10 @@ from typing import Literal
 
 import numpy as np
 import pytest
-import torch
 from dit_accel_kernels import EXACT
-from one_layer import ADAPTER, context_of, random_call
+from one_layer import ADAPTER, context_of, layout_of, random_call
 
 from dit_accel.methods import MaskHandler, Model, SparseConfig
-from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.plan.tiling import Tiling
 
@@ -42,49 +40,37 @@ def handler_of(config: Near, order: str = "raster") -> NearHandler:
 @pytest.mark.parametrize("options", [dict(), dict(frames=0), dict(space=2), dict(frames=9, space=1), dict(frames=9)])
 @pytest.mark.parametrize("text", [(0, 0), (5, 3)])
 def test_a_tile_is_exact_where_any_of_its_pairs_is_seen(options, order, text):
-    layout = TokenLayout(frames=5, height=6, width=7, text_before=text[0], text_after=text[1])
+    layout = layout_of((5, 6, 7), text)
     handler = handler_of(Near(block_size=16, **options), order)
     walk = handler.model.tiling.token_order(layout)
-    place = torch.arange(layout.visual_tokens) if walk is None else walk[: layout.visual_tokens] - text[0]
-    at = [(t // 42, t % 42 // 7, t % 7) for t in place.tolist()]
-    far = options.get("space", 10**6)
-    seen = np.array(
-        [
-            [abs(f - g) <= options.get("frames", 1) and abs(y - b) + abs(x - a) <= far for g, b, a in at]
-            for f, y, x in at
-        ]
-    )
-    tiles = -(-len(at) // 16)
-    seen = np.pad(seen, (0, tiles * 16 - len(at))).reshape(tiles, 16, tiles, 16).any((1, 3))
+    place = np.arange(210) if walk is None else walk[:210].numpy() - text[0]
+    frame, y, x = np.unravel_index(place, (5, 6, 7))
+    apart = [np.abs(np.subtract.outer(axis, axis)) for axis in (frame, y, x)]
+    seen = (apart[0] <= options.get("frames", 1)) & (apart[1] + apart[2] <= options.get("space", 99))
+    seen = np.pad(seen, (0, 14)).reshape(14, 16, 14, 16).any((1, 3))
     assert np.array_equal(handler.kept(layout), seen)
     states = handler.plan(AttentionPlan(), random_call(layout), context_of(layout)).tiles.states()[0]
-    whole = layout.visual_tokens // 16
-    assert np.array_equal(states.eq(EXACT)[:whole, :whole].numpy(), seen[:whole, :whole])
-    assert bool(states[whole:].eq(EXACT).all()) or not any(text)
+    assert np.array_equal(states.eq(EXACT)[:13, :13].numpy(), seen[:13, :13])
+    assert bool(states[13:].eq(EXACT).all()) or not any(text)
 
 
 def test_a_mask_that_leaves_nothing_out_stays_dense_and_says_so():
-    layout = TokenLayout(frames=5, height=6, width=7)
+    layout, whole = layout_of((5, 6, 7)), handler_of(Near(frames=4))
     assert handler_of(Near(frames=1)).applies(layout)
-    whole = handler_of(Near(frames=4))
     assert not whole.applies(layout)
-    assert "near keeps all 196 tiles of 210 visual tokens" in whole.check_layout(layout)
+    assert "near keeps all 196 tiles of 210" in whole.check_layout(layout)
 
 
 def test_what_it_saves_is_known_before_it_runs():
-    layout = TokenLayout(frames=5, height=6, width=7)
-    handler = handler_of(Near(frames=1, dense_steps=2, dense_layers=1, rest="pooled"))
-    saving = handler.estimate(layout, 4)
-    kept = handler.kept(layout)
+    layout, handler = layout_of((5, 6, 7)), handler_of(Near(frames=1, dense_steps=2, dense_layers=1, rest="pooled"))
+    saving, kept = handler.estimate(layout, 4), handler.kept(layout)
     assert saving.counted
-    assert saving.tiles is not None
     assert saving.tiles.pools
     assert np.array_equal(saving.tiles.keep(np.ones_like(kept, dtype=float)), kept)
-    assert [[saving.tiles.active(step, layer) for layer in range(2)] for step in range(4)] == [
-        [False, False], [False, False], [False, True], [False, True],
-    ]  # fmt: skip
+    active = [(step, layer) for step in range(4) for layer in range(2) if saving.tiles.active(step, layer)]
+    assert active == [(2, 1), (3, 1)]
 
 
 def test_large_masks_are_not_held_as_a_whole():
     handler = handler_of(Near(frames=1, block_size=128))
-    assert handler.kept(TokenLayout(frames=21, height=45, width=80)).shape == (591, 591)
+    assert handler.kept(layout_of((21, 45, 80))).shape == (591, 591)

@@ -48,9 +48,13 @@ def test_the_same_mask_gives_the_same_memory_until_it_is_written_to(mask):
     assert key_validity(mask, 2, 4, 6).all()
 
 
-def test_one_row_serves_the_whole_batch():
-    assert torch.equal(key_validity(KEYS[:1, None, None], 3, 4, 6), KEYS[:1].expand(3, 6))
-    assert torch.equal(key_validity(PAIRS[:1], 3, 4, 6), KEYS[:1].expand(3, 6))
+def test_one_row_serves_the_whole_batch_and_valid_queries_see_what_dense_attention_lets_them_see():
+    for mask in (KEYS[:1, None, None], PAIRS[:1]):
+        assert torch.equal(key_validity(mask, 3, 4, 6), KEYS[:1].expand(3, 6))
+    q, k, v = torch.randn(2, 1, 4, 8), *torch.randn(2, 2, 1, 6, 8)
+    dense = F.scaled_dot_product_attention(q, k, v, PAIRS)
+    ours = F.scaled_dot_product_attention(q, k, v, key_validity(PAIRS, 2, 4, 6)[:, None, None])
+    assert torch.equal(dense[:, 0][QUERIES], ours[:, 0][QUERIES])
 
 
 def test_a_visible_query_tells_the_keys_of_an_outer_product():
@@ -61,13 +65,6 @@ def test_a_visible_query_tells_the_keys_of_an_outer_product():
     assert visible_row(None, 0) is None
     for mask in (KEYS, KEYS[:, None, None], additive(PAIRS)):
         assert visible_row(mask, 0) is mask
-
-
-def test_valid_queries_see_what_dense_attention_lets_them_see():
-    q, k, v = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 6, 8), torch.randn(2, 1, 6, 8)
-    dense = F.scaled_dot_product_attention(q, k, v, PAIRS)
-    ours = F.scaled_dot_product_attention(q, k, v, key_validity(PAIRS, 2, 4, 6)[:, None, None])
-    assert torch.equal(dense[:, 0][QUERIES], ours[:, 0][QUERIES])
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import LuminaNextDiT2DModel, PyramidAttentionBroadcastConfig
 from torch import nn
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, guided, tiny_transformer
 
 import dit_accel
-from dit_accel import NAG, ConfigError, FirstBlockCache, LiteAttention, RadialAttention, SoftPAG, StaticCache
+from dit_accel import NAG, ConfigError, FirstBlockCache, LiteAttention, SoftPAG, StaticCache
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.installed import adapter_for
@@ -19,19 +19,12 @@ from dit_accel.methods.guidance.log import UnperturbedRun
 
 EMBEDS = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(7))
 METHOD = NAG(scale=6.0, negative_embeds=EMBEDS)
-SPARSE = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 ANY = dict(name="a", transformers=("A",), self_attention=("b",))
 
 
 @pytest.fixture
 def transformer():
     return tiny_transformer()
-
-
-def guided(transformer, *methods, **run):
-    with dit_accel.attach(transformer, *methods, preset="none") as attachment:
-        out = denoise(transformer, **run)
-        return out, attachment.report(), attachment.engine.recorder.forwards_run
 
 
 def changed(config, **options):
@@ -73,7 +66,7 @@ def test_projections_replaced_after_attaching_are_seen(transformer):
 
 def test_with_sparse_methods_and_caches(transformer):
     lite = LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True)
-    for method in (SPARSE, lite):
+    for method in (RADIAL, lite):
         plain, _, _ = guided(transformer, method, steps=3)
         made, _, _ = guided(transformer, method, METHOD, steps=3)
         assert not torch.equal(made, plain)
@@ -123,10 +116,12 @@ def test_compiled_code_around_cross_attention_is_refused(transformer):
 
 
 def test_texts_that_are_not_there_or_of_another_model(transformer):
-    with pytest.raises(ConfigError, match=r"nag.*none is.*nag\.negative_prompt"):
-        dit_accel.attach(transformer, NAG())
-    with pytest.raises(ConfigError, match=r"'blurry'.*encode_prompt"):
-        dit_accel.attach(transformer, NAG(negative_prompt="blurry"))
+    for options, text in (
+        (dict(), r"nag.*none is.*nag\.negative_prompt"),
+        (dict(negative_prompt="blurry"), "'blurry'.*encode_prompt"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            dit_accel.attach(transformer, NAG(**options))
     with (
         dit_accel.attach(transformer, NAG(negative_embeds=EMBEDS[..., :48])),
         pytest.raises(ConfigError, match=r"negative text.*48 channels.*64"),

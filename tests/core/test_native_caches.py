@@ -6,44 +6,36 @@ import types
 
 import pytest
 import torch
-from diffusers import BriaTransformer2DModel, FluxTransformer2DModel
-from diffusers.hooks import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    SeaCacheConfig,
-    TaylorSeerCacheConfig,
-    TextKVCacheConfig,
-)
+from diffusers import BriaTransformer2DModel, FluxTransformer2DModel, hooks
 from tiny_models import FLUX, FLUX_KIN, MODELS
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, SoftPAG
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.methods import registry, toml
 from dit_accel.methods.caches.native_limits import CONFIGS, check_hooked
 from dit_accel.testing.tiny_models import STEPS as FEW_STEPS
 from dit_accel.testing.tiny_models import Case
 
 STEPS = 6
 ALWAYS = dict(threshold=1e9)
-FIRST_BLOCK = FirstBlockCacheConfig(**ALWAYS)
+FIRST_BLOCK = hooks.FirstBlockCacheConfig(**ALWAYS)
 
 
-def mag(**options):
-    return MagCacheConfig(**{"threshold": 10.0, "num_inference_steps": STEPS, "mag_ratios": [1.0] * STEPS, **options})
+def mag(steps=STEPS, **options):
+    return hooks.MagCacheConfig(
+        **{"threshold": 10.0, "num_inference_steps": steps, "mag_ratios": [1.0] * steps, **options}
+    )
 
 
 def taylor(**options):
     usual = dict(cache_interval=3, disable_cache_before_step=2, cache_identifiers=[r"blocks\.\d\.attn1"])
-    return TaylorSeerCacheConfig(**{**usual, **options})
+    return hooks.TaylorSeerCacheConfig(**{**usual, **options})
 
 
 def pyramid(**options):
     every = dict(spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001))
-    return PyramidAttentionBroadcastConfig(**{**every, "current_timestep_callback": lambda: 500, **options})
+    return hooks.PyramidAttentionBroadcastConfig(**{**every, "current_timestep_callback": lambda: 500, **options})
 
 
 CACHES = {
@@ -52,7 +44,7 @@ CACHES = {
     "taylor": taylor(),
     "taylor lite": taylor(cache_identifiers=None, use_lite_mode=True),
     "pyramid": pyramid(),
-    "sea": SeaCacheConfig(**ALWAYS),
+    "sea": hooks.SeaCacheConfig(**ALWAYS),
 }
 ALL = pytest.mark.parametrize("cache", CACHES)
 
@@ -108,6 +100,11 @@ def test_attach_enables_and_detach_leaves_the_model_that_was(transformer, cache)
     assert not transformer.is_cache_enabled
     assert attributes(transformer) == before
     assert torch.equal(forward(transformer, 0), plain)
+    attachment = dit_accel.attach(transformer, CACHES[cache])
+    transformer.disable_cache()
+    transformer.enable_cache(FIRST_BLOCK)
+    attachment.detach()  # what the user changed meanwhile stays the user's
+    assert transformer._cache_config is FIRST_BLOCK
 
 
 @ALL
@@ -137,56 +134,43 @@ def test_a_stopped_run_and_another_size_are_begun_anew(transformer, cache):
     assert cache in ("sea", "mag") or torch.equal(grown, forward(transformer, 3, x=large))
 
 
-def test_a_config_is_not_written_to_and_a_subclass_is_taken(transformer):
+def test_a_config_is_not_written_to_and_the_report_tells_it_and_what_was_reused(transformer):
     @dataclasses.dataclass
-    class Mine(FirstBlockCacheConfig):
+    class Mine(hooks.FirstBlockCacheConfig):
         pass
 
-    for config in (pyramid(spatial_attention_block_skip_range=None), Mine(threshold=0.3)):
+    for config in (pyramid(spatial_attention_block_skip_range=None), Mine(**ALWAYS)):
         before = dict(vars(config))
         with dit_accel.attach(transformer, config) as attachment:
-            assert transformer._cache_config is not config
-            methods = attachment.report().to_dict()["methods"]
+            for step in range(4):
+                forward(transformer, step), forward(transformer, step, "uncond")
+            report = attachment.report()
+            forward(transformer, 0)
+            assert layers_run(attachment) == [3]  # of the run that began
         assert vars(config) == before
-    assert methods["diffusers-cache"] == {"config": "Mine", "threshold": 0.3}
-
-
-def test_the_report_tells_what_was_reused(transformer):
-    with dit_accel.attach(transformer, FIRST_BLOCK) as attachment:
-        for step in range(4):
-            forward(transformer, step), forward(transformer, step, "uncond")
-        section = attachment.report().section("diffusers-cache")
-        assert section.lines[0] == "on transformer: 3 modules hooked"
-        assert section.lines[2] == "transformer uncond: 1 of 4 steps computed; attention ran in 6 of 12 layers"
-        call = dict(transformer="transformer", branch="cond", step_index=1, layers_run=1, layers=3)
-        assert section.data["calls"][2] == call
-        assert [entry["reused"] for entry in section.data["forwards"]] == [False] * 2 + [True] * 6
-        assert [step.dense_layers for step in attachment.report().steps] == [3, 3, 1, 1, 1, 1, 1, 1]
-        forward(transformer, 0)
-        assert layers_run(attachment) == [3]  # of the run that began
-
-
-def test_what_the_user_changes_meanwhile_stays_the_users(transformer):
-    attachment = dit_accel.attach(transformer, FIRST_BLOCK)
-    transformer.disable_cache()
-    transformer.enable_cache(mag())
-    attachment.detach()
-    assert isinstance(transformer._cache_config, MagCacheConfig)
+    assert report.to_dict()["methods"]["diffusers-cache"] == {"config": "Mine", **ALWAYS}
+    section = report.section("diffusers-cache")
+    assert section.lines[0] == "on transformer: 3 modules hooked"
+    assert section.lines[2] == "transformer uncond: 1 of 4 steps computed; attention ran in 6 of 12 layers"
+    call = dict(transformer="transformer", branch="cond", step_index=1, layers_run=1, layers=3)
+    assert section.data["calls"][2] == call
+    assert [entry["reused"] for entry in section.data["forwards"]] == [False] * 2 + [True] * 6
+    assert [step.dense_layers for step in report.steps] == [3, 3, 1, 1, 1, 1, 1, 1]
 
 
 REFUSED_CONFIGS = {
-    r"FirstBlockCacheConfig\.threshold.*got -0\.1": FirstBlockCacheConfig(threshold=-0.1),
-    r"FirstBlockCacheConfig\.threshold.*got nan": FirstBlockCacheConfig(threshold=float("nan")),
+    r"FirstBlockCacheConfig\.threshold.*got -0\.1": hooks.FirstBlockCacheConfig(threshold=-0.1),
+    r"FirstBlockCacheConfig\.threshold.*got nan": hooks.FirstBlockCacheConfig(threshold=float("nan")),
     r"MagCacheConfig\.threshold.*got 0\.0": mag(threshold=0.0),
     r"cache_interval.*>= 1, got 0": taylor(cache_interval=0),
     r"disable_cache_before_step.*>= 1, got 0": taylor(disable_cache_before_step=0),
     r"max_order.*>= 0, got -1": taylor(max_order=-1),
     r"PyramidAttentionBroadcastConfig\.current_timestep_callback": pyramid(current_timestep_callback=None),
-    r"current_timestep_callback=lambda": FasterCacheConfig(),
-    r"enable FasterCacheConfig.*Wan": FasterCacheConfig(current_timestep_callback=int, tensor_format="BSC"),
+    r"current_timestep_callback=lambda": hooks.FasterCacheConfig(),
+    r"enable FasterCacheConfig.*Wan": hooks.FasterCacheConfig(current_timestep_callback=int, tensor_format="BSC"),
     r"PyramidAttentionBroadcastConfig.*no module.*Wan": pyramid(spatial_attention_block_identifiers=("nowhere",)),
     r"self-attention of Wan": taylor(cache_identifiers=None, skip_predict_identifiers=[r"blocks\.\d"]),
-    r"TextKVCacheConfig.*Wan.*text keys": TextKVCacheConfig(),
+    r"TextKVCacheConfig.*Wan.*text keys": hooks.TextKVCacheConfig(),
 }
 
 
@@ -196,25 +180,25 @@ def test_what_would_fail_or_do_nothing_is_refused(transformer):
         with pytest.raises(ConfigError, match=why):
             dit_accel.attach(transformer, config)
     with pytest.raises(ConfigError, match="FirstBlockCacheConfig and MagCacheConfig"):
-        dit_accel.attach(transformer, FirstBlockCacheConfig(), mag())
+        dit_accel.attach(transformer, hooks.FirstBlockCacheConfig(), mag())
     assert attributes(transformer) == before
     transformer.enable_cache(mag())
     with pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*MagCacheConfig.*disable_cache"):
-        dit_accel.attach(transformer, FirstBlockCacheConfig())
+        dit_accel.attach(transformer, hooks.FirstBlockCacheConfig())
     assert transformer.is_cache_enabled
     transformer.disable_cache()
     transformer._is_cached, transformer._context_manager = True, object()  # as cache-dit 1.5 leaves them
     with pytest.raises(ConfigError, match=r"cache-dit.*cache_dit\.disable_cache\(pipe\)"):
-        dit_accel.attach(transformer, FirstBlockCacheConfig())
+        dit_accel.attach(transformer, hooks.FirstBlockCacheConfig())
 
 
 def test_the_identifiers_that_are_named_work(transformer):
     with pytest.raises(ConfigError, match="cache_identifiers=") as refused:
-        dit_accel.attach(transformer, TaylorSeerCacheConfig())
+        dit_accel.attach(transformer, hooks.TaylorSeerCacheConfig())
     named = eval(str(refused.value).partition("cache_identifiers=")[2].partition(", or")[0])
     with dit_accel.attach(transformer, taylor(cache_identifiers=named)) as attachment:
         assert "3 modules hooked" in str(attachment.report().section("diffusers-cache"))
-    lite = TaylorSeerCacheConfig(use_lite_mode=True)
+    lite = hooks.TaylorSeerCacheConfig(use_lite_mode=True)
     for hooked, lacks in (({"proj_out"}, "no blocks"), ({"blocks.0.attn1"}, "no proj_out")):
         with pytest.raises(ConfigError, match=lacks):
             check_hooked("TaylorSeerCacheConfig", lite, transformer, adapter_for("WanTransformer3DModel"), hooked)
@@ -225,14 +209,14 @@ def test_models_on_which_a_cache_is_wrong_are_named():
     pipe = types.SimpleNamespace(components={"transformer": tiny_transformer(), "transformer_2": bria})
     before = [attributes(model) for model in pipe.components.values()]
     with pytest.raises(ConfigError, match=r"enable FirstBlockCacheConfig.*BriaTransformer2DModel.*not registered"):
-        dit_accel.attach(pipe, FirstBlockCacheConfig())
+        dit_accel.attach(pipe, hooks.FirstBlockCacheConfig())
     assert [attributes(model) for model in pipe.components.values()] == before
     assert dit_accel.attachment_of(bria) is None
     pipe.components["transformer_2"] = tiny_transformer(1)
     with pytest.raises(ConfigError, match=r"transformer_2.*attach\(pipe\.transformer_2, MagCache"):
         dit_accel.attach(pipe, mag())
     assert not pipe.components["transformer"].is_cache_enabled
-    with dit_accel.attach(pipe, FirstBlockCacheConfig()):
+    with dit_accel.attach(pipe, hooks.FirstBlockCacheConfig()):
         assert all(expert.is_cache_enabled for expert in pipe.components.values())
 
 
@@ -251,10 +235,10 @@ def test_noise_levels_and_steps_that_a_cache_can_not_follow(transformer):
             forward(transformer, 0)
     late, early = (SoftPAG(heads="L1H0", scale=2.0, start=start) for start in (0.5, 0.0))
     refused = pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*'cond/softpag' in step 2.*'cond'.*start = 0")
-    with dit_accel.attach(transformer, late, FIRST_BLOCK), refused:
-        denoise(transformer, 4)
     with dit_accel.attach(transformer, early, FIRST_BLOCK):
         assert denoise(transformer, 4).isfinite().all()
+    with dit_accel.attach(transformer, late, FIRST_BLOCK), refused:
+        denoise(transformer, 4)
 
 
 def test_what_a_controlnet_adds_between_blocks_is_refused():
@@ -268,7 +252,9 @@ def test_what_a_controlnet_adds_between_blocks_is_refused():
 
 
 def test_faster_cache_asks_for_two_halves(transformer):
-    faster = FasterCacheConfig(current_timestep_callback=lambda: 500, attention_weight_callback=lambda module: 0.3)
+    faster = hooks.FasterCacheConfig(
+        current_timestep_callback=lambda: 500, attention_weight_callback=lambda module: 0.3
+    )
     two = latents().repeat(2, 1, 1, 1, 1)
     with dit_accel.attach(transformer, faster):
         for x, branch in ((latents(), "cond_uncond"), (two, "cond")):
@@ -291,32 +277,22 @@ def test_faster_cache_asks_for_two_halves(transformer):
         assert sum(layers_run(attachment)) < 12
 
 
-def test_it_has_no_switch_and_no_table(transformer):
-    assert "diffusers-cache" not in registry.methods()
-    with pytest.raises(ConfigError, match=r"method.*'diffusers-cache'"):
-        toml.from_toml("[diffusers-cache]\n")
-    with pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*TOML"):
-        toml.to_toml([FirstBlockCacheConfig()])
-    with pytest.raises(ConfigError, match=r"got <class.*FirstBlockCacheConfig'>"):
-        dit_accel.attach(transformer, FirstBlockCacheConfig)
-
-
 # On a tiny model of every family: what works reuses rightly, what does not is refused at once.
 
 FACTORS = dict(taylor_factors_dtype=torch.float32, disable_cache_before_step=2, cache_interval=3)
 FAMILY_CACHES = {
     "first block": FIRST_BLOCK,
-    "mag": MagCacheConfig(threshold=10.0, num_inference_steps=FEW_STEPS, mag_ratios=[1.0] * FEW_STEPS),
-    "taylor": TaylorSeerCacheConfig(**FACTORS),
-    "taylor lite": TaylorSeerCacheConfig(**FACTORS, use_lite_mode=True),
+    "mag": mag(FEW_STEPS),
+    "taylor": hooks.TaylorSeerCacheConfig(**FACTORS),
+    "taylor lite": hooks.TaylorSeerCacheConfig(**FACTORS, use_lite_mode=True),
     "pyramid": pyramid(spatial_attention_timestep_skip_range=(100, 800)),
-    "faster": FasterCacheConfig(
+    "faster": hooks.FasterCacheConfig(
         current_timestep_callback=lambda: 500, alpha_low_frequency=1.0, alpha_high_frequency=1.0,
         attention_weight_callback=lambda module: 0.0,
     ),
-    "sea": SeaCacheConfig(**ALWAYS),
-    "sea told": SeaCacheConfig(**ALWAYS, raw_vision_callback=lambda *call: [torch.ones(4, 5, 8, 8)]),
-    "text": TextKVCacheConfig(),
+    "sea": hooks.SeaCacheConfig(**ALWAYS),
+    "sea told": hooks.SeaCacheConfig(**ALWAYS, raw_vision_callback=lambda *call: [torch.ones(4, 5, 8, 8)]),
+    "text": hooks.TextKVCacheConfig(),
 }  # fmt: skip
 assert {type(config).__name__ for config in FAMILY_CACHES.values()} == set(CONFIGS)
 
@@ -356,21 +332,17 @@ CASES = [
 
 def attached_runs(case, config):
     """Run three steps of two branches on the same inputs; return the largest error, and layers that ran, of all."""
-    calls = [(case.inputs(2), "cond_uncond")] if isinstance(config, FasterCacheConfig) else []
-    calls = calls or [(case.inputs(1), "cond"), (case.inputs(2), "uncond")]
-    plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
-    error = 0.0
+    calls = [(case.inputs(1), "cond"), (case.inputs(2), "uncond")]
+    if isinstance(config, hooks.FasterCacheConfig):
+        calls = [(case.inputs(2), "cond_uncond")]
+    plain, errors = [case.run(inputs, branch=branch) for inputs, branch in calls], []
     with dit_accel.attach(case.transformer, config) as attachment:
         for step in range(FEW_STEPS):
             for (inputs, branch), expected in zip(calls, plain, strict=True):
-                known = dict(step_index=step, num_inference_steps=FEW_STEPS, sigma=1 - step / FEW_STEPS)
-                with torch.no_grad(), case.transformer.cache_context(branch, **known):
-                    out = case.transformer(**inputs, return_dict=False)
-                out = out if isinstance(out, torch.Tensor) else out[0]
-                out = out if isinstance(out, torch.Tensor) else out[-1]  # a list where a forward takes one row
-                error = max(error, float((out - expected).abs().max() / expected.abs().max()))
+                out = case.run(inputs, step, branch)
+                errors.append(float((out - expected).abs().max() / expected.abs().max()))
         counted = attachment.report().section("diffusers-cache").data["calls"]
-    return error, sum(call["layers_run"] for call in counted), sum(call["layers"] for call in counted)
+    return max(errors), sum(call["layers_run"] for call in counted), sum(call["layers"] for call in counted)
 
 
 @pytest.mark.parametrize("named", CASES)

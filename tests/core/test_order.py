@@ -98,15 +98,3 @@ def test_methods_that_begin_at_different_steps(transformer):
     assert density[0] == 1.0
     assert density[1] < 1
     assert density[5] < density[4] <= density[3]
-
-
-@pytest.mark.parametrize("pooling", [None, "radial", "sparsed", "lite"])
-def test_what_any_of_them_pools(transformer, pooling):
-    """Radial's list, the pattern's bits and the votes' bits, each with a rest of its own."""
-    names = ("radial", "sparsed", "lite")
-    methods = [
-        dataclasses.replace(config, rest="pooled" if name == pooling else "skip")
-        for name, config in zip(names, sized(names, radial=16), strict=True)
-    ]
-    calls = outcome(transformer, *methods)["calls"]
-    assert any(call["pooled"] for call in calls) == (pooling is not None)

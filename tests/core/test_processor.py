@@ -4,7 +4,6 @@ import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from diffusers.models.attention_processor import Attention, CogVideoXAttnProcess
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
 from one_layer import MODEL, OneLayer
+from tiny_models import MODELS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dit_accel
@@ -74,44 +74,34 @@ def test_a_legacy_processor_keeps_its_face_and_its_result(one):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("original", "tokens_first"), [(WanAttnProcessor(), True), (CogVideoXAttnProcessor2_0(), False)]
-)
-@pytest.mark.parametrize("key_heads", [4, 2])
-def test_the_models_own_attention_is_at_hand_and_what_is_set_later_is_shared_back(
-    one, original, tokens_first, key_heads
-):
-    q, k, v = (torch.randn(2, heads, 12, 8) for heads in (4, key_heads, key_heads))
+@pytest.mark.parametrize("original", [WanAttnProcessor(), CogVideoXAttnProcessor2_0()])
+def test_the_models_own_attention_is_at_hand_and_what_is_set_later_is_shared_back(one, original):
     wrapped = wrap_processor(original, 0, {}, one.engine)
-    dense, first = dense_attention_of(wrapped)
-    assert first == tokens_first
-    out = dense(*((x.transpose(1, 2) for x in (q, k, v)) if tokens_first else (q, k, v)), None, 0.3)
-    expected = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=key_heads < 4)
-    assert torch.equal(out.transpose(1, 2) if tokens_first else out, expected)
+    dense, tokens_first = dense_attention_of(wrapped)
+    assert tokens_first == isinstance(original, WanAttnProcessor)
+    for key_heads in (4, 2):
+        q, k, v = (torch.randn(2, heads, 12, 8) for heads in (4, key_heads, key_heads))
+        out = dense(*((x.transpose(1, 2) for x in (q, k, v)) if tokens_first else (q, k, v)), None, 0.3)
+        expected = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=key_heads < 4)
+        assert torch.equal(out.transpose(1, 2) if tokens_first else out, expected)
     wrapped._attention_backend = "native"
     assert unwrap_processor(wrapped, original) is original
     assert vars(original).pop("_attention_backend") == "native"
 
 
-@pytest.mark.parametrize("shape", [(2, 12), (2, 1, 1, 12), (1, 1, 1, 12)])
-def test_key_padding_is_followed(one, shape):
-    q, k, v = tensors()
-    mask = torch.ones(shape, dtype=torch.bool)
-    mask[..., 9:] = False
-    out = one.call(q, k, v, TokenLayout(frames=3, height=2, width=2), mask=mask)
-    wide = mask.reshape(-1, 1, 1, 12)
-    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), wide).transpose(1, 2)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_other_masks_and_lengths_are_refused(one):
-    q, k, v = tensors()
+def test_key_padding_is_followed_and_other_masks_and_lengths_are_refused(one):
+    (q, k, v), layout = tensors(), TokenLayout(frames=3, height=2, width=2)
+    for shape in ((2, 12), (2, 1, 1, 12), (1, 1, 1, 12)):
+        mask = torch.ones(shape, dtype=torch.bool)
+        mask[..., 9:] = False
+        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask.reshape(-1, 1, 1, 12))
+        out = one.call(q, k, v, layout, mask=mask)
+        torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
     pairs = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
-    layout, longer = (TokenLayout(frames=frames, height=2, width=2) for frames in (3, 4))
     with pytest.raises(ConfigError, match=r"torch.bool \[1, 1, 12, 12\].*pairs"):
         one.call(q, k, v, layout, mask=pairs)
     with pytest.raises(ConfigError, match=r"12 tokens.*'any'.*16"):
-        one.call(q, k, v, longer)
+        one.call(q, k, v, TokenLayout(frames=4, height=2, width=2))
 
 
 @pytest.fixture
@@ -184,22 +174,15 @@ def test_planned_calls_and_the_kernels_own_operators_stay_out_of_cuda_graphs():
 
 def test_a_processor_kept_by_others_is_a_plain_one_after_detach():
     """diffusers keeps the processors that fused ones replace, and puts them back when told to."""
-    model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=16, num_layers=2, sample_width=16, sample_height=16, sample_frames=17,
-        use_rotary_positional_embeddings=True,
-    ).eval()  # fmt: skip
-    inputs = dict(
-        hidden_states=torch.randn(1, 5, 4, 8, 8), encoder_hidden_states=torch.randn(1, 6, 16),
-        timestep=torch.tensor([5]), return_dict=False,
-    )  # fmt: skip
+    tiny = MODELS["cogvideox"][1]
+    model, inputs = tiny.transformer(**tiny.config).eval(), tiny.inputs(1)
     method = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
     with torch.no_grad():
-        plain = model(**inputs)[0]
+        plain = model(**inputs).sample
         attachment = dit_accel.attach(model, method)
-        assert not torch.equal(model(**inputs)[0], plain)
+        assert not torch.equal(model(**inputs).sample, plain)
         model.fuse_qkv_projections()
         attachment.detach()
         model.unfuse_qkv_projections()
-        assert torch.equal(model(**inputs)[0], plain)
-    assert all(type(one) is CogVideoXAttnProcessor2_0 for one in model.attn_processors.values())
+        assert torch.equal(model(**inputs).sample, plain)
+    assert all(type(processor) is CogVideoXAttnProcessor2_0 for processor in model.attn_processors.values())

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from block_calls import LAYERS, WHOLE, Counted, ran_by_step, run_inputs, six_blocks
+from block_calls import LAYERS, WHOLE, Counted, forward, ran_by_step, run_inputs, six_blocks
+from diffusers.hooks import apply_group_offloading
 from hypothesis import given
 from hypothesis import strategies as st
 from wan_tiny import denoise, tiny_transformer
@@ -68,29 +69,18 @@ def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
 
 
 @pytest.mark.gpu
-def test_groups_that_streams_fetch_ahead_while_blocks_are_skipped(transformer):
+def test_groups_that_streams_fetch_ahead_while_blocks_are_skipped():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device: diffusers' group offloading has streams nowhere else")
-    from diffusers.hooks import apply_group_offloading
-
     config, device = ProfilingCache(blocks="0, 2-3, 5", offload="cpu", **ONCE), torch.device("cuda")
-    text, ones = torch.ones(1, 6, 64, device=device), torch.ones(1, 12, 5, 8, 8, device=device)
-    results = []
+    inputs, outputs = {name: x.to(device) for name, x in run_inputs().items()}, []
     for streams in (None, False, True):
-        model = six_blocks()
-        if streams is None:
-            model.to(device)
-        else:
-            apply_group_offloading(
-                model, onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams
-            )
-        with torch.no_grad(), dit_accel.attach(model, config):
-            for step in range(4):
-                with model.cache_context("cond", step_index=step, num_inference_steps=4):
-                    out = model(ones * (1 + step), torch.tensor([500 - step], device=device), text).sample
-        results.append(out.cpu())
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+        model, group = six_blocks(), dict(offload_type="block_level", num_blocks_per_group=1, use_stream=streams)
+        model.to(device) if streams is None else apply_group_offloading(model, onload_device=device, **group)
+        with dit_accel.attach(model, config):
+            outputs.append([forward(model, step, **inputs).cpu() for step in range(4)])
+    assert all(map(torch.equal, outputs[0], outputs[1]))
+    assert all(map(torch.equal, outputs[0], outputs[2]))
 
 
 SCHEDULES = {
@@ -106,12 +96,9 @@ def test_schedules_of_profilingcache(transformer):
     for drawn, options in SCHEDULES.items():
         ran = ran_by_step(transformer, ProfilingCache(blocks="1-4", **options))
         assert "".join("#" if blocks == WHOLE else "." for blocks in ran) == drawn.replace("+", "#")
-
-
-def test_two_lists_have_schedules_of_their_own(transformer):
-    config = ProfilingCache(blocks="3-4", refresh=(3,), blocks_2="1-2", refresh_2=(2, 4), warmup_steps=1)
+    two = ProfilingCache(blocks="3-4", refresh=(3,), blocks_2="1-2", refresh_2=(2, 4), warmup_steps=1)
     expected = [WHOLE, [0, 5], [0, 1, 2, 5], [0, 3, 4, 5], [0, 1, 2, 5], [0, 5]]
-    assert ran_by_step(transformer, config, 6) == expected
+    assert ran_by_step(transformer, two, 6) == expected
 
 
 def test_the_estimate_is_what_runs(transformer):
@@ -199,9 +186,6 @@ def test_schedules_that_the_run_is_too_short_for_or_whose_length_is_not_known(tr
     assert run(alone, 500, 400, 300, 200, 100) == [False, False, True, True, False]
 
 
-# Rules of schedules and numbers.
-
-
 @given(st.sets(st.integers(0, 49), min_size=1), st.integers(1, 200))
 def test_rescaled_steps_are_of_the_run_and_keep_their_share_of_it(listed, steps):
     found = rescaled_steps(sorted(listed), 50, steps)
@@ -216,9 +200,6 @@ def test_rescaled_steps_are_of_the_run_and_keep_their_share_of_it(listed, steps)
 def test_numbers_are_read_as_they_are_spelt(numbers):
     assert read_numbers(spell_numbers(numbers), "x") == tuple(sorted(numbers))
     assert sum(last - first + 1 for first, last in runs_of([*numbers])) == len(numbers)
-
-
-def test_numbers_that_can_not_be_read():
     for text in ("a", "3-", "3-2", "1;2", "-1", ""):
         with pytest.raises(ConfigError, match=rf"^here\.blocks = {text!r}.*'0, 2-7'"):
             read_numbers(text, "here.blocks")

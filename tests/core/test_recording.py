@@ -60,24 +60,18 @@ def calls():
     return calls
 
 
-def test_an_output_of_other_tiles_is_found(calls):
-    states = calls[0].states()
-    assert (states[0, 0] == 1).any()
-    dense = attention(AttentionPlan(), torch.full((1, 1, 1, 1), 2), calls[0].q, calls[0].k, calls[0].v, None, None)
+def test_what_is_not_as_planned_is_noticed(calls):
+    """An output of other tiles, a tile selected otherwise, text that is thinned out."""
+    first = calls[0]
+    assert (first.states()[0, 0] == 1).any()
+    dense = attention(AttentionPlan(), torch.full((1, 1, 1, 1), 2), first.q, first.k, first.v, None, None)
     with pytest.raises(AssertionError, match=r"planned call.*error"):
-        require_as_planned([dataclasses.replace(calls[0], out=dense), *calls[1:]])
-
-
-def test_a_tile_selected_otherwise_is_found(calls):
-    exact = calls[0].exact.clone()
+        require_as_planned([dataclasses.replace(first, out=dense), *calls[1:]])
+    exact = first.exact.clone()
     exact[0, 0, 0, 0] ^= 1 << 4
     with pytest.raises(AssertionError, match="1 of 50 tiles"):
-        require_as_planned([dataclasses.replace(calls[0], exact=exact)])
-
-
-def test_text_that_is_thinned_out_is_found(calls):
-    require_text_exact(calls[0])
-    layout = TokenLayout(frames=4, height=4, width=4, text_after=16)
-    other = dataclasses.replace(calls[0].context, layout=layout)
+        require_as_planned([dataclasses.replace(first, exact=exact)])
+    require_text_exact(first)
+    other = dataclasses.replace(first.context, layout=TokenLayout(frames=4, height=4, width=4, text_after=16))
     with pytest.raises(AssertionError, match=r"text tokens.*exact"):
-        require_text_exact(dataclasses.replace(calls[0], context=other))
+        require_text_exact(dataclasses.replace(first, context=other))

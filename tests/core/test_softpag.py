@@ -7,26 +7,19 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, guided, tiny_transformer
 
 import dit_accel
-from dit_accel import PAG, SLG, ConfigError, EasyCache, RadialAttention, SoftPAG, StaticCache
+from dit_accel import PAG, SLG, ConfigError, EasyCache, SoftPAG, StaticCache
 from dit_accel.methods.guidance.log import UnperturbedRun
 from dit_accel.testing.recording import recorded
 
 HALF = SoftPAG(heads="L1H0", u=0.5)
-SPARSE = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
 
 @pytest.fixture
 def transformer():
     return tiny_transformer()
-
-
-def guided(transformer, *methods, **run):
-    with dit_accel.attach(transformer, *methods, preset="none") as attachment:
-        out = denoise(transformer, **run)
-        return out, attachment.report(), attachment.engine.recorder.forwards_run
 
 
 @pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", start=0.0, stop=1.0, scale=1.0)])
@@ -54,7 +47,7 @@ def test_every_dense_backend_is_perturbed(transformer):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_with_a_sparse_method_the_mix_is_in_the_kernel(transformer, backend):
     heads = SoftPAG(heads="L1H1", u=0.4)
-    with dit_accel.attach(transformer, heads, SPARSE, backend=backend) as attachment, recorded(attachment) as calls:
+    with dit_accel.attach(transformer, heads, RADIAL, backend=backend) as attachment, recorded(attachment) as calls:
         denoise(transformer, steps=1)
     (call,) = [call for call in calls if call.plan.identity_mix is not None]
     assert (call.context.branch, call.context.layer) == ("cond/softpag", 1)

@@ -11,7 +11,7 @@ from dit_accel_pipelines.families.wan import WAN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import ADAPTER, Fixed, OneLayer, context_of, layout_of
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, SolAttention
@@ -29,7 +29,6 @@ from dit_accel.testing.reference import tile_states
 MODEL = Model(adapter=ADAPTER, family=None, heads=4, layers=3)
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
 SPARSE = dict(dense_steps=0, dense_layers=0)
-RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, **SPARSE)
 
 
 def handlers(*configs) -> list[Handler]:

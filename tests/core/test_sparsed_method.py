@@ -1,4 +1,4 @@
-"""SparseD: what it chooses, how much of it, how it meets the other methods, and its state."""
+"""SparseD: the masses that it chooses by, what it chooses, how much, how it meets the other methods, and its state."""
 
 import dataclasses
 import itertools
@@ -12,12 +12,13 @@ from dit_accel_kernels import EXACT, Selection, TileLists, count_bits, pack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import MODEL, context_of, layout_of, random_call
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, LiteAttention, RadialAttention, SparseD
+from dit_accel import ConfigError, LiteAttention, SparseD
 from dit_accel.methods.attention.sparsed import SparseDHandler, heaviest
 from dit_accel.methods.compose import make_handlers
+from dit_accel.plan import tile_masses as masses
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
@@ -27,7 +28,6 @@ from dit_accel.testing.recording import recorded
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=20)
 SPARSED = SparseD(density=0.4, block_size=16, dense_steps=1, dense_layers=0)
-RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
 
 def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
@@ -227,15 +227,11 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
     results = []
     for methods in ((config, lite), (lite, config)):
         with dit_accel.attach(transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
-            results.append(denoise(transformer, steps=6, branches=("cond",)))
+            results.append(denoise(transformer, steps=5, branches=("cond",)))
             densities = [step.density for step in attachment.report().steps]
-            pattern, voted = attachment.engine.handlers
-            assert voted.settings.block_size == 16
-            bits = [pattern.bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
-        planned = [call.plan.selection for call in calls]
-        assert all(selection.vote is not None for selection in planned[: 3 * 5])
+            bits = [attachment.engine.handlers[0].bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
         for layer in range(3):
-            first, *mine = [selection.keep for selection in planned[layer::3]]
+            first, *mine = [call.plan.selection.keep for call in calls[layer::3]]
             assert first is None
             assert all(torch.equal(before & after, after) for before, after in itertools.pairwise(mine))
             assert all(torch.equal(keep & bits[layer], keep) for keep in mine)
@@ -282,3 +278,32 @@ def test_the_pattern_is_chosen_by_scaled_logits():
     )
     assert not torch.equal(turned[:, 0], plain[:, 0])
     assert torch.equal(turned[:, 1], plain[:, 1])
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_masses_are_those_of_dense_attention(monkeypatch, chunk, masked):
+    monkeypatch.setattr(masses, "CHUNK", chunk)
+    q, k = torch.randn(2, 4, 70, 8, dtype=torch.float64), torch.randn(2, 2, 70, 8, dtype=torch.float64)
+    mask, order = (torch.rand(2, 70) > 0.3, torch.randperm(70)) if masked else (None, torch.arange(70))
+    x = q @ k.repeat_interleave(2, 1).mT * 0.7
+    if masked:
+        mask[0, order[24:48]] = False  # a whole tile
+        mask[1] = False  # queries without a key have no mass
+        x = x.masked_fill(~mask[:, None, None], -torch.inf)
+    p = x.softmax(-1).nan_to_num(0.0)[:, :, order][..., order]
+    expected = [[p[:, :, i : i + 16, j : j + 24].sum(-1).mean(-1) for j in range(0, 70, 24)] for i in range(0, 70, 16)]
+    expected = torch.stack([torch.stack(row, -1) for row in expected], 2)
+    options = dict(scale=0.7, key_mask=mask, token_order=order if masked else None, block_q=16, block_k=24)
+    torch.testing.assert_close(masses.tile_masses(q, k, **options), expected)
+    low = masses.tile_masses(q.bfloat16(), k.bfloat16(), **options)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low.double(), expected, rtol=0.05, atol=0.01)
+
+
+def test_no_gradient_and_linear_memory():
+    q, k = torch.randn(2, 1, 1, 8192, 8)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        shares = masses.tile_masses(q.requires_grad_(), k, block_q=128, block_k=128)
+    assert not shares.requires_grad
+    assert max(event.cpu_memory_usage for event in profile.events()) <= 4 * masses.CHUNK < 8192 * 8192 * 4

@@ -1,25 +1,26 @@
-"""Steps and noise levels, read off timesteps and schedulers; and which pipeline it is that runs."""
+"""Steps and noise levels, read off timesteps and schedulers; which pipeline runs; and shares of its run."""
 
+import math
 import sys
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from tiny_parts import picture
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_stock import stock_pipeline
-from wan_tiny import tiny_transformer
 
 import dit_accel
+from dit_accel import ConfigError
 from dit_accel.attachment.steps import Course, Schedule, Timeline, current_run, noise_level, timeline_of
+from dit_accel.methods.attention.dfa import DFA
+from dit_accel.methods.attention.sparse import SparseConfig
+from dit_accel.methods.caches.cache_config import StepCacheConfig
+from dit_accel.methods.registry import methods
+from dit_accel.rules.steps import is_short, steps_of, whole_steps, window
 
 
 def after(scheduler, steps: int = 4, **found):
@@ -48,33 +49,28 @@ def test_the_noisiest_frame_tells_whether_a_run_goes_on_or_back_whichever_way_ti
     assert course.noisiest == pytest.approx(noisiest)
 
 
-@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=3.0), HeunDiscreteScheduler()])
-def test_the_noise_level_is_that_of_the_coming_step(scheduler):
-    scheduler.set_timesteps(4)
-    sample = torch.ones(1, 1, 2, 2)
-    for index, timestep in enumerate(scheduler.timesteps):
-        assert noise_level(scheduler) == float(scheduler.sigmas[index])
-        sample = scheduler.step(sample * 0.1, timestep, sample).prev_sample
-    scheduler.set_timesteps(4)
-    assert noise_level(scheduler) == float(scheduler.sigmas[0])
-
-
-def test_a_later_start_begins_at_its_own_noise():
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(4)
-    scheduler.set_begin_index(2)
-    assert noise_level(scheduler) == float(scheduler.sigmas[2])
+def test_the_noise_level_is_that_of_the_coming_step():
+    for scheduler in (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), diffusers.HeunDiscreteScheduler()):
+        scheduler.set_timesteps(4)
+        sample = torch.ones(1, 1, 2, 2)
+        for index, timestep in enumerate(scheduler.timesteps):
+            assert noise_level(scheduler) == float(scheduler.sigmas[index])
+            sample = scheduler.step(sample * 0.1, timestep, sample).prev_sample
+        scheduler.set_timesteps(4)
+        assert noise_level(scheduler) == float(scheduler.sigmas[0])
+        scheduler.set_begin_index(2)  # as a later start has it
+        assert noise_level(scheduler) == float(scheduler.sigmas[2])
 
 
 @pytest.mark.parametrize(
     ("scheduler", "timeline"),
     [
-        (FlowMatchEulerDiscreteScheduler(shift=3.0), Timeline(steps=4)),
-        (DDIMScheduler(), Timeline(steps=4)),
-        (UniPCMultistepScheduler(), Timeline(steps=4)),
-        (HeunDiscreteScheduler(), Timeline(steps=4, repeats=True)),
-        (KDPM2DiscreteScheduler(), Timeline(steps=4, halves=True)),
-        (KDPM2AncestralDiscreteScheduler(), Timeline(steps=4, repeats=True)),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), Timeline(steps=4)),
+        (diffusers.DDIMScheduler(), Timeline(steps=4)),
+        (diffusers.UniPCMultistepScheduler(), Timeline(steps=4)),
+        (diffusers.HeunDiscreteScheduler(), Timeline(steps=4, repeats=True)),
+        (diffusers.KDPM2DiscreteScheduler(), Timeline(steps=4, halves=True)),
+        (diffusers.KDPM2AncestralDiscreteScheduler(), Timeline(steps=4, repeats=True)),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -88,45 +84,37 @@ def test_a_run_has_the_steps_that_were_asked_for(scheduler, timeline):
         steps.append(timeline.step_of(number))
     assert steps == sorted(steps)
     assert set(steps) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("steps", [7, 25])
-def test_a_pair_of_timesteps_that_differs_by_rounding_is_one_step(steps):
-    assert timeline_of(after(KDPM2AncestralDiscreteScheduler(), steps)).steps == steps
+    assert timeline_of(after(scheduler, 7)).steps == 7  # where a pair of timesteps may differ by rounding
 
 
 def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
-    assert timeline_of(after(FlowMatchEulerDiscreteScheduler(), 10, _num_timesteps=6)).steps == 6
-    later = after(FlowMatchEulerDiscreteScheduler(), 10)
-    later.scheduler.set_begin_index(3)
-    assert timeline_of(later).steps == 7
-    assert timeline_of(after(FlowMatchEulerDiscreteScheduler(), 10, _num_timesteps=11)).steps == 10  # another run's
-    heun = after(HeunDiscreteScheduler(), 10)
-    heun._num_timesteps = 7  # of 19
-    assert timeline_of(heun) == Timeline(steps=4, repeats=True)
+    flow, heun = diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.HeunDiscreteScheduler()
+    assert timeline_of(after(flow, 10, _num_timesteps=6)).steps == 6
+    assert timeline_of(after(flow, 10, _num_timesteps=11)).steps == 10  # another run's
+    assert timeline_of(after(heun, 10, _num_timesteps=7)) == Timeline(steps=4, repeats=True)  # of 19
+    flow.set_begin_index(3)
+    assert timeline_of(SimpleNamespace(scheduler=flow)).steps == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, None])
 @pytest.mark.parametrize("start", [0, 3])
 def test_a_forwards_timestep_is_found_among_those_of_the_scheduler_however_a_pipeline_scales_it(dtype, start):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(8)
-    schedule = Schedule(scheduler)
-    scales = [lambda t: t, lambda t: 1000 - t]
-    if dtype is not torch.int64:
-        scales += [lambda t: t / 1000, lambda t: 1 - t / 1000]
-    for scaled in scales:
-        schedule, places = Schedule(scheduler), []
-        for number, timestep in enumerate(scheduler.timesteps[start:]):
-            given = scaled(timestep) if dtype is None else scaled(timestep).to(dtype)
-            places.append(schedule.follow((float(given),), dtype, number))
+    scales = [lambda t: t, lambda t: 1000 - t, lambda t: t / 1000, lambda t: 1 - t / 1000]
+    for scaled in scales[:2] if dtype is torch.int64 else scales:
+        schedule, values = Schedule(scheduler), [scaled(timestep) for timestep in scheduler.timesteps[start:]]
+        places = [
+            schedule.follow((float(value if dtype is None else value.to(dtype)),), dtype, number)
+            for number, value in enumerate(values)
+        ]
         assert places == [(start, place) for place in range(start, 8)]
     assert schedule.timeline(start).steps == 8 - start
     assert schedule.noise_level(start) == float(scheduler.sigmas[start])
 
 
 def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
-    scheduler = DDIMScheduler()
+    scheduler = diffusers.DDIMScheduler()
     assert Schedule(scheduler).follow((999.0,), None, 0) is None  # it lists all, before any steps were asked for
     scheduler.set_timesteps(4)
     schedule = Schedule(scheduler)
@@ -141,7 +129,7 @@ def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
 
 
 def test_twice_the_same_timestep_is_one_step():
-    scheduler = HeunDiscreteScheduler()
+    scheduler = diffusers.HeunDiscreteScheduler()
     scheduler.set_timesteps(4)
     schedule = Schedule(scheduler)
     assert schedule.timeline(0) == Timeline(steps=4, repeats=True)
@@ -153,56 +141,14 @@ def test_twice_the_same_timestep_is_one_step():
 
 def test_what_nothing_tells_is_unknown():
     assert noise_level(None) is None
-    assert noise_level(DDIMScheduler()) is None
+    assert noise_level(diffusers.DDIMScheduler()) is None
     assert noise_level(SimpleNamespace(sigmas=torch.ones(2), step_index=2)) is None
     for parts in ({}, {"scheduler": None}, {"scheduler": SimpleNamespace(timesteps=torch.zeros(0))}):
         assert timeline_of(SimpleNamespace(**parts)) == Timeline()
     assert Schedule(None).timeline(0).steps == 0
 
 
-# Which pipeline runs a forward, where several share a transformer.
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """Collect what `site.running` gives in each forward of an attachment."""
-    pipes = []
-
-    def follow(attachment, transformer):
-        state, forward = attachment.engine.layers[0].state, attachment.engine.forward
-        begin = forward.begin
-
-        def noting(batch):
-            pipes.append(state.running)
-            return begin(batch)
-
-        monkeypatch.setattr(forward, "begin", noting)
-        return pipes
-
-    return follow
-
-
-def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attached_to(seen):
-    pipe, call = stock_pipeline("FluxPipeline")
-    call |= {"output_type": "latent", "num_inference_steps": 2}
-    other = diffusers.FluxImg2ImgPipeline(**pipe.components)
-    with dit_accel.attach(pipe, preset="none") as attachment:
-        pipes = seen(attachment, pipe.transformer)
-        pipe(**call)
-        assert pipes == [pipe, pipe]
-        pipes.clear()
-        other(**call, image=picture(), strength=1.0)
-        assert pipes
-        assert set(map(id, pipes)) == {id(other)}
-        assert attachment.engine.layers[0].state.running is None  # outside forwards
-
-
-def test_a_loop_written_by_hand_has_no_pipeline(seen):
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, preset="none") as attachment, torch.no_grad():
-        pipes = seen(attachment, transformer)
-        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([900.0]), torch.randn(1, 6, 64))
-        assert pipes == [None]
+# Which pipeline runs a forward.
 
 
 def test_a_modular_pipeline_is_found_too():
@@ -237,15 +183,99 @@ def test_a_run_goes_on_until_its_call_returns():
 
 def test_a_run_is_the_pipelines_call_not_a_method_of_it_further_in():
     pipe, _ = stock_pipeline("FluxPipeline")
-    found = []
+    frames = []
 
     class Outer(type(pipe)):
         def __call__(self):
-            found.append(id(sys._getframe()))
+            frames.append(id(sys._getframe()))
             self.denoise()
 
         def denoise(self):
-            found.append(current_run(self.transformer).frame)
+            frames.append(current_run(self.transformer).frame)
 
     Outer(**pipe.components)()
-    assert found[0] == found[1]
+    assert frames[0] == frames[1]
+
+
+# Shares of a run: a number of steps, or a share below 1, is rounded and checked alike in every method.
+
+HUNDREDTHS = st.integers(1, 99)
+COUNTS = st.integers(1, 1000)
+
+OPTIONS = {"dense_steps", "warmup_steps", "last_steps", "dense_last_steps"}
+ENDS = {name: config for name, config in methods().items() if OPTIONS & set(config.__dataclass_fields__)}
+"""The methods that leave a run's first and last steps alone."""
+
+
+def ends_of(config: type) -> tuple[str, str]:
+    """The options of a method that count a run's first and last steps."""
+    return ("dense_steps", "dense_last_steps") if issubclass(config, SparseConfig) else ("warmup_steps", "last_steps")
+
+
+def kept(config: type, first: int | float, last: int | float, count: int | None) -> list[int]:
+    """The steps of a run that a method leaves alone at its ends; of one of unknown length, whether the first is."""
+    before, after = ends_of(config)
+    settings, steps = config(**{before: first, after: last}), range(count or 1)
+    if issubclass(config, SparseConfig):
+        settings = settings.filled({"dense_layers": 0}).filled()
+        return [step for step in steps if settings.is_dense(step, count, 10**6, 0.0)]
+    if issubclass(config, DFA):
+        return [step for step in steps if settings.at_an_end(step, count)]
+    computed = [StepCacheConfig.always_computed(settings, step, count) for step in steps]
+    return [step for step, why in enumerate(computed) if why in ("first steps", "last steps")]
+
+
+@given(HUNDREDTHS, st.floats(0, 1), COUNTS)
+def test_a_share_is_rounded_up_and_hundredths_are_taken_as_they_are_written(hundredths, share, count):
+    exact = math.ceil(Fraction(hundredths, 100) * count)
+    assert steps_of(hundredths / 100, count) == whole_steps(hundredths / 100, count) == exact
+    exact = Fraction(Decimal(share)) * count
+    assert 0 <= steps_of(share, count) <= count
+    assert -1e-9 <= steps_of(share, count) - exact < 1 or steps_of(share, count) == math.ceil(exact)
+
+
+def test_all_methods_round_alike():
+    for config in ENDS.values():
+        for share, count, steps in ((0.28, 25, 7), (0.28, 50, 14), (0.07, 100, 7), (0.55, 100, 55)):
+            assert kept(config, share, 0, count) == list(range(steps))
+            assert kept(config, 0, share, count) == list(range(count - steps, count))
+        assert kept(config, 2, 3, 8) == [0, 1, 5, 6, 7]
+        assert kept(config, 1, 1.0, 4) == [0, 3]
+        assert kept(config, 0, 0, 4) == []
+        assert kept(config, 9, 0, 4) == [0, 1, 2, 3]
+
+
+def test_shares_and_last_steps_of_a_run_of_unknown_length_are_refused():
+    for name, config in ENDS.items():
+        before, after = ends_of(config)
+        assert kept(config, 2, 0, None) == [0]  # whole first steps alone need no count
+        for first, last in ((0.5, 0), (0, 1), (0, 0.5), (3, 2)):
+            option, value = (after, last) if last else (before, first)
+            with pytest.raises(ConfigError, match=rf"^{name}\.{option} = {value} "):
+                kept(config, first, last, None)
+
+
+@given(st.integers(0, 98), st.integers(1, 100), COUNTS)
+def test_windows_by_exact_fractions(start, length, count):
+    stop = min(start + length, 100)
+    low, high = Fraction(start, 100), Fraction(stop, 100)
+    inside = [step for step in range(count) if low <= Fraction(step, count) < high]
+    found = list(window(start / 100, stop / 100, count))
+    if inside:
+        assert found == inside
+    else:
+        assert found == [min(math.ceil(low * count), count - 1)]
+    assert is_short(start / 100, stop / 100, count) == ((high - low) * count < 1)
+    assert inside or is_short(start / 100, stop / 100, count)
+
+
+def test_the_published_window_of_slg_is_that_of_diffusers():
+    """But for a step right on the start, which is in, and diffusers' Stable Diffusion 3 pipeline leaves it out."""
+    config = dit_accel.SLG(layers="L1").filled({})
+    assert (config.start, config.stop) == (0.01, 0.2)
+    for start, stop, count, first in (
+        (0.01, 0.2, 6, []), (0.01, 0.2, 11, []), (0.01, 0.2, 28, []), (0.01, 0.2, 99, []), (0.01, 0.2, 100, [1]),
+        (0.0, 0.5, 10, [0]), (0.2, 0.5, 10, [2]),
+    ):  # fmt: skip
+        theirs = [step for step in range(count) if count * start < step < count * stop]
+        assert list(dit_accel.SLG(layers="L1", start=start, stop=stop).steps(count)) == first + theirs

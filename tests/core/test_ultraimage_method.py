@@ -6,9 +6,9 @@ import pytest
 import tiny_models
 import torch
 from dit_accel_pipelines import ADAPTERS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import MODEL, OneLayer, random_call
+from one_layer import MODEL, OneLayer, layout_of, random_call
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
@@ -36,6 +36,7 @@ def direct(q, k, scale, mask=None):
     seed=st.integers(0, 99), keys=st.integers(1, 70), at_once=st.integers(1, 80), sharp=st.floats(0.0, 30.0),
     masked=st.booleans(),
 )  # fmt: skip
+@settings(max_examples=40, deadline=None)
 def test_one_pass_is_the_definition(seed, keys, at_once, sharp, masked):
     torch.manual_seed(seed)
     q, k = sharp * torch.randn(2, 4, 5, 8, dtype=torch.float64), torch.randn(2, 2, keys, 8, dtype=torch.float64)
@@ -58,134 +59,69 @@ def test_known_entropies():
 
 
 @given(
-    values=st.lists(st.floats(0, 12), min_size=1, max_size=20), least=st.floats(1, 1.5), more=st.floats(0, 1),
-    power=st.floats(0.2, 5),
+    values=st.lists(st.floats(0, 12), min_size=1, max_size=20), ends=st.tuples(st.floats(0, 12), st.floats(0, 12)),
+    least=st.floats(1, 1.5), more=st.floats(0, 1), power=st.floats(0.2, 5),
 )  # fmt: skip
-def test_factors_fall_with_entropy_between_their_bounds(values, least, more, power):
-    entropy = torch.tensor(sorted(values), dtype=torch.float64)
-    found = focus(entropy, entropy.min(), entropy.max(), least, least + more, power)
-    assert bool(found.isfinite().all())
-    assert bool((found >= least - 1e-9).all() & (found <= least + more + 1e-9).all())
-    assert bool((found.diff() <= 1e-12).all())
-    if entropy.min() == entropy.max():
-        assert found.tolist() == [least] * len(values)
-    else:
-        assert float(found[0]) == pytest.approx(least + more)
-        assert float(found[-1]) == pytest.approx(least)
-
-
-def test_what_lies_outside_the_extremes_is_bounded():
-    entropy, low, high = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor(1.0), torch.tensor(2.0)
-    assert focus(entropy, low, high, 1.0, 1.3, 2.0).tolist() == pytest.approx([1.3, 1.3, 1.0, 1.0])
+def test_factors_fall_with_entropy_between_their_bounds(values, ends, least, more, power):
+    """What lies outside the extremes is bounded; where these are alike, every factor is the least."""
+    low, high = sorted(ends)
+    wide = torch.tensor([*values, low, high], dtype=torch.float64)
+    made = focus(wide[:-2], wide[-2], wide[-1], least, least + more, power)
+    for entropy, factor in zip(values, made.tolist(), strict=True):
+        z = min(1.0, max(0.0, (high - entropy) / (high - low))) if high > low else 0.0
+        assert factor == pytest.approx(least + more * z**power)
 
 
 def test_recipes_and_sizes_of_models():
     flux = BY_NAME["flux"]
     by_name = {family.name: family for family in flux.families}
 
-    def settings(config, name):
-        return UltraImageHandler(config, dataclasses.replace(MODEL, adapter=flux, family=by_name[name])).settings
+    def settings(name, **options):
+        model = dataclasses.replace(MODEL, adapter=flux, family=by_name[name])
+        return UltraImageHandler(UltraImage(**options), model).settings
 
-    assert settings(UltraImage(), "flux.1-dev").indices == (9,)
-    assert (settings(UltraImage(), "flux.1-dev").focus_min, settings(UltraImage(), "flux.1-dev").turn) == (1.1, 0.85)
-    assert settings(UltraImage(), "flux-tiny").focus_min == 1.0
+    flux_dev = settings("flux.1-dev")
+    assert (flux_dev.indices, flux_dev.focus_min, flux_dev.turn) == ((9,), 1.1, 0.85)
+    assert settings("flux-tiny").focus_min == 1.0
     with pytest.raises(ConfigError, match=r"focus_min = 1\.1 and focus_max = 1\.05"):
-        settings(UltraImage(focus_max=1.05), "flux.1-dev")
+        settings("flux.1-dev", focus_max=1.05)
     with pytest.raises(ConfigError, match=r"ultraimage.*size.*trained_height, ult"):
         UltraImageHandler(UltraImage(), MODEL)
     with pytest.raises(ConfigError, match=r"pictures.*ultraimage\.trained_width"):
         UltraImageHandler(UltraImage(trained_height=3), MODEL)
 
 
-def run_heads(layer, call, steps, branch="cond"):
-    return [layer.call(call.q, call.k, call.v, LAYOUT, step=step, branch=branch) for step in steps]
-
-
 def test_the_first_step_measures_and_later_ones_concentrate():
-    torch.manual_seed(0)
-    call = random_call(LAYOUT)
-    layer = OneLayer(HEADS)
-    out = run_heads(layer, call, [0, 1, 1, 2])
-    plain = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v)
-    torch.testing.assert_close(out[0].transpose(1, 2) if out[0].shape != plain.shape else out[0], plain)
+    call, layer = random_call(LAYOUT, "bhsd"), OneLayer(HEADS)
+    out = [layer.call(call.q, call.k, call.v, LAYOUT, step=step) for step in (0, 1, 1, 2)]
+    torch.testing.assert_close(out[0], torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v))
     assert torch.equal(out[1], out[2])
     assert torch.equal(out[1], out[3])
-    assert not torch.equal(out[0], out[1])
     assert layer.attended == 4  # all of them the model's own attention
-    rows = _rows(LAYOUT, 16, "cpu")
-    entropy = direct(call.q[:, :, rows], call.k, 8**-0.5)
-    factors = focus(entropy, *(f(entropy, 1, keepdim=True) for f in (torch.amin, torch.amax)), 1.0, 1.3, 2.0).float()
+    entropy = direct(call.q[:, :, _rows(LAYOUT, 16, "cpu")], call.k, 8**-0.5)
+    factors = focus(entropy, entropy.amin(1, keepdim=True), entropy.amax(1, keepdim=True), 1.0, 1.3, 2.0).float()
     expected = torch.nn.functional.scaled_dot_product_attention(call.q * factors[..., None, None], call.k, call.v)
     torch.testing.assert_close(out[1], expected)
+    assert not torch.equal(out[0], out[1])
 
 
-def test_branches_are_measured_apart():
-    torch.manual_seed(0)
-    one, other = random_call(LAYOUT, sharp=1.0), random_call(LAYOUT, sharp=5.0)
-    layer = OneLayer(HEADS)
-    alone = OneLayer(HEADS)
-    expected = run_heads(alone, other, [0, 1], "uncond")
-    for step in (0, 1):
-        run_heads(layer, one, [step], "cond")
-        found = run_heads(layer, other, [step], "uncond")[0]
-    assert torch.equal(found, expected[1])
-    (handler,) = layer.engine.handlers
-    held = {key[1]: heads.factors[0] for key, heads in handler._heads.items()}
-    assert set(held) == {"cond", "uncond"}
-    assert handler.state_bytes() <= 2 * 2 * 2 * (8 + 4)  # branches x rows x heads x (entropy, factor)
-    assert len(handler.report().lines) == 2
-
-
-def test_a_run_is_told_of_its_own_branches_alone():
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, HEADS) as attachment:
-        denoise(transformer, 3)
-        assert set(attachment.report().section("ultraimage").data) == {"transformer cond", "transformer uncond"}
-        denoise(transformer, 3, branches=("cond",))
-        assert set(attachment.report().section("ultraimage").data) == {"transformer cond"}
-
-
-def test_what_is_planned_to_be_held_is_held():
-    """Two float32 numbers a head, layer and branch."""
+def test_two_float32_numbers_a_head_layer_and_branch_are_planned_to_be_held():
     wan = BY_NAME["wan"]
-    family = dataclasses.replace(wan.families[0], layers=3, heads=2, forwards_per_step=2)
-    handler = UltraImageHandler(HEADS, dataclasses.replace(MODEL, adapter=wan, family=family, heads=2, layers=3))
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, HEADS) as attachment:
-        denoise(transformer, 3)
-        held = attachment.report().state_bytes["ultraimage"]
-    planned = [
-        handler.estimate(TokenLayout(frames=5, height=4, width=width), steps) for width, steps in ((4, 3), (4, 1))
-    ]
-    assert planned[0].carried_bytes == held == 3 * 2 * 8 * 2
-    assert planned[1].carried_bytes == 0
-    assert handler.estimate(TokenLayout(frames=5, height=2, width=2), 3).carried_bytes == 0
-    one = dataclasses.replace(family, forwards_per_step=1)
-    for known in (one, None):
-        alone = UltraImageHandler(HEADS, dataclasses.replace(handler.model, family=known))
-        assert alone.estimate(LAYOUT, 3).carried_bytes == 3 * 2 * 8
-
-
-def test_options_at_their_bounds():
-    for options in (
-        dict(focus_min=1.0),
-        dict(focus_max=1.0),
-        dict(power=1e-9),
-        dict(rows=1),
-        dict(turn=1.0),
-        dict(trained_height=1),
-        dict(trained_width=1),
-        dict(focus_min=1.2, focus_max=1.2),
-        dict(indices=(0,)),
+    family = dataclasses.replace(wan.families[0], forwards_per_step=2)
+    for known, size, steps, held in (
+        (family, (5, 4, 4), 3, 3 * 2 * 8 * 2),
+        (dataclasses.replace(family, forwards_per_step=1), (5, 4, 4), 3, 3 * 2 * 8),
+        (None, (5, 4, 4), 3, 3 * 2 * 8),
+        (family, (5, 4, 4), 1, 0),
+        (family, (5, 2, 2), 3, 0),  # the trained size
     ):
-        (name,) = [*options][-1:]
-        assert getattr(UltraImage(**options), name) == options[name]
+        handler = UltraImageHandler(HEADS, dataclasses.replace(MODEL, adapter=wan, family=known, layers=3))
+        assert handler.estimate(layout_of(size), steps).carried_bytes == held
 
 
 @pytest.mark.parametrize(("height", "width", "applies"), [(2, 2, False), (3, 2, True), (2, 3, True), (1, 9, True)])
 def test_it_applies_beyond_the_trained_size_along_any_side(height, width, applies):
-    handler = UltraImageHandler(HEADS, MODEL)
-    layout = TokenLayout(frames=1, height=height, width=width)
+    handler, layout = UltraImageHandler(HEADS, MODEL), layout_of((1, height, width))
     assert handler.applies(layout) == applies
     assert ("changes nothing" in handler.check_layout(layout)) != applies
 
@@ -206,39 +142,31 @@ def test_caches_wait_until_heads_are_measured():
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image", "z-image", "wan"])
 def test_the_correction_is_that_of_rope(name):
-    model = tiny_models.MODELS[name][0]
-    case = Case(BY_NAME[name], model)
-    inputs = case.inputs(1)
-    plain = case.run(inputs)
-    with dit_accel.attach(case.transformer, UltraImage(indices=(0,), **SIZE)):
-        first = case.run(inputs)  # heads are not changed yet
-        case.run(inputs, 1)
-    axes = ("height", "width")
-    with dit_accel.attach(case.transformer, RoPE(kind="ultraimage", axes=axes, indices=(0,), **SIZE)):
-        expected = case.run(inputs)
-    assert torch.equal(first, expected)
-    assert not torch.equal(first, plain)
-    assert torch.equal(case.run(inputs), plain)
+    case, rope = Case(BY_NAME[name], tiny_models.MODELS[name][0]), RoPE(kind="ultraimage", axes=("height", "width"))
+    inputs, outs = case.inputs(1), []
+    for method in (UltraImage(indices=(0,), **SIZE), dataclasses.replace(rope, indices=(0,), **SIZE)):
+        with dit_accel.attach(case.transformer, method):
+            outs.append(case.run(inputs))  # in the first step heads are not changed yet
+    assert torch.equal(*outs)
+    assert not torch.equal(case.run(inputs), outs[0])
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "message"),
     [
-        ("sd3", {}, r"sd3.*ultraimage\.correct = false"),
-        ("mochi", {}, r"'ultraimage'.*mochi"),
-        ("hunyuan-dit", {}, r"along height.*ultraimage\.correct = false"),
+        ("sd3", r"sd3.*ultraimage\.correct = false"),
+        ("mochi", r"'ultraimage'.*mochi"),
+        ("hunyuan-dit", r"along height.*ultraimage\.correct = false"),
     ],
 )
-def test_honest_limits(name, options, message):
+def test_honest_limits(name, message):
     case = Case(BY_NAME[name], tiny_models.MODELS[name][0])
     with pytest.raises(ConfigError, match=message):
-        dit_accel.attach(case.transformer, UltraImage(**SIZE, **options))
-    assert dit_accel.attachment_of(case.transformer) is None
-    inputs, config = case.inputs(1), dataclasses.replace(HEADS, focus_max=2.0)
+        dit_accel.attach(case.transformer, UltraImage(**SIZE))
+    inputs = case.inputs(1)
     plain = case.run(inputs, 1)
-    with dit_accel.attach(case.transformer, config):
+    with dit_accel.attach(case.transformer, dataclasses.replace(HEADS, focus_max=2.0)):
         assert not torch.equal(case.run_after(1, inputs), plain)
-    assert torch.equal(case.run(inputs, 1), plain)
 
 
 def test_positions_are_changed_by_one_method():

@@ -103,21 +103,12 @@ def _check(backend: str, dtype: torch.dtype, seed: int, case: Case) -> None:
             near(in_order(x), y, 10 * tolerance, f"gradient of {name}")
 
 
+@pytest.mark.parametrize(("first", "times"), [(0, 1), pytest.param(1000, MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("backend", "dtype", "count"), RUNS, indirect=["backend"], ids=lambda x: BY_DTYPE.get(x, str(x))
 )
-def test_random_calls_are_what_numpy_says(backend, dtype, count):
-    for seed in range(FIRST, FIRST + count):
-        check(backend, dtype, seed, small=backend == "triton")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "dtype", "count"), RUNS, indirect=["backend"], ids=lambda x: BY_DTYPE.get(x, str(x))
-)
-def test_hundreds_of_random_calls_are_what_numpy_says(backend, dtype, count):
-    first = FIRST + 1000
-    for seed in range(first, first + count * MANY):
+def test_random_calls_are_what_numpy_says(backend, dtype, count, first, times):
+    for seed in range(FIRST + first, FIRST + first + count * times):
         check(backend, dtype, seed, small=backend == "triton")
 
 

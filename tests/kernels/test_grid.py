@@ -32,10 +32,11 @@ def runs_here(case: grid.Case) -> bool:
     return (at.dim // 32 + at.tile // 64 + (at.dtype == "fp16") + grid.USUAL.index(case.kind)) % 2 == 0
 
 
+@pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if i % 20 == 5 else pytest.mark.slow, id=case.name)
+        pytest.param(case, marks=() if i % 20 == 13 else pytest.mark.slow, id=case.name)
         for i, case in enumerate(case for case in CASES if not interpreted() or runs_here(case))
     ],
 )
@@ -44,14 +45,9 @@ def test_grid(case, device):
         pytest.skip(f"needs {case.missing(device)}")
     if interpreted():  # fewer tokens, still ragged
         case = replace(case, at=replace(case.at, tokens=case.at.tile * 3 // 2 - 5))
-    torch.use_deterministic_algorithms(True)  # fills what is not initialised
-    try:
-        records = grid.check(case, device)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    records = grid.check(case, device)
     assert records
-    for record in records:
-        assert record["ok"], record
+    assert not [record for record in records if not record["ok"]]
 
 
 def test_the_grid_has_what_it_must():
@@ -74,11 +70,11 @@ def assert_has_all(cases):
 def test_a_check_fails_where_it_must():
     truth = torch.ones(8, dtype=torch.float64)
     good, bad = torch.ones(8) + 1e-4, torch.ones(8) + 1e-2
-    assert all(error > allowed for error, allowed in grid.errors(bad, good, truth, torch.float32).values())
-    assert all(error <= allowed for error, allowed in grid.errors(good, good, truth, torch.float32).values())
-    assert all(error > allowed for error, allowed in grid.errors(bad * torch.nan, good, truth, torch.float32).values())
-    endless = torch.full((8,), torch.inf)
-    assert all(error > allowed for error, allowed in grid.errors(endless, good, truth, torch.float32).values())
+    for values, yardstick, fails in (
+        (bad, good, True), (good, good, False), (bad * torch.nan, good, True), (good + torch.inf, good, True),
+    ):  # fmt: skip
+        errors = grid.errors(values, yardstick, truth, torch.float32)
+        assert {error > allowed for error, allowed in errors.values()} == {fails}
     bits = torch.arange(64) % 3 > 0
     flipped = bits ^ (torch.arange(64) < 2)
     assert grid.disagreement(flipped, bits, bits) == (2 / 64, 1 / 64)

@@ -64,15 +64,17 @@ def test_an_integer_that_overflows_raises(kind, a, b):
 
 
 PLAIN = """
-import torch
+import sys, torch
 from dit_accel_kernels import TileLists, block_sparse_attention, resolve_backend, triton_requirement
 
+print([name for name in ("triton", "torch._inductor", "diffusers", "transformers") if name in sys.modules])
 tiles = TileLists.full(20, 20, block_q=16, block_k=16)
 q = torch.ones(1, 20, 1, 16)
 assert resolve_backend("auto", q.device, torch.bfloat16, 16) == "torch"
 for dtype in (torch.float16, torch.float32):
     assert triton_requirement(q.device, dtype) is None
     assert torch.equal(block_sparse_attention(*[q.to(dtype)] * 3, tiles, backend="triton"), q.to(dtype))
+print([triton_requirement(q.device, torch.float16, 64, precision) for precision in ("int8", "fp8")])
 try:
     print(block_sparse_attention(*[q.to(torch.bfloat16)] * 3, tiles, backend="triton").float().abs().max())
 except Exception as error:
@@ -80,14 +82,18 @@ except Exception as error:
 """
 
 
-def test_triton_s_own_interpreter_is_right_for_bfloat16_or_refused():
-    """Without what the tests change of it: the products of bit patterns would be handed on as attention."""
+def test_triton_s_own_interpreter_is_right_for_bfloat16_and_fp8_or_refused():
+    """Without what the tests change of it: products of bit patterns would be handed on; importing loads no compiler."""
     paths = os.pathsep.join([str(Path(__file__).parents[2] / "kernels"), *sys.path])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", PLAIN], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PLAIN], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    loaded, eight_bits, product = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert eight_bits.startswith("[None, \"'int8' in Triton's interpreter (found 'fp8', to which Triton")
     refused = (
         r"BackendUnavailableError: backend 'triton' needs float16 or float32 in Triton's interpreter \(found "
         r"torch.bfloat16, of which Triton [\d.]+ multiplies the bit patterns there; TRITON_INTERPRET=1 is set\): use "
-        r"'torch' or 'auto'\n"
+        r"'torch' or 'auto'"
     )
-    assert re.fullmatch(rf"tensor\(1\.\)\n|{refused}", found.stdout), found.stdout + found.stderr[-2000:]
+    assert re.fullmatch(rf"tensor\(1\.\)|{refused}", product), product

@@ -9,21 +9,10 @@ from itertools import product
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    FrameDecay,
-    Routing,
-    Selection,
-    TileLists,
-    Vote,
-    block_sparse_attention_backward,
-    block_sparse_attention_eager,
-    cache,
-    pack_bits,
-    values,
-)
+from dit_accel_kernels import EXACT, FrameDecay, Routing, Selection, TileLists, Vote
+from dit_accel_kernels import block_sparse_attention_backward, block_sparse_attention_eager, cache, pack_bits, values
 from dit_accel_kernels.backends.triton.support import interpreted
-from kernel_cases import qkv
+from kernel_cases import frame_decay, lists_of, qkv
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,17 +82,16 @@ def lists(rest: int, feature: str, device: str = "cpu") -> TileLists:
     count = -(-TOKENS // BLOCK)
     states = torch.full((count, count), rest, dtype=torch.uint8).fill_diagonal_(EXACT)
     states[:, 0] = EXACT
-    sizes = dict(block_q=BLOCK, block_k=BLOCK, num_q=TOKENS, num_k=TOKENS)
-    tiles = TileLists.from_states(states, **sizes)
+    tiles = lists_of(states, BLOCK, BLOCK, TOKENS, TOKENS)
     if "inside" in feature:
         causal = pack_bits(torch.ones(1, BLOCK, BLOCK, dtype=torch.bool).tril())
         tiles = replace(tiles, mask_ids=torch.arange(tiles.tiles_exact, dtype=torch.int32) % 2 - 1, mask_bits=causal)
     return tiles.to(device)
 
 
-def decay(device: str = "cpu") -> FrameDecay:
-    frames = (torch.arange(TOKENS) // 10 - 1).int().to(device)
-    return FrameDecay(table=torch.tensor([1.0, 0.8, 0.5], device=device), q_frames=frames, k_frames=frames)
+def decay(device: str) -> FrameDecay:
+    with torch.device(device):
+        return frame_decay(TOKENS, frame=10)
 
 
 def pinned(device: str) -> Tensor:
@@ -128,26 +116,18 @@ FEATURES: dict[str, Callable[[str], dict]] = {
     "token order": lambda device: {"token_order": torch.arange(TOKENS).flip(0).to(device)},
     "routing": lambda device: {"selection": Selection(routing=Routing(beta=0.0), pinned=pinned(device))},
     "kept tiles": lambda device: {"selection": Selection(keep=kept(device), rest="pooled", pinned=pinned(device))},
-    "votes": lambda device: {
-        "selection": Selection(keep=kept(device), vote=Vote(threshold=-1.0), reverse=True),
-    },
+    "votes": lambda device: {"selection": Selection(keep=kept(device), vote=Vote(threshold=-1.0), reverse=True)},
     "routing among kept tiles": lambda device: {
         "selection": Selection(keep=kept(device), routing=Routing(beta=0.0), pinned=pinned(device)),
     },
     "everything": lambda device: {
-        **FEATURES["decay"](device),
-        **FEATURES["key mask"](device),
-        **FEATURES["token order"](device),
+        **FEATURES["decay"](device), **FEATURES["key mask"](device), **FEATURES["token order"](device),
         "head_scale": torch.tensor([0.5, 1.5], device=device),
         "identity_mix": torch.tensor([0.0, 0.5], device=device),
         "identity_rows": (torch.arange(TOKENS) > 9).to(device),
     },
-    "int8": lambda device: {
-        **FEATURES["key mask"](device),
-        **FEATURES["token order"](device),
-        "precision": "int8",
-    },
-}
+    "int8": lambda device: {**FEATURES["key mask"](device), **FEATURES["token order"](device), "precision": "int8"},
+}  # fmt: skip
 
 
 def tensors(device: str = "cpu") -> list[Tensor]:
@@ -170,25 +150,16 @@ def backward(inputs: list[Tensor], tiles: TileLists, features: dict) -> tuple[Te
 CALLS = [(f, call) for f in FEATURES for call in (forward, backward) if (f, call) != ("int8", backward)]
 
 
-@pytest.mark.parametrize(
-    "wait",
-    [
-        lambda x: x.max().item(),
-        lambda x: x.tolist(),
-        lambda x: bool(x.any()),
-        lambda x: int(x.sum()),
-        lambda x: x[x > 0],
-        lambda x: x.nonzero(),
-        lambda x: x.cpu(),
-        lambda x: torch.equal(x, x),
-        lambda x: torch.repeat_interleave(x, x.long()),
-    ],
-)
-def test_every_kind_of_wait_is_refused(wait, monkeypatch):
+def test_every_kind_of_wait_is_refused(monkeypatch):
     x = torch.ones(4)
-    with no_syncs(monkeypatch), pytest.raises(HostSyncError):
+    for wait in (
+        lambda x: x.max().item(), lambda x: x.tolist(), lambda x: bool(x.any()), lambda x: int(x.sum()),
+        lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.cpu(), lambda x: torch.equal(x, x),
+        lambda x: torch.repeat_interleave(x, x.long()),
+    ):  # fmt: skip
+        with no_syncs(monkeypatch), pytest.raises(HostSyncError):
+            wait(x)
         wait(x)
-    wait(x)
 
 
 @pytest.mark.sample(12)

@@ -6,33 +6,21 @@ from itertools import product
 
 import pytest
 import torch
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Selection, TileLists, Vote, block_sparse_attention
+from dit_accel_kernels import EXACT, Selection, TileLists, Vote
 from dit_accel_kernels.api import block_sparse_attention_backward, block_sparse_attention_eager
 from dit_accel_kernels.features import product_dtype
-from kernel_cases import qkv, random_lists
+from kernel_cases import attend, frame_decay, lists_of, qkv, random_lists
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
-TOKENS, BLOCK, ROWS = 60, 16, 4
-STATES = torch.tensor(
-    [
-        [EXACT, POOLED, EXACT, SKIPPED],
-        [SKIPPED, EXACT, SKIPPED, POOLED],
-        [POOLED, POOLED, POOLED, POOLED],
-        [EXACT, SKIPPED, SKIPPED, EXACT],
-    ],
-    dtype=torch.uint8,
-)
-TILES = TileLists.from_states(STATES, block_q=BLOCK, block_k=BLOCK, num_q=TOKENS, num_k=TOKENS)
-EXACT_ONLY = TileLists.from_states(
-    STATES.where(STATES == EXACT, 0), block_q=BLOCK, block_k=BLOCK, num_q=TOKENS, num_k=TOKENS
-)
-FRAMES = torch.arange(TOKENS, dtype=torch.int32) // 9
+TOKENS, BLOCK = 60, 16
+STATES = torch.tensor([[2, 1, 2, 0], [0, 2, 0, 1], [1, 1, 1, 1], [2, 0, 0, 2]])
+TILES, EXACT_ONLY = (lists_of(x, BLOCK, BLOCK, TOKENS, TOKENS) for x in (STATES, STATES.where(STATES == EXACT, 0)))
 FEATURES = {
     "plain": {},
     "masked": {"key_mask": torch.arange(TOKENS)[None] % 5 > 0},
-    "decay": {"frame_decay": FrameDecay(table=torch.tensor([1.0, 0.6]), q_frames=FRAMES, k_frames=FRAMES)},
+    "decay": {"frame_decay": frame_decay(TOKENS, frame=9, table=(1.0, 0.6), first=0)},
     "votes": {"selection": Selection(vote=Vote())},
     "mass": {"selection": Selection(vote=Vote(criterion="mass", threshold=0.1))},
 }
@@ -42,8 +30,12 @@ ALL_BACKENDS = pytest.mark.parametrize("backend", ["loop", "operations", "triton
 BAD = (torch.nan, torch.inf, -torch.inf)
 
 
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+
+
 def call(backend: str, q: Tensor, k: Tensor, v: Tensor, tiles: TileLists = TILES, **arguments) -> tuple[Tensor, Tensor]:
-    return block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend=backend, **arguments)[:2]
+    return attend(q, k, v, tiles, return_lse=True, backend=backend, **arguments)[:2]
 
 
 def bad_rows(out: Tensor) -> Tensor:
@@ -59,7 +51,7 @@ def rows_of(tiles: list[int]) -> Tensor:
 @EVERY_FEATURE
 @BACKENDS
 def test_a_query_that_is_no_number_is_one_row_that_is_none(backend, feature):
-    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    q, k, v = inputs()
     clean, _ = call(backend, q, k, v, **FEATURES[feature])
     others = torch.arange(TOKENS) != 21
     for value in BAD:
@@ -75,7 +67,7 @@ def test_a_query_that_is_no_number_is_one_row_that_is_none(backend, feature):
 @BACKENDS
 def test_a_key_that_is_no_number_reaches_the_rows_that_see_it(backend, feature):
     """As an exact key, as part of a mean, in the ragged tile."""
-    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    q, k, v = inputs()
     clean, _ = call(backend, q, k, v, **FEATURES[feature])
     for token, tiles in ((1, [0, 2, 3]), (17, [0, 1, 2]), (59, [1, 2, 3])):
         bad = k.clone()
@@ -91,7 +83,7 @@ def test_a_key_that_is_no_number_reaches_the_rows_that_see_it(backend, feature):
 
 @BACKENDS
 def test_a_value_that_is_no_number_reaches_the_rows_that_see_it(backend):
-    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    q, k, v = inputs()
     v[0, 0, 17, 3] = torch.nan
     out, lse = call(backend, q, k, v)
     assert torch.equal(bad_rows(out), rows_of([0, 1, 2]))
@@ -103,7 +95,7 @@ def test_a_value_that_is_no_number_reaches_the_rows_that_see_it(backend):
 def test_a_row_without_a_valid_key_gives_0_whatever_its_query(backend):
     """Whose tiles are whole, or the ragged one is among them."""
     for value, (token, absent) in product(BAD, ((0, [0, 2]), (48, [0, 3]))):
-        q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+        q, k, v = inputs()
         q[0, 0, token] = value
         out, lse = call(backend, q, k, v, EXACT_ONLY, key_mask=~rows_of(absent)[None])
         assert torch.equal(out[0, 0, token], torch.zeros(16))
@@ -113,7 +105,7 @@ def test_a_row_without_a_valid_key_gives_0_whatever_its_query(backend):
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @ALL_BACKENDS
 def test_a_logit_of_minus_infinity_weighs_nothing(backend, scale):
-    q, k, v = (x.abs() for x in qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32))
+    q, k, v = (x.abs() for x in inputs())
     k[0, 0, 1, 3] = -torch.inf
     expected = call(backend, q, k, v, EXACT_ONLY, scale=scale, key_mask=torch.arange(TOKENS)[None] != 1)
     for one, two in zip(call(backend, q, k, v, EXACT_ONLY, scale=scale), expected, strict=True):
@@ -123,7 +115,7 @@ def test_a_logit_of_minus_infinity_weighs_nothing(backend, scale):
 @pytest.mark.parametrize("feature", ["plain", "masked"])
 @pytest.mark.parametrize("backend", ["loop", "operations", "reference"], indirect=True)
 def test_logits_that_are_all_minus_infinity_are_no_row_without_keys(backend, feature):
-    q, k, v = (x.abs() for x in qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32))
+    q, k, v = (x.abs() for x in inputs())
     q[0, 0, 21, 3] = -torch.inf
     out, _ = call(backend, q, k, v, **FEATURES[feature])
     assert bad_rows(out).nonzero().flatten().tolist() == [21]
@@ -132,7 +124,7 @@ def test_logits_that_are_all_minus_infinity_are_no_row_without_keys(backend, fea
 @pytest.mark.parametrize("feature", ["plain", "masked"])
 @ALL_BACKENDS
 def test_gradients_hand_it_on(backend, feature):
-    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    q, k, v = inputs()
     q[0, 0, 21, 3] = torch.nan
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out, _ = call(backend, q, k, v, **FEATURES[feature])
@@ -166,6 +158,7 @@ def in_bfloat16(monkeypatch):
     product_dtype.cache_clear()
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("in_bfloat16")
 @pytest.mark.parametrize("way", ["exact", "pooled", "decay", "votes", "mass", "inside"])
 @pytest.mark.parametrize("backend", ["operations", "reference"], indirect=True)
@@ -178,8 +171,7 @@ def test_nothing_that_is_no_number_is_multiplied(backend, way):
     if way in FEATURES:
         arguments["selection"] = FEATURES[way].get("selection")
     if way == "decay":
-        frames, table = keys.int() // 31, torch.tensor([1.0, 0.6])
-        arguments["frame_decay"] = FrameDecay(table=table, q_frames=frames[:150], k_frames=frames)
+        arguments["frame_decay"] = frame_decay(150, 205, 31, (1.0, 0.6), first=0)
     for dim, (block_q, block_k) in product((5, 24, 40), ((7, 33), (13, 101), (64, 45))):
         tiles = random_lists(2, 150, 205, block_q, block_k, pooled=way != "exact")
         if way == "inside":

@@ -1,13 +1,7 @@
-"""How long the way of one planned attention call is, from the processor to the kernels: our own calls, files and time.
+"""How long the way of one planned attention call is, from the processor to the kernels: our own calls and files."""
 
-Run as a script it prints all three: ``python tests/support/call_path.py``.
-"""
-
-import statistics
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,58 +70,3 @@ def inside_kernels(frame: Any) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def overhead(*methods: MethodConfig, times: int = 400) -> tuple[float, float]:
-    """Return the median milliseconds of a planned call less its kernel's own, and of the kernel's call."""
-    transformer, given = tiny_transformer(), []
-    found: list[tuple[float, float]] = []
-
-    def seconds(call: Callable[[], Any]) -> float:
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-
-    with dit_accel.attach(transformer, *(methods or (RADIAL,)), preset="none", backend="torch") as attachment:
-        forward_of(transformer)
-        call_processor = type(attachment.engine.layers[1].processor).__call__
-        names = call_processor.__code__.co_freevars
-        recreated = call_processor.__closure__[names.index("recreated")].cell_contents
-        planned = recreated.__globals__["dispatch_attention_fn"]
-        kernels = [
-            (module, getattr(module, KERNELS_ENTRY))
-            for name, module in sys.modules.items()
-            if name.startswith("dit_accel.attachment") and hasattr(module, KERNELS_ENTRY)
-        ]
-        ours = kernels[0][1]
-
-        def note(*args: Any, **kwargs: Any) -> Any:
-            given[:] = [(args, kwargs)]
-            return ours(*args, **kwargs)
-
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            for module, _ in kernels:
-                setattr(module, KERNELS_ENTRY, note)
-            out = planned(*args, **kwargs)
-            for module, own in kernels:
-                setattr(module, KERNELS_ENTRY, own)
-            ((positional, named),) = given
-            for _ in range(times):
-                whole = seconds(lambda: planned(*args, **kwargs))
-                found.append((whole, seconds(lambda: ours(*positional, **named))))
-            recreated.__globals__["dispatch_attention_fn"] = planned
-            return out
-
-        recreated.__globals__["dispatch_attention_fn"] = measured
-        forward_of(transformer, 1)
-    return 1e3 * statistics.median(a - b for a, b in found), 1e3 * statistics.median(b for _, b in found)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for title, counted in zip(("to the kernels' entry", "in all"), traced_call(), strict=True):
-        files = {where.split(":")[0] for where in counted}
-        print(f"{title}: {counted.total()} calls in {len(files)} files")
-        for where, count in counted.items():
-            print(f"  {count:3} {where}")
-    print("overhead {:.3f} ms a planned call; its kernel {:.3f} ms".format(*overhead()))

@@ -1,14 +1,12 @@
 """Small trainings for the tests: folders of videos, a tiny model in a folder, what one of several processes runs."""
 
-import multiprocessing
 import os
 import signal
-import socket
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+import parallel_ranks
 import torch
 from diffusers import WanPipeline
 from dit_accel_assets import model_path
@@ -24,13 +22,6 @@ from wan_tiny import tiny_transformer
 from dit_accel import ConfigError, ProcessLost, RadialAttention
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_layers=1, dense_steps=0)
-
-PRELOADED = [
-    "dit_accel_pipelines.finetuning.trainer", "dit_accel_pipelines.finetuning.run", "dit_accel_assets.clips",
-    "diffusers.pipelines.wan.pipeline_wan", "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video",
-    "diffusers.training_utils", "accelerate", "peft", "torch.distributed.device_mesh",
-]  # fmt: skip
-"""What one process imports for all that are started, which are its copies."""
 
 
 def video_folder(folder: Path, count: int = 3, frames: int = 9, size: int = 32) -> Path:
@@ -85,43 +76,19 @@ def processes(count: int, folder: Path, **changes: Any) -> list[str]:
     Returns:
         What each was refused with, or broke on; empty where it was not, "killed" where it told nothing.
     """
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        port = asked.getsockname()[1]
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    context = multiprocessing.get_context("forkserver")
-    with context.Manager() as manager:
-        told = manager.dict()
-        started: list[Any] = [
-            context.Process(target=train_in_process, args=(rank, count, port, folder, changes, told))
-            for rank in range(count)
-        ]
-        for process in started:
-            process.start()
-        deadline = time.monotonic() + 280
-        for process in started:
-            process.join(max(0, deadline - time.monotonic()))
-        alive = [rank for rank, process in enumerate(started) if process.is_alive()]
-        for rank in alive:
-            started[rank].kill()
-        assert not alive, f"ranks {alive} hang"
-        return [told.get(rank, "killed") for rank in range(count)]
+    found = parallel_ranks.processes(count, train_in_process, folder, changes, seconds=0)
+    return [found.get(rank, "killed") for rank in range(count)]
 
 
-def train_in_process(rank: int, count: int, port: int, folder: Path, changes: dict[str, Any], told: Any) -> None:
+def train_in_process(rank: int, world: int, folder: Path, changes: dict[str, Any]) -> str:
     """Train in one of the processes that a launcher started."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
     if changes.pop("lose", None) == rank:
         first = Trainer._add_up_gradients
         Trainer._add_up_gradients = lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step else first(self)
     try:
         finetune(recipe(folder, **changes))
-        told[rank] = ""
+        return ""
     except (ConfigError, ProcessLost) as error:
-        told[rank] = f"refused: {error}"
+        return f"refused: {error}"
     except Exception:
-        told[rank] = traceback.format_exc()
+        return traceback.format_exc()

@@ -20,7 +20,7 @@ def drawn(seed: int, *, small: bool = False, powers: bool = False, votes: bool =
     heads = key_heads * few(1, 1, 2, 3)
     dim = few(8, 16, 24, 40) if small else few(1, 3, 8, 16, 17, 40, 64)
     block_q, block_k = (few(16, 32), few(16, 32)) if powers else (few(5, 8, 16, 33), few(4, 7, 16, 16, 32))
-    num_q, num_k = rng.integers(1, 70 if small else 130, 2)
+    num_q, num_k = rng.integers(1, 50 if small else 130, 2)
     order = None
     if rng.random() < 0.6:
         num_k = num_q

@@ -1,11 +1,10 @@
 """Which methods must be refused on which pipelines, read off what adapters and diffusers declare, never off a list."""
 
-import fnmatch
 from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from matrix_methods import GUIDING, names_of
-from matrix_situations import Trial, class_names
+from matrix_situations import Trial, class_names, rescaled
 
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.block_lists import block_lists, blocks_of
@@ -109,5 +108,4 @@ def _not_guided(adapter: Adapter, trial: Trial) -> str | None:
         return "kv_cache" if "Flux2KleinKVPipeline" in names else None
     if getattr(trial.pipe, "guider", None) is not None:
         return None  # what is added goes behind the guider's result, whatever that does
-    patterns = adapter.guidance.rescales
-    return next((patterns[one] for one in patterns for name in names if fnmatch.fnmatch(name, one)), None)
+    return rescaled(trial)

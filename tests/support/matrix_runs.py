@@ -1,12 +1,12 @@
 """Runs of stock pipelines for the matrix: rows of a batch, a run's latents, and what is done to a pipeline between."""
 
+import contextlib
 import copy
 import functools
 import inspect
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,14 +19,12 @@ class Stopped(Exception):  # noqa: N818 - reads as what it is
     """What the tests raise in the middle of a run."""
 
 
-def _other(name: str, value: Tensor) -> Tensor:
-    """Another prompt's embeddings, by the name of the argument."""
+def _another(name: str, value: Any) -> Any:
+    """Another prompt's value of an argument of the call: embeddings by the argument's name, all else alike."""
+    if not isinstance(value, Tensor) or "prompt" not in name or "mask" in name or not value.is_floating_point():
+        return value
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(value.shape, generator=generator, dtype=value.dtype)
-
-
-def _is_text(name: str, value: Tensor) -> bool:
-    return "prompt" in name and "mask" not in name and value.is_floating_point()
 
 
 def call_of_rows(call: Call, prompts: Sequence[int], negatives: Sequence[int] | None = None) -> Call:
@@ -40,19 +38,15 @@ def call_of_rows(call: Call, prompts: Sequence[int], negatives: Sequence[int] | 
     made = dict(call)
     for name, value in call.items():
         chosen = (negatives or [0] * len(prompts)) if name.startswith("negative") else prompts
+        axis = 1 if "llama" in name else 0
         if isinstance(value, Tensor) and "cu_seqlens" in name:
             made[name] = torch.arange(len(prompts) + 1, dtype=value.dtype) * value[-1]
-        elif isinstance(value, Tensor) and value.ndim:
-            axis = 1 if "llama" in name else 0
-            if value.shape[axis] == 1 and not name.startswith("_"):
-                other = _other(name, value) if _is_text(name, value) else value
-                made[name] = torch.cat([other if one else value for one in chosen], axis)
+        elif isinstance(value, Tensor) and value.ndim and value.shape[axis] == 1 and not name.startswith("_"):
+            made[name] = torch.cat([_another(name, value) if row else value for row in chosen], axis)
         elif isinstance(value, list) and len(value) == 1:
-            first = value[0]
-            other = _other(name, first) if isinstance(first, Tensor) and _is_text(name, first) else first
-            made[name] = [other if one else first for one in chosen]
+            made[name] = [_another(name, value[0]) if row else value[0] for row in chosen]
         elif isinstance(value, str) and name in ("prompt", "negative_prompt", "task_prompt", "content_prompt"):
-            texts = [f"{value[:-1]} {value[-1:]}" if one else value for one in chosen]
+            texts = [f"{value[:-1]} {value[-1:]}" if row else value for row in chosen]
             made[name] = texts[0] if len(texts) == 1 else texts
     return made
 
@@ -141,7 +135,7 @@ class Step:
         return self.around(self.count - 1, own, sample)
 
 
-@contextmanager
+@contextlib.contextmanager
 def changed_step(pipe: Any, around: Callable[[int, Callable[[Any], Any], Any], Any]) -> Iterator[None]:
     """Call ``around(index, step, latents)`` in place of the scheduler's steps, and those of its copies."""
     scheduler = pipe.scheduler
@@ -152,11 +146,8 @@ def changed_step(pipe: Any, around: Callable[[int, Callable[[Any], Any], Any], A
         del scheduler.step
 
 
-def stopping(pipe: Any, call: Call, at: int) -> Call | None:
-    """Return a call whose callback raises `Stopped` after a step; None: the class takes no callback."""
-    if "callback_on_step_end" not in parameters(pipe):
-        return None
-
+def run_until(pipe: Any, call: Call, at: int, seed: int = 5) -> None:
+    """Start a run and leave it by an exception behind a step, of a callback or, where the class has none, in a step."""
     steps = itertools.count()  # the index begins anew in each stage of a pyramid
 
     def stop(*_: Any) -> Any:
@@ -164,30 +155,17 @@ def stopping(pipe: Any, call: Call, at: int) -> Call | None:
             raise Stopped
         return {}
 
-    return {**call, "callback_on_step_end": stop}
-
-
-def run_until(pipe: Any, call: Call, at: int, seed: int = 5) -> None:
-    """Start a run and leave it by an exception behind a step."""
-    stopped = stopping(pipe, call, at)
-    if stopped is not None:
-        try:
-            run(pipe, stopped, (seed,))
-        except Stopped:
-            return
-        raise AssertionError("the callback was not called")
-
     def around(index: int, step: Any, latents: Any) -> Any:
-        if index >= at:
-            raise Stopped
+        stop()
         return step(latents)
 
-    with changed_step(pipe, around):
+    calls_back = "callback_on_step_end" in parameters(pipe)
+    with contextlib.nullcontext() if calls_back else changed_step(pipe, around):
         try:
-            run(pipe, call, (seed,))
+            run(pipe, {**call, "callback_on_step_end": stop} if calls_back else call, (seed,))
         except Stopped:
             return
-    raise AssertionError("the scheduler was not called")
+    raise AssertionError("neither a callback nor the scheduler was called")
 
 
 def run_interrupted(pipe: Any, call: Call, at: int, seed: int = 5) -> None:
@@ -227,11 +205,6 @@ def twin(pipe: Any) -> Any:
     return other
 
 
-def guider_of(pipe: Any) -> Any:
-    """The component that guides in place of the pipeline's own arguments, or None."""
-    return getattr(pipe, "guider", None)
-
-
 def scale_name(stock: Stock, pipe: Any, call: Call) -> str | None:
     """The argument that says how far a class guides by a negative prompt; None: it does not."""
     known = parameters(pipe)
@@ -257,10 +230,10 @@ def with_negative(pipe: Any, call: Call) -> Call:
     return {**call, **added, **scale}
 
 
-@contextmanager
+@contextlib.contextmanager
 def scaled(stock: Stock, pipe: Any, call: Call, scale: float | None) -> Iterator[Call]:
     """Yield a call guided by another scale; None: not guided at all."""
-    guider = guider_of(pipe)
+    guider = getattr(pipe, "guider", None)  # it guides in place of the pipeline's arguments
     if guider is None:
         name = scale_name(stock, pipe, call)
         yield call if name is None else {**call, name: stock.off if scale is None else scale}
@@ -292,10 +265,10 @@ def _without_negative(pipe: Any, rows: int, off: float) -> Callable[..., Any]:
     return end
 
 
-@contextmanager
+@contextlib.contextmanager
 def ending(stock: Stock, pipe: Any, call: Call, rows: int) -> Iterator[Call]:
     """Yield a call whose guidance ends in the middle of the run."""
-    guider = guider_of(pipe)
+    guider = getattr(pipe, "guider", None)  # it guides in place of the pipeline's arguments
     if guider is not None:
         before, guider._stop = guider._stop, 0.5
         try:

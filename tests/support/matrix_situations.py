@@ -4,14 +4,14 @@ import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import matrix_runs as runs
 import torch
 from matrix_methods import GUIDING, METHODS, STEPS
 from matrix_runs import rows_call
-from tiny_stock import PIPELINES, Call, Stock
+from tiny_stock import PIPELINES, Call
 from torch import Tensor
 
 import dit_accel
@@ -53,19 +53,10 @@ class Plain:
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.stock, self.rounding = PIPELINES[self.name], EXACT if self.wide else ROUNDING
         self.pipe, self.call = runs.prepared(self.name)
         if self.wide:
             self.call = runs.widened(self.pipe, self.call)
-
-    @property
-    def stock(self) -> Stock:
-        """How it is made."""
-        return PIPELINES[self.name]
-
-    @property
-    def rounding(self) -> float:
-        """The least difference that counts."""
-        return EXACT if self.wide else ROUNDING
 
     def rows(self, prompts: Sequence[int], seeds: Sequence[int], how: str = "") -> Tensor:
         """Return the latents of a plain run; it must be made before anything is attached."""
@@ -133,20 +124,9 @@ class Trial:
     kept: dict[Any, Tensor] = field(default_factory=dict)
     attachment: Any = None
 
-    @cached_property
-    def configs(self) -> tuple[Any, ...]:
-        """What is attached."""
-        return METHODS[self.method](self.plain.call)
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline."""
-        return self.plain.pipe
-
-    @property
-    def transformer(self) -> Any:
-        """The transformer, or the first of several."""
-        return transformer_of(self.pipe)
+    def __post_init__(self) -> None:
+        self.configs, self.pipe = METHODS[self.method](self.plain.call), self.plain.pipe
+        self.transformer = transformer_of(self.pipe)
 
     def attach(self, model: Any = None) -> Any:
         """Attach the method to the pipeline, or to another model."""
@@ -189,40 +169,53 @@ def wrong(what: str, difference: float, allowed: float = 0.0) -> list[str]:
     return [] if difference <= allowed else [f"{what}: {difference:.2g} off, {allowed:.2g} is rounding"]
 
 
-def compare_rows(
-    trial: Trial, prompts: Sequence[int], seeds: Sequence[int], how: str = "", alone: str | None = None
-) -> list[str]:
+ROWS: dict[str, tuple[str, list[int], list[int]]] = {
+    "two prompts, equal seeds": ("", [0, 1], [0, 0]),
+    "two prompts, other seeds": ("", [0, 1], [0, 1]),
+    "two of one prompt": ("images", [0, 0], [0, 1]),
+    "guidance off": ("off", [0, 1], [0, 0]),
+    "negative prompts": ("negative", [0, 1], [0, 0]),
+    "guidance ends midway": ("end", [0, 1], [0, 0]),
+}
+"""Situations of two rows -> the way of guiding, the prompts and the seeds."""
+
+
+def compare_rows(trial: Trial, how: str, prompts: Sequence[int], seeds: Sequence[int]) -> list[str]:
     """Compare each row of a batch with that row alone; what a processor's rounding may be is judged in float64."""
-    alone = how if alone is None else alone
-    asked = [prompts[0]] if how == "images" else prompts
+    asked, alone = ([prompts[0]], "") if how == "images" else (prompts, how)
     plain = trial.plain.rows(asked, seeds, how=how)
-    made, found, doubtful = trial.rows(asked, seeds, how), [], not trial.plain.wide
+    made, lines, doubtful = trial.rows(asked, seeds, how), [], not trial.plain.wide
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         rounding = far(plain[row : row + 1], trial.plain.rows([prompt], [seed], how=alone))
         own = trial.rows([prompt], [seed], alone)
         off, least = far(made[row : row + 1], own), trial.plain.rounding * float(own.abs().max())
-        found += wrong(f"row {row}", off, SPREAD * rounding + least)
+        lines += wrong(f"row {row}", off, SPREAD * rounding + least)
         doubtful &= off <= SPREAD * rounding + DOUBT * least
-    return _compared_in_float64(trial, prompts, seeds, how, alone, found) if found and doubtful else found
-
-
-def _compared_in_float64(
-    trial: Trial, prompts: Sequence[int], seeds: Sequence[int], how: str, alone: str, found: list[str]
-) -> list[str]:
-    """Compare rows on the same pipeline in float64; what was ``found`` stands where the pipeline does not run in it."""
+    if not (lines and doubtful):
+        return lines
+    wide = Plain(trial.plain.name, wide=True)
     try:
-        plain = Plain(trial.plain.name, wide=True)
-        plain.rows([prompts[0]] if how == "images" else prompts, seeds, how=how)
-        kinds = {plain.rows([one], [seed], how=alone).dtype for one, seed in zip(prompts, seeds, strict=True)}
-    except RuntimeError:  # of two types in one product
-        return found
+        kinds = {wide.rows(asked, seeds, how=how).dtype}
+        kinds |= {wide.rows([one], [seed], how=alone).dtype for one, seed in zip(prompts, seeds, strict=True)}
+    except RuntimeError:  # of two types in one product: it does not run in float64
+        return lines
     if kinds != {torch.float64}:
-        return found
-    exact = Trial(plain, trial.method).fresh()
+        return lines
+    exact = Trial(wide, trial.method).fresh()
     try:
-        return compare_rows(exact, prompts, seeds, how, alone)
+        return compare_rows(exact, how, prompts, seeds)
     finally:
         exact.close()
+
+
+def _rows(trial: Trial, situation: str) -> list[str]:
+    how, prompts, seeds = ROWS[situation]
+    lines = compare_rows(trial, how, prompts, seeds)
+    if how == "images":
+        return lines + compare_rows(trial, how, prompts, [0, 0])
+    if how == "end":
+        lines += wrong("second run", far(run_rows(trial.plain, [0], [0], how), trial.rows([0], [0], how)))
+    return lines
 
 
 def _one(trial: Trial) -> list[str]:
@@ -237,34 +230,9 @@ def _again(trial: Trial) -> list[str]:
     return wrong("second run", far(run_rows(trial.plain, [0], [0]), first))
 
 
-def _equal(trial: Trial) -> list[str]:
-    return compare_rows(trial, [0, 1], [0, 0])
-
-
-def _unequal(trial: Trial) -> list[str]:
-    return compare_rows(trial, [0, 1], [0, 1])
-
-
-def _images(trial: Trial) -> list[str]:
-    return compare_rows(trial, [0, 0], [0, 1], "images", "") + compare_rows(trial, [0, 0], [0, 0], "images", "")
-
-
-def _off(trial: Trial) -> list[str]:
-    return compare_rows(trial, [0, 1], [0, 0], "off")
-
-
-def _negative(trial: Trial) -> list[str]:
-    return compare_rows(trial, [0, 1], [0, 0], "negative")
-
-
-def _end(trial: Trial) -> list[str]:
-    found = compare_rows(trial, [0, 1], [0, 0], "end")
-    return found + wrong("second run", far(run_rows(trial.plain, [0], [0], "end"), trial.rows([0], [0], "end")))
-
-
 def _scale(trial: Trial) -> list[str]:
     """What is added to the prediction does not depend on how far the pipeline guides; what NAG adds grows with that."""
-    if trial.method not in GUIDING or (trial.method == "nag" and _rescales(trial)):
+    if trial.method not in GUIDING or (trial.method == "nag" and rescaled(trial)):
         return []
     if class_names(trial.pipe) & set(NO_PROPORTION):
         return []
@@ -276,11 +244,11 @@ def _scale(trial: Trial) -> list[str]:
     return wrong("what is added at scales 2 and 4", far(*added), 2e-3 * size + trial.plain.rounding * latents)
 
 
-def _rescales(trial: Trial) -> bool:
-    """Whether the pipeline rescales the guided prediction, by which what NAG adds is no longer in proportion."""
+def rescaled(trial: Trial) -> str | None:
+    """Why the pipeline rescales the guided prediction, by which what NAG adds is no longer in proportion; or None."""
     patterns = adapter_for(type(trial.transformer).__name__).guidance.rescales
     names = class_names(trial.pipe)
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
+    return next((patterns[one] for one in patterns for name in names if fnmatch.fnmatch(name, one)), None)
 
 
 def _exception(trial: Trial) -> list[str]:
@@ -360,12 +328,7 @@ def _detached(trial: Trial) -> list[str]:
 SITUATIONS: dict[str, Callable[[Trial], list[str]]] = {
     "one prompt": _one,
     "second run": _again,
-    "two prompts, equal seeds": _equal,
-    "two prompts, other seeds": _unequal,
-    "two of one prompt": _images,
-    "guidance off": _off,
-    "negative prompts": _negative,
-    "guidance ends midway": _end,
+    **{name: partial(_rows, situation=name) for name in ROWS},
     "another guidance scale": _scale,
     "after an exception": _exception,
     "after an interrupt": _interrupt,
@@ -375,17 +338,6 @@ SITUATIONS: dict[str, Callable[[Trial], list[str]]] = {
     "detached": _detached,
 }
 """Situation -> what is wrong in it, in words; nothing: all is right."""
-
-
-ROWS: dict[str, tuple[str, list[int], list[int]]] = {
-    "two prompts, equal seeds": ("", [0, 1], [0, 0]),
-    "two prompts, other seeds": ("", [0, 1], [0, 1]),
-    "two of one prompt": ("images", [0, 0], [0, 1]),
-    "guidance off": ("off", [0, 1], [0, 0]),
-    "negative prompts": ("negative", [0, 1], [0, 0]),
-    "guidance ends midway": ("end", [0, 1], [0, 0]),
-}
-"""Situations of two rows -> the way of guiding, the prompts and the seeds."""
 
 
 def prepare(situation: str, plain: Plain) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from dit_accel_pipelines.processes.parallel import enable_ulysses
-from parallel_ranks import apart, build, denoise, told
+from parallel_ranks import apart, build, denoise, run, told
 
 import dit_accel
 
@@ -34,8 +34,7 @@ def compare(rank: int, world: int, methods: tuple[Any, ...]) -> dict[str, Any]:
     """Return case -> (how far the offloaded processes' output lies from one process's, how far that from dense)."""
     transformer, inputs = build("wan")
     plain = denoise(transformer, inputs)
-    with dit_accel.attach(transformer, *methods, preset="none"):
-        alone = denoise(transformer, inputs)
+    alone = run(transformer, inputs, methods)
     found: dict[str, Any] = {}
     for how in KINDS:
         for order in ORDERS:

@@ -27,7 +27,8 @@ import dit_accel
 TEXT = 8
 PRELOADED = [
     "torch.multiprocessing", "diffusers.models.transformers", "diffusers.pipelines.flux.pipeline_flux",
-    "dit_accel.attachment.attachment", "dit_accel_pipelines.generation.generate",
+    "dit_accel.attachment.attachment", "dit_accel_pipelines.generation.generate", "dit_accel_assets.clips",
+    "dit_accel_pipelines.finetuning.run", "diffusers.pipelines.wan.pipeline_wan", "diffusers.training_utils", "peft",
 ]  # fmt: skip
 """What one process imports for all that are started, which are its copies."""
 
@@ -80,7 +81,7 @@ def build(name: str, heads: int = 4, **sizes: int) -> tuple[Any, dict[str, Any]]
 
 
 def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 3, guided: bool = True) -> torch.Tensor:
-    """Return the latents after some told steps, with guidance in two calls."""
+    """Return the latents after some steps that the context tells, with guidance in two calls."""
     x, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     with torch.no_grad():
         for step in range(steps):
@@ -94,6 +95,28 @@ def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 3, guided: bo
     return x
 
 
+def run(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ...], **options: Any) -> torch.Tensor:
+    """Return the latents of a run with methods."""
+    with dit_accel.attach(transformer, *methods, preset="none"):
+        return denoise(transformer, inputs, **options)
+
+
+def both(world: int, name: str = "wan", **sizes: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a tiny model of one process, the same one split over all of them, and what both are given."""
+    transformer, inputs = build(name, **sizes)
+    spread = copy.deepcopy(transformer)
+    enable_ulysses(spread, world)
+    return transformer, spread, inputs
+
+
+def result_of(work: Any, *given: Any, **options: Any) -> Any:
+    """Return what something gives, or in words the error that it raises."""
+    try:
+        return work(*given, **options)
+    except Exception as error:
+        return told(error)
+
+
 def enable(transformer: Any, **options: Any) -> None:
     """Enable context parallelism as diffusers does, on a machine of which every process has an accelerator."""
     config = diffusers.ContextParallelConfig(**options)
@@ -105,16 +128,13 @@ def start(rank: int, world: int, port: int, work: Any, found: Any, seconds: floa
     """Join the group, unless ``work`` does, and put under the rank what it gives, or the error that it raises."""
     torch.set_num_threads(1)
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
+    launched |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in launched.items()})
     if seconds:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
-    try:
-        found[rank] = work(rank, world, *given)
-    except Exception as error:
-        found[rank] = told(error)
-    else:
-        if seconds:
-            dist.barrier()
+    found[rank] = result = result_of(work, rank, world, *given)
+    if seconds and not isinstance(result, str):
+        dist.barrier()
     if seconds:
         dist.destroy_process_group()
 
@@ -160,50 +180,35 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
     plain = denoise(transformer, inputs, guided=guided)
     share, shares = {}, [None] * world  # what one process gives is the same on all: each makes some of it
     for name in list(cases)[rank::world]:
-        with dit_accel.attach(transformer, *cases[name], preset="none"):
-            share[name] = denoise(transformer, inputs, guided=guided)
+        share[name] = run(transformer, inputs, cases[name], guided=guided)
     dist.all_gather_object(shares, share)
     alone = {name: one for part in shares for name, one in part.items()}
-    found = {}
-    for name, methods in cases.items():
-        try:
-            with dit_accel.attach(spread, *methods, preset="none"):
-                together = denoise(spread, inputs, guided=guided)
-            found[name] = apart(together, alone[name]), apart(alone[name], plain)
-        except Exception as error:
-            found[name] = told(error)
-    return found
+
+    def apart_of(name: str) -> tuple[float, float]:
+        return apart(run(spread, inputs, cases[name], guided=guided), alone[name]), apart(alone[name], plain)
+
+    return {name: result_of(apart_of, name) for name in cases}
 
 
 def compare_each(rank: int, world: int, models: tuple[str, ...], cases: dict[str, tuple[Any, ...]]) -> Any:
     """Return "model: case" -> what `compare` does, of several models."""
-    found = {}
-    for model in models:
-        for name, one in compare(rank, world, model, cases, {}, {}).items():
-            found[f"{model}: {name}"] = one
-    return found
+    found = {model: compare(rank, world, model, cases, {}, {}) for model in models}
+    return {f"{model}: {name}": one for model, results in found.items() for name, one in results.items()}
 
 
 def compiled(rank: int, world: int, cases: dict[str, tuple[Any, ...]], options: Any) -> Any:
     """Return case -> how far compiled blocks' output lies from one process's, eager, and how many graphs were made."""
     from torch._dynamo.utils import counters
 
-    found = {}
-    for name, methods in cases.items():
+    def compared(methods: tuple[Any, ...]) -> tuple[float, int]:
         torch._dynamo.reset()
         counters.clear()
-        transformer, inputs = build("wan")
-        spread = copy.deepcopy(transformer)
-        with dit_accel.attach(transformer, *methods, preset="none"):
-            alone = denoise(transformer, inputs)
-        enable_ulysses(spread, world)
+        transformer, spread, inputs = both(world)
+        alone = run(transformer, inputs, methods)
         spread.compile_repeated_blocks(**options)
-        try:
-            with dit_accel.attach(spread, *methods, preset="none"):
-                found[name] = apart(denoise(spread, inputs), alone), counters["stats"]["unique_graphs"]
-        except Exception as error:
-            found[name] = told(error)
-    return found
+        return apart(run(spread, inputs, methods), alone), counters["stats"]["unique_graphs"]
+
+    return {name: result_of(compared, methods) for name, methods in cases.items()}
 
 
 def with_lse(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
@@ -237,18 +242,14 @@ def weaker_models(rank: int, world: int) -> Any:
     Tokens are those of its second block's input; what is left behind is its parallelism and hooks after detach.
     """
     found = {}
-    transformer, inputs = build("wan")
-    spread = copy.deepcopy(transformer)
-    enable_ulysses(spread, world)
+    transformer, spread, inputs = both(world)
     for heads in (4, 3):
         weak, tokens = build("wan", heads)[0] if heads == 3 else weakened(transformer), []
         method = dit_accel.AutoGuidance(scale=1.0, weak_transformer=weak)
         plain = denoise(weak, inputs)
-        with dit_accel.attach(transformer, method):
-            alone = denoise(transformer, inputs)
+        alone = run(transformer, inputs, (method,))
         handle = weak.blocks[1].register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))  # noqa: B023
-        with dit_accel.attach(spread, method):
-            together = denoise(spread, inputs)
+        together = run(spread, inputs, (method,))
         handle.remove()
         hooks = [name for one in weak.modules() for name in getattr(getattr(one, "_diffusers_hook", 0), "hooks", ())]
         told = [weak._parallel_config, *(block.attn1.processor._parallel_config for block in weak.blocks)]
@@ -272,18 +273,14 @@ def attach_first(rank: int, world: int, nag: Any, methods: tuple[Any, ...]) -> A
     transformer, inputs = build("wan")
     text, spread = torch.randn(1, 6, 64), copy.deepcopy(transformer)
     plain = denoise(transformer, inputs)
-    with dit_accel.attach(transformer, *methods, preset="none"):
-        alone = denoise(transformer, inputs)
+    alone = run(transformer, inputs, methods)
     gradient = gradient_of(transformer, inputs, methods[:1])
     attachment = dit_accel.attach(spread, *methods, preset="none")
     enable_ulysses(spread, world)
     together = denoise(spread, inputs)
     attachment.detach()
     dense = denoise(spread, inputs)
-    far = []
-    for one in (transformer, spread):
-        with dit_accel.attach(one, nag(negative_embeds=text)):
-            far.append(denoise(one, inputs))
+    far = [run(one, inputs, (nag(negative_embeds=text),)) for one in (transformer, spread)]
     shared = gradient_of(spread, inputs, methods[:1])
     dist.all_reduce(shared)
     return apart(*far), apart(together, alone), apart(dense, plain), apart(shared, gradient)
@@ -326,51 +323,28 @@ def gradient_of(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ..
 
 def refused(rank: int, world: int) -> dict[str, str]:
     """Return case -> the error that this process raises."""
-    from diffusers import FirstBlockCacheConfig
-
     lite = dit_accel.LiteAttention(block_size=16, dense_steps=0)
 
-    def error_of(methods: tuple[Any, ...], heads: int = 4, options: Any = None, **call: Any) -> str:
-        transformer, inputs = build("wan", heads)
-        inputs = {**inputs, **call.pop("inputs", {})}
-        enable(transformer, **(options or dict(ulysses_degree=world)))
-        try:
-            with dit_accel.attach(transformer, *methods, preset="none"):
-                denoise(transformer, inputs, **call)
-        except Exception as error:
-            return told(error)
-        return "no error"
+    def refusal(*methods: Any, heads: int = 4, split: Any = None, inputs: Any = None, **call: Any) -> str:
+        transformer, own = build("wan", heads)
+        enable(transformer, **(split or dict(ulysses_degree=world)))
+        return result_of(run, transformer, {**own, **(inputs or {})}, methods, **call)
 
-    def ring(*methods: Any) -> str:
-        transformer, _ = build("wan")
-        enable(transformer, ring_degree=world)
-        try:
-            dit_accel.attach(transformer, *methods, preset="none")
-        except Exception as error:
-            return told(error)
-        return "no error"
-
-    def undescribed() -> str:
-        transformer = diffusers.LTXVideoTransformer3DModel(**LTX[0].config)
-        enable(transformer, ulysses_degree=world)
-        try:
-            dit_accel.attach(transformer, lite)
-        except Exception as error:
-            return told(error)
-        return "no error"
-
+    undescribed = diffusers.LTXVideoTransformer3DModel(**LTX[0].config)
+    enable(undescribed, ulysses_degree=world)
+    ring = dict(ring_degree=world)
     other = dit_accel.LiteAttention(block_size=16, dense_steps=0, threshold=-3.0)
     return {
-        "heads": error_of((lite,), heads=3),
-        "too few heads": error_of((lite,), heads=1, options=dict(ulysses_degree=world, ulysses_anything=True)),
-        "ring": ring(lite),
-        "ring, of two": ring(dit_accel.RadialAttention(), dit_accel.SolAttention()),
-        "undescribed": undescribed(),
-        "native": error_of((FirstBlockCacheConfig(),)),
-        "settings": error_of((other if rank else lite,)),
-        "methods": error_of((lite if rank else dit_accel.EasyCache(),)),
-        "steps": error_of((lite,), steps=4 + rank),
-        "seeds": error_of((lite,), inputs=dict(hidden_states=torch.randn(1, 12, 5, 8, 8) + rank)),
+        "heads": refusal(lite, heads=3),
+        "too few heads": refusal(lite, heads=1, split=dict(ulysses_degree=world, ulysses_anything=True)),
+        "ring": refusal(lite, split=ring),
+        "ring, of two": refusal(dit_accel.RadialAttention(), dit_accel.SolAttention(), split=ring),
+        "undescribed": result_of(dit_accel.attach, undescribed, lite),
+        "native": refusal(diffusers.FirstBlockCacheConfig()),
+        "settings": refusal(other if rank else lite),
+        "methods": refusal(lite if rank else dit_accel.EasyCache()),
+        "steps": refusal(lite, steps=4 + rank),
+        "seeds": refusal(lite, inputs=dict(hidden_states=torch.randn(1, 12, 5, 8, 8) + rank)),
     }
 
 
@@ -380,17 +354,11 @@ def groups(rank: int, world: int, methods: tuple[Any, ...]) -> Any:
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"] + rank // 2
     spread = copy.deepcopy(transformer)
     enable_ulysses(spread, world // 2)
-    far = []
-    for one in (transformer, spread):
-        with dit_accel.attach(one, *methods, preset="none"):
-            far.append(denoise(one, inputs))
+    far = [run(one, inputs, methods) for one in (transformer, spread)]
     refusals = []
     for degree, heads, model in ((3, 3, "wan"), (4, 6, "wan"), (2, 4, "mochi")):
-        try:
-            one = diffusers.MochiTransformer3DModel(**MOCHI[0].config) if model == "mochi" else build(model, heads)[0]
-            enable_ulysses(one, degree)
-        except Exception as error:
-            refusals.append(told(error))
+        one = diffusers.MochiTransformer3DModel(**MOCHI[0].config) if model == "mochi" else build(model, heads)[0]
+        refusals.append(result_of(enable_ulysses, one, degree))
     return apart(*far), far[0].sum().item(), refusals
 
 
@@ -407,5 +375,4 @@ def lose_one(rank: int, world: int, fault: str) -> None:
 
     if rank == 1:
         transformer.blocks[1].register_forward_pre_hook(fail)
-    with dit_accel.attach(transformer, dit_accel.LiteAttention(block_size=16, dense_steps=0)):
-        denoise(transformer, inputs)
+    run(transformer, inputs, (dit_accel.LiteAttention(block_size=16, dense_steps=0),))

@@ -2,13 +2,12 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_path
-from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention
 from torch import Tensor
 
 from dit_accel.adapters.installed import adapter_for
@@ -69,65 +68,6 @@ def calls_of(name: str, frames: int = 1) -> list[RecordedCall]:
     with planned(pipe.transformer, adapter) as attachment, recorded(attachment) as calls:
         generated(pipe, name, 1, **(PICTURE if name == "flux-tiny" else clip_size(frames)))
     return [call for call in calls if call.context.branch != "uncond"]
-
-
-class Sample(NamedTuple):
-    """Inputs of one call: q, k and v [2, H, S, D], each token's frame, int32 [S], and the frames of the window."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    frames: Tensor
-    trained: int
-
-    @property
-    def length(self) -> int:
-        return int(self.frames.max()) + 1
-
-    def wide(self) -> "Sample":
-        """The same in float64."""
-        return self._replace(q=self.q.double(), k=self.k.double(), v=self.v.double())
-
-
-@functools.cache
-def sample(name: str) -> Sample:
-    """Random inputs, or those of two layers of an embedded model: videos at three times the trained length.
-
-    The picture's tokens have their row's number for a frame, and text none.
-    """
-    if name == "random":
-        generator = torch.Generator().manual_seed(0)
-        q, k, v = torch.randn(3, 2, 3, 45 * 5, 16, generator=generator)
-        return Sample(q=2 * q, k=k, v=v, frames=_frames(45, 5), trained=15)
-    trained = VIDEOS[name].trained if name in VIDEOS else 6
-    calls = calls_of(name, 3 * trained)
-    q, k, v = (torch.cat([getattr(calls[layer], part) for layer in (1, 4)]) for part in "qkv")
-    layout = calls[0].context.layout
-    frames = _frames(3 * trained, layout.tokens_per_frame) if name in VIDEOS else _frames(layout.height, layout.width)
-    frames = torch.nn.functional.pad(frames, (layout.text_before, layout.text_after), value=-1)
-    return Sample(q=q, k=k, v=v, frames=frames, trained=trained)
-
-
-def _frames(count: int, tokens: int) -> Tensor:
-    return torch.arange(count, dtype=torch.int32).repeat_interleave(tokens)
-
-
-def decay(sample: Sample, t: np.ndarray, keys: slice = slice(None)) -> FrameDecay:
-    """The decay t by distance of frames between all rows of a sample and some of its keys."""
-    return FrameDecay(
-        table=torch.from_numpy(t.astype(np.float32)), q_frames=sample.frames, k_frames=sample.frames[keys].clone()
-    )
-
-
-def alpha_table(sample: Sample, alpha: float) -> np.ndarray:
-    """UltraViCo's decay beyond the trained window of a sample."""
-    return DecayRule(trained_frames=sample.trained, alpha=alpha).table(sample.length)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "reference", **options):
-    """Our kernels' call in which every tile is exact."""
-    tiles = TileLists.full(q.shape[2], k.shape[2], block_q=64, block_k=64)
-    return block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend, **options)
 
 
 # What attention makes of a recorded call

@@ -17,6 +17,7 @@ from unittest.mock import MagicMock
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny_parts import texts
 from wan_tiny import sharp_transformer
 
 from dit_accel.serving import sglang, vllm_omni
@@ -24,10 +25,7 @@ from dit_accel.serving import sglang, vllm_omni
 HERE = Path(__file__).parent
 STAND_INS: Mapping[str, Mapping[str, Path]] = {
     "vllm_omni": {vllm_omni.ADAPTER: HERE / "stand_in_vllm_omni.py"},
-    "sglang": {
-        sglang.PIPELINE: HERE / "stand_in_sglang.py",
-        sglang.HOOKS: HERE / "stand_in_sglang_plugins.py",
-    },
+    "sglang": {sglang.PIPELINE: HERE / "stand_in_sglang.py", sglang.HOOKS: HERE / "stand_in_sglang_plugins.py"},
 }
 ALSO_THEIRS = {"vllm_omni": (), "sglang": ("sglang.srt.plugins.hook_registry",)}
 """Modules without stand-ins that run as they are beside those."""
@@ -96,15 +94,9 @@ def prompted_wan() -> WanPipeline:
         transformer=sharp_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **none
     )
 
-    def embedded(texts: Any) -> torch.Tensor:
-        several = [texts] if isinstance(texts, str) else texts
-        return torch.stack(
-            [torch.randn(6, 64, generator=torch.Generator().manual_seed(sum(text.encode()))) for text in several]
-        )
-
     def encode_prompt(prompt: Any, negative_prompt: Any = None, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         several = [prompt] if isinstance(prompt, str) else prompt
-        return embedded(several), embedded([negative_prompt or ""] * len(several))
+        return texts(several, 6, 64), texts([negative_prompt or ""] * len(several), 6, 64)
 
     pipe.encode_prompt = encode_prompt
     pipe.set_progress_bar_config(disable=True)

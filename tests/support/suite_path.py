@@ -4,7 +4,7 @@ A small job of one arm and clip is run under a profiler. Left out are the metric
 are imported. A name is what one file calls of another: a function, a method, or a class that is made; operators and
 functions inside functions are none. A call climbs if the file that is called imports the one that calls.
 
-Run as a script it prints all: ``python tests/support/suite_path.py``; with ``--json`` the figures alone.
+Run as a script it prints all as JSON.
 """
 
 import json
@@ -92,11 +92,5 @@ def figures(calls: list[tuple[Function | None, Function]]) -> dict[str, list[str
 
 
 if __name__ == "__main__":
-    brief = "--json" in sys.argv
     with tempfile.TemporaryDirectory() as temporary:
-        found = figures(followed(Path(temporary)))
-    if brief:
-        print(json.dumps({key: len(values) for key, values in found.items()}))
-    else:
-        for key, values in found.items():
-            print(f"{key}: {len(values)}", *values, sep="\n  ")
+        print(json.dumps(figures(followed(Path(temporary)))))
