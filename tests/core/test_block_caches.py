@@ -34,16 +34,6 @@ def test_blocks_that_always_run(transformer, config, left):
     assert ran_by_step(transformer, config, 3, ("cond", "uncond")) == [WHOLE] * 2 + [left] * 4
 
 
-def test_the_guards_of_all_step_caches(transformer):
-    config = DBCache(first_blocks=2, threshold=1e9, warmup_steps=2, last_steps=1, max_consecutive=3)
-    assert "".join("#" if ran == WHOLE else "." for ran in ran_by_step(transformer, config)) == "##...#...#"
-    uncond = FirstBlockCache(branches="uncond", **FOREVER)
-    assert [len(ran) for ran in ran_by_step(six_blocks(), uncond, 3, ("cond", "uncond"))] == [6, 6, 6, 1, 6, 1]
-
-
-# The published rules, on the blocks of an untouched model.
-
-
 @pytest.mark.parametrize("threshold", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize(("first", "last"), [(1, 0), (2, 1)])
 def test_the_rule_of_dbcache(transformer, first, last, threshold):
@@ -117,9 +107,6 @@ def test_the_rule_of_dbprune(transformer):
     assert 0 < len(ran) < 16 * LAYERS
 
 
-# Branches, forwards that are not skipped, what is held.
-
-
 def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
     """Values that are no numbers, gradients to some of the weights, other shapes."""
     counted = Counted(transformer)
@@ -156,22 +143,6 @@ def test_memory_is_counted_and_freed(transformer):
             assert attachment.report().state_bytes[config.name] == tensors * tokens, config
             attachment.reset()
             assert not attachment.engine.handlers[0]._held()
-
-
-def test_the_visual_stream_is_measured_in_float32():
-    transformer = six_blocks().to(torch.bfloat16)
-    with dit_accel.attach(transformer, FirstBlockCache(threshold=0.3, warmup_steps=0, last_steps=0)) as attachment:
-        for step in range(3):
-            inputs = run_inputs(1 + 0.1 * step)
-            inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
-            with torch.no_grad(), transformer.cache_context("cond", step_index=step, num_inference_steps=10):
-                out = transformer(**inputs, return_dict=False)[0]
-        forwards = attachment.report().section("firstblockcache").data["forwards"]
-    assert [entry["reused"] for entry in forwards] == [False, True, True]
-    assert out.dtype == torch.bfloat16
-
-
-# Models and methods that change streams or leave blocks out.
 
 
 def calls_of(block, call):
@@ -244,9 +215,7 @@ def test_a_run_of_which_no_block_was_counted_reports_that_all_ran(transformer):
         transformer.blocks[2].forward = None
         with pytest.raises(TypeError):
             forward(transformer)
-        section = attachment.report().section("firstblockcache")
-    assert section.data["computed_blocks"] == 1
-    assert "blocks computed: 1.000 of the run's (0 of 0)" in section.lines
+        assert attachment.report().section("firstblockcache").data["computed_blocks"] == 1
 
 
 def test_what_can_not_be_attached(transformer):

@@ -48,9 +48,6 @@ def parts_of(seed: int = 0) -> tuple[torch.Tensor, ...]:
     return call.q + q, call.k + k, call.v
 
 
-# What is kept, and how it is added
-
-
 def test_rows_in_few_bits_are_off_by_half_a_step_of_their_own_scale():
     torch.manual_seed(0)
     drawn = torch.randn(2, 3, 7, 6, dtype=torch.float64) * torch.logspace(-6, 3, 7, dtype=torch.float64)[:, None]
@@ -83,9 +80,6 @@ def test_two_sets_of_keys_together_are_one_softmax_even_where_one_is_empty():
     none = torch.full_like(parts[1], -torch.inf)
     nothing = merged(torch.zeros_like(v), none, torch.zeros_like(v), none)
     assert torch.equal(nothing, torch.zeros_like(v))
-
-
-# What a call gives
 
 
 class Mixed(AttentionHandler):
@@ -172,9 +166,6 @@ def test_a_pattern_is_chosen_anew_at_each_turn():
     assert [bits[i] is bits[i + 1] for i in range(6)] == [True, True, False, True, True, False]
 
 
-# Turns
-
-
 def test_layers_take_turns_and_each_is_dense_once_in_so_many_calls():
     rests = Rests(4, cached=True)
     dense = np.array([[rests.is_dense(call, layer) for layer in range(12)] for call in range(20)])
@@ -201,9 +192,6 @@ def test_bounded_memory_keeps_the_rests_that_hold_most_and_layers_without_room_l
     for step in range(2):
         out, without = (module.call(*parts_of(0), LAYOUT, step=step) for module in (layer, skipped))
         torch.testing.assert_close(out, without, rtol=1e-6, atol=1e-6)
-
-
-# What is said beforehand, and refused
 
 
 def test_plan_counts_the_turns_and_the_memory():

@@ -142,9 +142,6 @@ def test_a_backend_without_a_gradient_for_operators_is_named():
         out.sum().backward()
 
 
-# Lists that only save time
-
-
 @pytest.fixture
 def slow(monkeypatch):
     """A processor on which sparse attention is slower than dense at every density from .3 on."""

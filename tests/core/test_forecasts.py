@@ -116,9 +116,6 @@ def test_chebyshev_holds_constants_whatever_the_ridge(times, order, ridge):
     assert chebyshev([4.0], 4.0, 2, (4, 4)) == [1.0]
 
 
-# What a skipped step gives.
-
-
 def listed(*steps, **options):
     return StaticCache(steps=steps, **options)
 

@@ -96,12 +96,9 @@ def test_schedules_of_profilingcache(transformer):
     for drawn, options in SCHEDULES.items():
         ran = ran_by_step(transformer, ProfilingCache(blocks="1-4", **options))
         assert "".join("#" if blocks == WHOLE else "." for blocks in ran) == drawn.replace("+", "#")
-
-
-def test_two_lists_have_schedules_of_their_own(transformer):
-    config = ProfilingCache(blocks="3-4", refresh=(3,), blocks_2="1-2", refresh_2=(2, 4), warmup_steps=1)
+    two = ProfilingCache(blocks="3-4", refresh=(3,), blocks_2="1-2", refresh_2=(2, 4), warmup_steps=1)
     expected = [WHOLE, [0, 5], [0, 1, 2, 5], [0, 3, 4, 5], [0, 1, 2, 5], [0, 5]]
-    assert ran_by_step(transformer, config, 6) == expected
+    assert ran_by_step(transformer, two, 6) == expected
 
 
 def test_the_estimate_is_what_runs(transformer):
@@ -189,9 +186,6 @@ def test_schedules_that_the_run_is_too_short_for_or_whose_length_is_not_known(tr
     assert run(alone, 500, 400, 300, 200, 100) == [False, False, True, True, False]
 
 
-# Rules of schedules and numbers.
-
-
 @given(st.sets(st.integers(0, 49), min_size=1), st.integers(1, 200))
 def test_rescaled_steps_are_of_the_run_and_keep_their_share_of_it(listed, steps):
     found = rescaled_steps(sorted(listed), 50, steps)
@@ -206,9 +200,6 @@ def test_rescaled_steps_are_of_the_run_and_keep_their_share_of_it(listed, steps)
 def test_numbers_are_read_as_they_are_spelt(numbers):
     assert read_numbers(spell_numbers(numbers), "x") == tuple(sorted(numbers))
     assert sum(last - first + 1 for first, last in runs_of([*numbers])) == len(numbers)
-
-
-def test_numbers_that_can_not_be_read():
     for text in ("a", "3-", "3-2", "1;2", "-1", ""):
         with pytest.raises(ConfigError, match=rf"^here\.blocks = {text!r}.*'0, 2-7'"):
             read_numbers(text, "here.blocks")

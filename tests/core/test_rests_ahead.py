@@ -1,5 +1,6 @@
 """Rests that wait in the host's memory: what is copied ahead of which call, and in what order the streams work."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -80,7 +81,7 @@ class Calls:
         return isinstance(rows, SimpleNamespace), self.started[before:]
 
 
-def test_what_followed_a_call_in_the_step_before_is_copied_while_it_runs():
+def test_what_followed_a_call_in_the_step_before_is_copied_while_it_runs_and_another_order_is_learned():
     keys = keys_of(3, "cond", "uncond")
     calls = Calls(keys)
     for key in keys:
@@ -89,9 +90,6 @@ def test_what_followed_a_call_in_the_step_before_is_copied_while_it_runs():
         for number, key in enumerate(keys):
             following = calls.kept[keys[(number + 1) % len(keys)]]
             assert calls.read(key) == (step > 0 or number > 0, [following])
-
-
-def test_another_order_is_learned_and_never_reads_a_copy_of_something_else():
     a, b, c = keys_of(3)
     calls = Calls((a, b, c))
     for key in (a, b, c, a):
@@ -184,18 +182,15 @@ def test_runs_with_copies_ahead_give_the_same_and_count_as_the_hosts(streams):
 def test_copies_beside_the_computation_give_the_same(dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, whose streams copy beside the computation")
-    device, found = torch.device("cuda", torch.cuda.current_device()), []
+    device, runs = torch.device("cuda", torch.cuda.current_device()), []
     transformer = sharp_transformer(num_layers=6).to(device)
     start = torch.randn(1, 12, 9, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-    text = torch.ones(1, 6, 64, device=device)
+    text, times = torch.ones(1, 6, 64, device=device), torch.arange(900.0, 300.0, -50.0, device=device)
     for offload in (None, "cpu"):
-        config = replace(OFFLOADED, rest_offload=offload, rest_dtype=dtype)
+        config, x = replace(OFFLOADED, rest_offload=offload, rest_dtype=dtype), start
         with torch.no_grad(), dit_accel.attach(transformer, config, preset="none"):
-            x = start
-            for step in range(12):
-                for branch in ("cond", "uncond"):
-                    with transformer.cache_context(branch, step_index=step, num_inference_steps=12):
-                        time = torch.tensor([900.0 - 50 * step], device=device)
-                        x = x - 0.1 * transformer(x, time, text, return_dict=False)[0]
-        found.append(x)
-    assert torch.equal(*found)
+            for step, branch in itertools.product(range(12), ("cond", "uncond")):
+                with transformer.cache_context(branch, step_index=step, num_inference_steps=12):
+                    x = x - 0.1 * transformer(x, times[step : step + 1], text, return_dict=False)[0]
+        runs.append(x)
+    assert torch.equal(*runs)

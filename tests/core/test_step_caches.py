@@ -86,9 +86,6 @@ def test_lists_decide_which_steps_are_computed(config, drawn):
     assert driven.handler.settings.skipped_steps(steps) == places(drawn)
 
 
-# Branches.
-
-
 def test_the_first_branch_of_a_step_decides_for_all():
     def output(step, branch):
         grows = 1.0 if branch == "cond" else float("inf")
@@ -128,9 +125,6 @@ def test_a_branch_that_comes_or_goes_midway():
     assert (late.drawn(steps=9), late.drawn("uncond", 9)) == ("#........", "..#......")  # nothing was stored before
     assert measured.drawn(steps=9) == "##..##..."  # a rate takes two computed steps of one branch
     assert counted.drawn(steps=9) == "#....#..."  # it goes on counting what was skipped in a row
-
-
-# Transformers that share a run.
 
 
 def test_another_expert_drops_what_was_stored():
@@ -182,11 +176,8 @@ def test_a_share_of_an_expert():
     assert [config.always_computed(index, 10) for index in (4, 5)] == ["first steps", None]  # alone, it makes all steps
     driven = Driven(cache(warmup_steps=0.4, warmup_of="each"), line)
     driven.install("transformer", "transformer_2")
-    with pytest.raises(ConfigError, match=r"^staticcache\.warmup_of = 'each'.*staticcache\.warmup_steps = 0\.4"):
+    with pytest.raises(ConfigError, match=r"^staticcache\.warmup_of = 'each'.*warmup_steps = 0\.4"):
         driven.forward(0, still(0))
-
-
-# What must not be skipped, and what is forgotten.
 
 
 def test_two_calls_a_step_follow_one_decision():
@@ -249,13 +240,6 @@ def test_a_run_of_unknown_or_other_length():
             [driven.forward(step, still(step), steps=None) for step in range(2)]
 
 
-def test_a_recipe_fills_what_is_unset():
-    assert Driven(EasyCache(), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.2
-    assert Driven(EasyCache(threshold=0.1), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.1
-    with pytest.raises(ConfigError, match=r"recipe.*easycache.*'order'"):
-        Driven(EasyCache(), line, recipe={"order": 2})
-
-
 def test_the_section_counts_what_was_computed():
     place = dict(transformer="transformer", branch="cond", reason="")
     entries = [
@@ -267,9 +251,6 @@ def test_the_section_counts_what_was_computed():
         assert (section.data["computed"], section.data["reused"]) == (2, 2)
         assert section.title == "made-up: 2 of 4 forwards reused (# computed, . reused)"
         assert section.lines[-1] == "indicator 0.1 to 0.3" + (", threshold 0.25" if threshold else "")
-
-
-# Tensors of others, and other processes.
 
 
 @dataclass
