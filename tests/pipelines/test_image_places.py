@@ -50,8 +50,8 @@ def assert_planned_is_dense(name: str, transformer: Any, run: Callable[[Any], li
     transformer = transformer.double()
     expected = run(transformer)
     with planned(transformer, ADAPTERS[name]) as attachment, recorded(attachment) as calls:
-        for found, plain in zip(run(transformer), expected, strict=True):
-            require_same(found, plain, name)
+        for planned_output, plain in zip(run(transformer), expected, strict=True):
+            require_same(planned_output, plain, name)
     with dit_accel.attach(transformer, SOL.active) as attachment, recorded(attachment) as thinned:
         assert not torch.equal(run(transformer)[-1], expected[-1])
     assert len(thinned) == len(calls) > 0
@@ -136,11 +136,11 @@ def test_glm_image_fills_and_reads_its_cache_of_references():
     }
 
     def run(transformer: Any) -> list[Tensor]:
-        caches, found = GlmImageKVCache(3), []
+        caches, outputs = GlmImageKVCache(3), []
         for mode, call in (("write", reference), ("read", inputs), ("skip", inputs)):
             caches.set_mode(mode)
-            found.append(forward(transformer, dict(call, kv_caches=caches))[0])
-        return found
+            outputs.append(forward(transformer, dict(call, kv_caches=caches))[0])
+        return outputs
 
     grids = assert_planned_is_dense("glm-image", build(tiny.GLM_IMAGE[0]), run)
     assert grids == [(1, 8, 10, 12, 0)] * 3 + [(1, 8, 10, 6, 0)] * 3  # the cache is filled densely
