@@ -11,6 +11,11 @@ from dit_accel_assets.world import Scene
 SCENES = [world.scene_of(30, index) for index in range(24)]
 
 
+def judged(scene: Scene, asked: Scene | None = None, frames: int = 17, **stretch: int) -> judge.Judgement:
+    """Judge a drawn scene by what was asked, which is the scene itself by default."""
+    return judge.judge_clips(painter.draw(scene, frames), asked or scene, **stretch)
+
+
 def failed(verdict: judge.Judgement) -> set[str]:
     return {name.partition(".")[0] for name, answer in verdict.answers.items() if not answer.passed}
 
@@ -47,21 +52,19 @@ def hurt(video: np.ndarray, amount: float) -> np.ndarray:
     return np.clip((1 - amount) * clip + amount * (blurred + noise), 0, 1)
 
 
-@pytest.mark.parametrize("frames", [17, 49])
-def test_drawn_clips_pass_at_any_length(frames):
-    scores = [
-        judge.judge_clips(painter.draw(scene, frames), scene).score for scene in SCENES[: 14 if frames == 17 else 5]
-    ]
+@pytest.mark.parametrize(("frames", "count"), [(17, 8), (49, 2)])
+def test_drawn_clips_pass_at_any_length(frames, count):
+    scores = [judged(scene, frames=frames).score for scene in SCENES[:count]]
     assert np.mean(scores) >= 0.98
     assert min(scores) >= 0.85
 
 
 def test_every_stretch_of_a_drawn_clip_passes_from_its_frame_on():
     lasting = [scene for scene in SCENES if all(thing.motion != "shrinking" for thing in scene.things)]  # to 6 pixels
-    scenes = [*lasting[12:14], one_thing(motion="turning", shape="triangle"), one_thing(speed="quickly")]
+    scenes = [lasting[12], one_thing(motion="turning", shape="triangle"), one_thing(speed="quickly")]
     for scene in scenes:
         clip = painter.draw(scene, 49)
-        scores = [judge.judge_clips(clip, scene, first=first, end=first + 17).score for first in (0, 16, 32)]
+        scores = [judge.judge_clips(clip, scene, first=first, end=first + 17).score for first in (0, 32)]
         assert min(scores) >= 0.85, (scene, scores)
     left = judge.judge_clips(clip, scenes[-1], first=32)  # all of it has left the picture by then
     assert {"present.0", "path.0"}.isdisjoint(left.answers)
@@ -72,12 +75,11 @@ def test_every_stretch_of_a_drawn_clip_passes_from_its_frame_on():
 def test_a_stretch_that_begins_again_is_told_by_what_it_should_have_become():
     turning = one_thing(motion="turning", shape="triangle")
     clip = painter.draw(turning, 49)
-    on, again = (
-        judge.judge_clips(frames, turning, first=32) for frames in (clip, np.concatenate([clip[:17]] * 3)[:49])
-    )
+    repeated = np.concatenate([clip[:17]] * 3)[:49]
+    on, again = (judge.judge_clips(frames, turning, first=32) for frames in (clip, repeated))
     assert on.answers["shape.0"].value > again.answers["shape.0"].value + 0.1
     still, pair = one_thing(motion="still"), beside(one_thing(motion="still"), color="green")
-    assert judge.judge_clips(painter.draw(pair, 49), still, first=32).answers["count"].value == 1
+    assert judged(pair, still, 49, first=32).answers["count"].value == 1
 
 
 def test_closeness_is_continuous_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():
@@ -85,7 +87,7 @@ def test_closeness_is_continuous_high_for_what_is_drawn_and_falls_where_a_word_i
     drawn = painter.draw(asked, 1)
     right = judge.judge_clips(drawn, asked)
     assert right.closeness > 0.85
-    near = [judge.judge_clips(hurt(drawn, amount), asked).closeness for amount in (0.0, 0.1, 0.2, 0.4, 0.8)]
+    near = [judge.judge_clips(hurt(drawn, amount), asked).closeness for amount in (0.0, 0.1, 0.4, 0.8)]
     assert near == sorted(near, reverse=True)
     assert len(set(near)) == len(near)  # where the share of passes may stand still
     thing = asked.things[0]
@@ -95,27 +97,26 @@ def test_closeness_is_continuous_high_for_what_is_drawn_and_falls_where_a_word_i
     }
     for word, value in wrong.items():
         shown = replace(asked, things=(replace(thing, **{word: value}), *asked.things[1:]))
-        assert judge.judge_clips(painter.draw(shown, 1), asked).closeness < right.closeness - 0.02, word
+        assert judged(shown, asked, 1).closeness < right.closeness - 0.02, word
     assert judge.judge_clips(np.zeros_like(drawn), asked).closeness < 0.6
 
 
 def test_drawn_pictures_pass_and_are_asked_nothing_that_takes_time():
-    scenes = [world.scene_of(31, index, height=96, width=96, still=True) for index in range(16)]
-    verdicts = [judge.judge_clips(painter.draw(scene, 1), scene) for scene in scenes]
+    scenes = [world.scene_of(31, index, height=96, width=96, still=True) for index in range(12)]
+    verdicts = [judged(scene, frames=1) for scene in scenes]
     assert np.mean([verdict.score for verdict in verdicts]) >= 0.98
     assert not {"path", "size", "turn", "camera"} & {n.partition(".")[0] for v in verdicts for n in v.answers}
 
 
 def test_the_more_a_clip_is_hurt_the_lower_it_scores():
-    means = []
-    for amount in (0.0, 0.4, 0.6, 0.8):
-        means.append(np.mean([judge.judge_clips(hurt(painter.draw(s, 9), amount), s).score for s in SCENES[:5]]))
+    drawn = [(painter.draw(scene, 9), scene) for scene in SCENES[:4]]
+    means = [np.mean([judge.judge_clips(hurt(x, by), scene).score for x, scene in drawn]) for by in (0.0, 0.4, 0.8)]
     assert all(high > low + 0.02 for high, low in pairwise(means)), means
 
 
 def test_a_wrong_word_is_told_by_its_question():
     asked = one_thing()
-    assert not failed(judge.judge_clips(painter.draw(asked), asked))
+    assert not failed(judged(asked))
     for question, *wrong in (
         ("present", {"color": "green"}), ("shape", {"shape": "circle"}, {"shape": "triangle"}),
         ("texture", {"texture": "striped"}), ("ground", {"ground": "maroon"}),
@@ -124,34 +125,31 @@ def test_a_wrong_word_is_told_by_its_question():
         ("style", {"style": "outlined"}, {"style": "dim"}, {"style": "soft"}),
     ):  # fmt: skip
         for words in wrong:
-            assert question in failed(judge.judge_clips(painter.draw(one_thing(**words)), asked)), words
+            assert question in failed(judged(one_thing(**words), asked)), words
     for asked, shown in (("growing", "still"), ("still", "growing"), ("shrinking", "growing")):
-        assert failed(judge.judge_clips(painter.draw(one_thing(motion=shown)), one_thing(motion=asked))) == {"size"}
-
-
-def test_turning_is_told_from_standing_still():
-    turning, still = one_thing(motion="turning"), one_thing(motion="still")
-    assert not failed(judge.judge_clips(painter.draw(turning), turning))
-    assert "turn" in failed(judge.judge_clips(painter.draw(still), turning))
+        assert failed(judged(one_thing(motion=shown), one_thing(motion=asked))) == {"size"}
+    turning = one_thing(motion="turning")
+    assert not failed(judged(turning))
+    assert "turn" in failed(judged(one_thing(motion="still"), turning))
 
 
 def test_half_the_speed_fails_by_a_path_error_that_grows_with_the_length():
     asked, shown = one_thing(), one_thing(speed="slowly")
-    errors = [judge.judge_clips(painter.draw(shown, n), asked).answers["path.0"].value for n in (17, 33, 49)]
+    errors = [judged(shown, asked, frames).answers["path.0"].value for frames in (17, 33, 49)]
     assert 1.5 < errors[0] < errors[1] < errors[2]
 
 
 def test_a_missing_thing_and_one_too_many_are_told():
     two = beside(one_thing(motion="still"), color="green")
     one = replace(two, things=two.things[:1])
-    verdict = judge.judge_clips(painter.draw(one), two)
+    verdict = judged(one, two)
     assert {"present", "count"} <= failed(verdict)
     assert verdict.answers["present.0"].passed
     assert not verdict.answers["present.1"].passed
-    assert failed(judge.judge_clips(painter.draw(two), one)) == {"count"}
+    assert failed(judged(two, one)) == {"count"}
     pair = replace(beside(one_thing(motion="still")), grouped=True)
-    assert not failed(judge.judge_clips(painter.draw(pair), pair))
-    assert failed(judge.judge_clips(painter.draw(one), pair)) >= {"count"}
+    assert not failed(judged(pair))
+    assert failed(judged(one, pair)) >= {"count"}
 
 
 def test_a_thing_that_appears_or_leaves_after_the_trained_length():
@@ -161,26 +159,21 @@ def test_a_thing_that_appears_or_leaves_after_the_trained_length():
     assert more.answers["count"].value == 1
     assert failed(more) == {"count"}
     quick = one_thing(speed="quickly")
-    assert not failed(judge.judge_clips(painter.draw(quick, 61), quick))  # it left the picture, as drawn
+    assert not failed(judged(quick, frames=61))  # it left the picture, as drawn
 
 
 def test_a_relation_the_other_way_round_is_told():
     right = replace(beside(one_thing(motion="still"), color="green"), relation="left of")
-    wrong = replace(right, things=(right.things[1], right.things[0]))
-    wrong = replace(wrong, relation="left of")
-    assert not failed(judge.judge_clips(painter.draw(right), right))
-    assert "relation" in failed(judge.judge_clips(painter.draw(right), wrong))
+    wrong = replace(right, things=right.things[::-1])
+    assert not failed(judged(right))
+    assert "relation" in failed(judged(right, wrong))
 
 
 def test_a_wrong_shade_has_a_distance_that_grows():
     scene, video = one_thing(), painter.draw(one_thing())
     mask = painter.masks(scene, 17)[0][..., None]
-    distances = [
-        judge.judge_clips((video * (1 - mask) + mask * np.array([232 - by, 36 + by, 36])).astype(np.uint8), scene)
-        .answers["color.0"]
-        .value
-        for by in (0, 25, 50)
-    ]
+    shaded = [video * (1 - mask) + mask * np.array([232 - by, 36 + by, 36]) for by in (0, 25, 50)]
+    distances = [judge.judge_clips(x.astype(np.uint8), scene).answers["color.0"].value for x in shaded]
     assert distances[0] < 2 < distances[1] < distances[2]
 
 
@@ -194,7 +187,7 @@ def test_an_empty_clip_fails_all_that_is_asked_of_its_object():
 
 def test_shares_are_means_over_the_things_and_none_where_nothing_was_asked():
     scene = one_thing()
-    verdict = judge.judge_clips(painter.draw(scene), scene)
+    verdict = judged(scene)
     assert verdict.share("path") == 1.0
     assert verdict.share("relation") is None
 

@@ -13,7 +13,7 @@ PINNED = (
     "a red checked square moving up on a shaded maroon background, in outlined style",
 )
 PINNED_MEAN = 73.6731
-SCENES = [world.scene_of(1, index) for index in range(250)]
+SCENES = [world.scene_of(1, index) for index in range(200)]
 
 
 def test_seed_and_index_decide_the_scene_and_the_clip():
@@ -38,7 +38,7 @@ def test_in_a_still_scene_nothing_moves():
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (64, 96), (96, 64)])
 def test_a_longer_clip_begins_with_the_shorter_one(height, width):
-    for index in range(12):
+    for index in range(4):
         scene = world.scene_of(2, index, height=height, width=width)
         long = painter.draw(scene, 49)
         assert long.shape == (49, height, width, 3)
@@ -137,24 +137,20 @@ def test_what_is_in_front_hides_what_is_behind():
 
 
 def test_the_worlds_of_all_words_are_drawn_differently():
-    scene = replace(SCENES[0], things=SCENES[0].things[:1], grouped=False, relation="", style="", pan="")
+    (thing, *_), texture = SCENES[0].things, "checked"
+    scene = replace(SCENES[0], things=(thing,), grouped=False, relation="", style="", pan="", ground_texture=texture)
     for field, names in (("shape", world.SHAPES), ("texture", world.TEXTURES), ("color", world.COLORS)):
-        pictures = {
-            painter.draw(replace(scene, things=(replace(scene.things[0], **{field: n}),)), 5).tobytes() for n in names
-        }
-        assert len(pictures) == len(names)
+        scenes = [replace(scene, things=(replace(thing, **{field: name}),)) for name in names]
+        assert len({painter.draw(x, 5).tobytes() for x in scenes}) == len(names)
     for field, names in (("style", world.STYLES), ("pan", ("", *world.PANS)), ("ground", world.GROUNDS)):
-        pictures = {painter.draw(replace(scene, ground_texture="checked", **{field: n}), 5).tobytes() for n in names}
-        assert len(pictures) == len(names)
+        scenes = [replace(scene, **{field: name}) for name in names]
+        assert len({painter.draw(x, 5).tobytes() for x in scenes}) == len(names)
 
 
-@pytest.mark.parametrize("frames", [0, 4, 16, -3])
-def test_frames_must_be_of_the_form_4k_plus_1(frames):
-    with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
-        painter.draw(SCENES[0], frames)
-
-
-def test_too_small_a_picture_and_an_unknown_texture_are_refused():
+def test_other_lengths_too_small_a_picture_and_an_unknown_texture_are_refused():
+    for frames in (0, 4, 16, -3):
+        with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
+            painter.draw(SCENES[0], frames)
     with pytest.raises(ValueError, match=r"16x64.*32x32"):
         world.scene_of(0, 0, height=16)
     with pytest.raises(ValueError, match=r"texture 'furry'.*plain, striped"):

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import layout_of
 from tiny_models import MODELS
-from wan_tiny import sharp_transformer, tiny_transformer
+from wan_tiny import RADIAL, sharp_transformer, tiny_transformer
 
 import dit_accel
-from dit_accel import PAG, ConfigError, LiteAttention, RadialAttention, SoftPAG, SolAttention, SparseD
+from dit_accel import PAG, ConfigError, LiteAttention, SoftPAG, SolAttention, SparseD
 from dit_accel.adapters import installed
 from dit_accel.attachment.engine import run_kernel
 from dit_accel.attachment.kernel_call import computed_rows
@@ -24,7 +24,6 @@ from dit_accel.rules.foreground import foreground, motion, otsu, predicted
 from dit_accel.testing.tiny_models import Case
 
 SPARSE = dict(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0)
-RADIAL = RadialAttention(decay_factor=0.2, near="half", sink=False, **SPARSE)
 BESIDE = {
     "radial": RADIAL,
     "pooled": replace(RADIAL, rest="pooled"),
@@ -39,7 +38,7 @@ def transformer():
     return tiny_transformer()
 
 
-def steps_of(transformer, *methods, steps=4, told=True):
+def steps_of(transformer, *methods, steps=4, noise_level=True):
     """The planned calls of some steps on moving latents, and the report."""
     calls, generator = [], torch.Generator().manual_seed(0)
     text = torch.randn(1, 6, 64, generator=generator)
@@ -53,7 +52,7 @@ def steps_of(transformer, *methods, steps=4, told=True):
     ):
         for step in range(steps):
             sigma = 1 - step / steps
-            where = dict(step_index=step, num_inference_steps=steps) | (dict(sigma=sigma) if told else {})
+            where = dict(step_index=step, num_inference_steps=steps) | (dict(sigma=sigma) if noise_level else {})
             with transformer.cache_context("cond", **where):
                 noisy = still + 0.1 * sigma * torch.randn(still.shape, generator=generator)
                 transformer(noisy, torch.tensor([1000.0 * sigma]), text, return_dict=False)
@@ -237,7 +236,7 @@ def test_what_is_refused(transformer):
         with pytest.raises(ConfigError, match=rf"^dfa.*rows.*{name}"):
             dit_accel.attach(transformer, DFA(), *others)
     with pytest.raises(ConfigError, match=r"^dfa.*noise level.*EasyCache"):
-        steps_of(transformer, DFA(**EVERY_2), told=False)
+        steps_of(transformer, DFA(**EVERY_2), noise_level=False)
     case = Case(installed.adapters()["flux"], MODELS["flux"][0])
     with pytest.raises(ConfigError, match=r"^dfa.*flux.*image"):
         dit_accel.attach(case.transformer, DFA())

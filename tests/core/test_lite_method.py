@@ -228,10 +228,9 @@ def test_probes_take_back_tiles_that_matter_again():
 def test_another_selection_is_kept_and_added_to():
     pinned = torch.zeros(5, 5, dtype=torch.bool)
     pinned[0] = True
-    base = AttentionPlan().with_tiles(*Tiling(BLOCK).full(Calls(None).layout))
-    base = base.narrow(pinned=pack_bits(pinned)).route(Routing(beta=2.0))
     calls = Calls(LiteAttention(must_keep=(16, 17)))
-    plan, _ = calls.plan(base=base)
+    base = AttentionPlan().with_tiles(*Tiling(BLOCK).full(calls.layout)).narrow(pinned=pack_bits(pinned))
+    plan, _ = calls.plan(base=base.route(Routing(beta=2.0)))
     assert plan.selection.routing == Routing(beta=2.0)
     assert plan.selection.vote == Vote(threshold=-10.0)
     found = unpack_bits(plan.selection.pinned, 5)

@@ -154,6 +154,9 @@ def test_all_rows_or_none_take_a_plan_whole():
     assert with_rows_apart(plan, other, SECOND | True, call) is other
     assert with_rows_apart(plan, other, SECOND & False, call) is plan
     assert with_rows_apart(plan, plan, SECOND, call) is plan
+    assert plan.is_plain
+    assert not any(change(plan, call).is_plain for change in CHANGES.values())
+    assert not plan.reuse_rows(ReusedRows(rows=(torch.arange(3),), out=call.q)).is_plain
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dit_accel_eval.comparing import CompareOptions, suite_of
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST
 from dit_accel_eval.suites.suite import read_suite
-from fake_model import ARM, HEAD, command, faked, told
+from fake_model import command, faked, told
 from model_folders import model_folder
 
 from dit_accel.cli.console import OUT
@@ -82,17 +82,10 @@ def test_what_was_stopped_goes_on_and_what_is_whole_runs_nothing(fake, here, mon
     whole = compare(*few)
     assert whole.exit_code == 0
     assert "of 2 runs are done" in whole.stderr
+    assert "too few clips for a verdict: 2, and it takes 6; add prompts, or seeds" in told(whole)
     assert len(made) == 1 + 2 * 5  # the one that was stopped is made again: a reference, the setting, three dense runs
     assert compare(*few, "--quiet").stdout == "compare.html\n"
     assert len(made) == 1 + 2 * 5
-
-
-def test_few_clips_are_warned_of_before_they_run(fake, here):
-    found = compare(*FAKED, "--clips", 2, "--no-frames")
-    said = told(found)
-    assert said.index("too few clips for a verdict: 2, and it takes 6; add prompts, or seeds") < said.index("clip 48 ")
-    assert found.stdout.splitlines()[-2].endswith("too few")
-    assert not (here / "compare.frames").exists()
 
 
 def test_each_preset_and_config_is_a_setting_and_the_switches_are_one(fake, here):
@@ -128,26 +121,16 @@ def test_a_file_may_set_guidance_and_a_named_solver_holds_for_all():
 REFUSED = [
     ((), "eval compare got no setting; add, say, --easycache"),
     (("--preset", "fsat"), "no preset is called 'fsat'; did you mean 'fast'"),
-    (("--preset", "none"), "preset none: nothing that this model takes"),
     (("--easycache", "--reference", "covnerged"), "there is no reference 'covnerged'; take own or converged"),
-    (("--easycache", "--prompts", "gone.txt"), "--prompts gone.txt can't be read"),
     (("--easycache", "--prompts", "empty.txt"), "--prompts empty.txt has no prompt in it"),
     (("--easycache", "--prompts", "p.txt", "--prompt", "a circle"), "takes --prompt or --prompts, got both"),
-    (("--easycache", "--prompt", "a zebra"), "unknown word(s) zebra"),
     (("--easycache", "--clips", "17"), "wan-tiny has 16 held-out prompts for this"),
     (("--easycache", "--seed", "3"), "each with its seed; add --prompts FILE"),
-    (("--easycache", "--model", "./gone"), "gone"),
     (("--easycache", "--model", "{tiny}"), "eval compare has no prompts of its own for "),
-    (("--easycache", "--height", "33"), "height must be a multiple of 16"),
     (("--radial", "--model", "flux-tiny", "-m", "psnr-change"), "arm 'radial': radial makes no sense on flux"),
-    (("--easycache", "--solver", "heun"), "there is no solver 'heun'"),
-    (("--easycache", "-m", "lpps"), "there is no metric 'lpps'"),
-    (("--easycache", "--config", "gone.toml"), "--config gone.toml can't be read"),
     (("--config", "none.toml", "--solver", "unipc"), "call it 'unipc 20'"),
     (("--config", "easy.toml", "--config", "other/easy.toml"), "two arms called 'easy'"),
-    (("--easycache", "--step", "3"), "No such option: --step"),
     (("--easycache", "-o", "page.txt"), "the page must be a .html, got page.txt; write, say, -o page.html"),
-    (("--easycache", "-o", "gone/page.html"), "is not a folder; create it first"),
     (("--easycache", "-o", "other.html"), "other.html is there, and no other.jsonl"),
     (("--easycache", "-o", "full.html"), "full.frames is there, and no full.jsonl"),
     (("--easycache", "-o", "strange.html"), "strange.jsonl, line 1 lacks clip"),
@@ -194,7 +177,7 @@ def test_a_folder_is_compared_on_its_own_prompts(here):
     model_folder(here / "tiny")
     (here / "p.txt").write_text(PROMPTS)
     cache = ("--set", "easycache.warmup_steps=1", "--set", "easycache.threshold=9")
-    sizes = ("--steps", 3, "--height", 32, "--width", 32, "--num-frames", 5)
+    sizes = ("--steps", 2, "--height", 16, "--width", 16, "--num-frames", 5)
     found = compare(
         "--model", "tiny", "--easycache", *cache, *sizes, "--prompts", "p.txt", "-m", "flickering", "-o", "mine.html"
     )
@@ -204,7 +187,7 @@ def test_a_folder_is_compared_on_its_own_prompts(here):
         (0, "a red circle moving right", 0), (1, "a blue square going up", 1),
     }  # fmt: skip
     dearest = max(lines, key=lambda line: line["num_inference_steps"])
-    assert dearest["reference_steps"] == 3
+    assert dearest["reference_steps"] == 2
     assert json.loads((here / "mine.jsonl").read_text().splitlines()[0])["model"] == "tiny"
     assert "mine.media/" in (here / "mine.html").read_text()
     assert any((here / "mine.media").iterdir())
@@ -214,10 +197,3 @@ def test_the_page_s_example_of_a_suite_reads_and_can_give_a_verdict(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
     (tmp_path / "mine.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
     assert read_suite(tmp_path / "mine.toml").clips >= FEWEST
-
-
-def test_a_suite_outside_of_suites_has_its_results_beside_it(fake, here):
-    (here / "mine").mkdir()
-    (here / "mine" / "s.toml").write_text(HEAD + ARM)
-    found = command("run", "mine/s.toml")
-    assert (found.exit_code, (here / "mine" / "s.jsonl").is_file()) == (0, True)

@@ -9,11 +9,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import typer
-from dit_accel_eval.runs.results import result_lines
-from dit_accel_eval.suites.figures import suite_figures
-from dit_accel_eval.suites.suite import read_suite
 from PIL import Image
-from report_tables import DEMO, demo_text, over_prompts
+from report_tables import DEMO, demo_text
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -85,26 +82,6 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path, leads, found):
     found = found.format("as much time spent on fewer steps (13, in 2.6 s)")
     assert demo_text(tmp_path).startswith(f"**1.7 times as fast** (the whole call, 2.4 s for 4.0), and {found}")
     assert demo_text(tmp_path).endswith(f" (one thread, a processor, 2 cores; [the run]({DEMO})).")
-
-
-def test_the_demo_s_one_prompt_stands_beside_the_prompts_that_judge(tmp_path: Path):
-    root = Path(__file__).parents[2]
-    level = demo.LEVEL
-    found, lines = over_prompts(root, "wan-tiny", level), result_lines(root / "eval/results/presets-wan-tiny.jsonl")
-    suite = read_suite(root / "eval/suites/presets-wan-tiny.toml")
-    arm = next(one for one in suite_figures(suite, lines) if one.name == level)
-    assert found.lead in arm.ahead.values()
-    words = f"over {arm.clips} prompts that did not choose it the preset is {found.lead.mean:+.1f} ["
-    assert words in demo_text(root)
-    assert demo_text(root).endswith(f"{found.lead.verdict}.")
-
-
-def test_the_strip_shows_differences_five_times_as_large():
-    reference = np.full((2, 8, 8, 3), 0.5, np.float32)
-    frames = demo.side_by_side([("same", reference), ("off", reference + 0.1)], reference)
-    assert frames.shape[2] == 2 * 8 * demo.SCALE
-    assert frames[:, -1, 0].tolist() == [[0, 0, 0]] * 2
-    assert frames[:, -1, -1].tolist() == [[128, 128, 128]] * 2
 
 
 def test_a_prompt_of_unknown_words_and_an_unknown_model_are_refused(tmp_path: Path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dit_accel_eval.report import heat_map
 from dit_accel_eval.report.heat_map import report_html, write_heat_map
+from PIL import Image
 
 from dit_accel.errors import ConfigError, MissingBackend
 from dit_accel.methods.caches.log import CachedForward, section_of
@@ -47,8 +48,6 @@ def test_shares_by_layer_head_and_step():
 
 
 def test_it_is_a_png_written_whole(tmp_path):
-    from PIL import Image
-
     path = tmp_path / "map.png"
     write_heat_map(REPORT, path)
     with Image.open(path) as image:
@@ -58,32 +57,34 @@ def test_it_is_a_png_written_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
 
 
-def test_skipped_steps_stand_below_and_alone(tmp_path):
-    from PIL import Image
+def bars_of(report, path):
+    """Return where the bars of a drawn report's strip begin, and whether a line of what decided is there."""
+    write_heat_map(report, path)
+    with Image.open(path) as image:
+        drawn = np.asarray(image.convert("RGB"))
+    bars = (drawn == (0x3B, 0x52, 0x8B)).all(-1)
+    line = bars[bars.any(1)][-1]
+    return np.flatnonzero(line[1:] & ~line[:-1]), (drawn == (0xD9, 0x5F, 0x02)).all(-1).any()
 
+
+def test_skipped_steps_and_guidance_stand_below_and_alone(tmp_path):
     forwards = [
-        CachedForward(
-            transformer="transformer", step_index=step, branch="cond", reused=step == 2, reason="", value=value
-        )
-        for step, value in enumerate([None, 0.3, 0.05, math.nan])
+        CachedForward(transformer="transformer", step_index=step, branch="cond", reused=step == 2, reason="", value=one)
+        for step, one in enumerate([None, 0.3, 0.05, math.nan])
     ]
     section = section_of("easycache", forwards, 0.1)
     (strip,) = section.strips
     assert (strip.steps, strip.reused, strip.threshold) == ((0, 1, 2, 3), (False, False, True, False), 0.1)
-    for name, report in (
-        ("alone.png", replace(REPORT, calls=(), sections=(section,))),
-        ("below.png", replace(REPORT, sections=(section,))),
-    ):
-        write_heat_map(report, tmp_path / name)
-        with Image.open(tmp_path / name) as image:
-            drawn = np.asarray(image.convert("RGB"))
-        assert (drawn == (0xD9, 0x5F, 0x02)).all(-1).any()  # what decided
-        # three steps ran, the third did not: the bars along the bottom of the strip
-        bars = (drawn == (0x3B, 0x52, 0x8B)).all(-1)
-        line = bars[bars.any(1)][-1]
-        starts = np.flatnonzero(line[1:] & ~line[:-1])
-        assert len(starts) == 3
+    for calls in ((), CALLS):
+        starts, decided = bars_of(replace(REPORT, calls=calls, sections=(section,)), tmp_path / "a.png")
+        assert (len(starts), decided) == (3, True)  # the third step did not run
         assert starts[2] - starts[1] == pytest.approx(2 * (starts[1] - starts[0]), abs=2)
+    log = [("transformer", step, "cond", 0.1 * (1 + step)) for step in range(2)]
+    strips = strips_of("perturbed", log, "how far apart")
+    assert [(strip.branch, strip.steps, strip.values) for strip in strips] == [("cond", (0, 1), (0.1, 0.2))]
+    section = Section(method="pag", title="pag", strips=strips)
+    starts, decided = bars_of(replace(REPORT, calls=(), sections=(section,)), tmp_path / "pag.png")
+    assert (len(starts), decided) == (2, True)
 
 
 def test_what_can_t_be_drawn(tmp_path):
@@ -121,33 +122,6 @@ def test_the_report_finds_what_draws_it_by_entry_point(monkeypatch, tmp_path):
     assert REPORT._repr_html_() is None
     with pytest.raises(MissingBackend, match=r"plot.*package"):
         REPORT.plot(tmp_path / "other.png")
-
-
-def test_guidance_is_drawn_where_it_acted(tmp_path):
-    from PIL import Image
-
-    log = [("transformer", step, "cond", 0.1 * (1 + step)) for step in range(2)]
-    strips = strips_of("perturbed", log, "how far apart")
-    assert [(strip.branch, strip.steps, strip.values) for strip in strips] == [("cond", (0, 1), (0.1, 0.2))]
-    section = Section(method="pag", title="pag", strips=strips)
-    write_heat_map(replace(REPORT, calls=(), sections=(section,)), tmp_path / "pag.png")
-    with Image.open(tmp_path / "pag.png") as image:
-        drawn = np.asarray(image.convert("RGB"))
-    assert (drawn == (0xD9, 0x5F, 0x02)).all(-1).any()
-    bars = (drawn == (0x3B, 0x52, 0x8B)).all(-1)
-    line = bars[bars.any(1)][-1]
-    assert len(np.flatnonzero(line[1:] & ~line[:-1])) == 2
-
-
-def test_a_branch_that_runs_a_part_of_the_layers_is_drawn(tmp_path):
-    part = StepReport(
-        transformer="transformer", step_index=1, branch="cond/pag", dense_layers=0, sparse_layers=1, density=1.0,
-        pooled=0.0,
-    )  # fmt: skip
-    call = CallReport(transformer="transformer", step_index=1, branch="cond/pag", layer=2, density=1.0, pooled=0.0)
-    report = replace(REPORT, steps=(*STEPS, part), calls=(*CALLS, call))
-    assert heat_map.kept_shares(report, "transformer", "cond/pag")[2, 0, 1] == 1.0
-    write_heat_map(report, tmp_path / "map.png")
 
 
 def test_a_notebook_reads_first_whether_it_helped_and_escapes_the_rest():

@@ -5,24 +5,22 @@ import json
 import numpy as np
 import open_clip
 import pytest
-import tiny_vbench
 import torch
-from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, openclip, scores
+from dit_accel_eval.metrics import Sample, metric, openclip, scores
 from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
-from dit_accel_eval.report.lines import better_of, metric_words
 from dit_accel_eval.tune.objectives import objective_of
-from fake_model import command
+from fake_model import ARM, HEAD, command, told
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_vbench import MODEL, OTHER, WIDTH, scripted
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from dit_accel import ConfigError
 
-MODEL, OTHER = "ViT-S-32-alt", "ViT-S-32"
 PROMPT = "A red kite over the sea, 5 o'clock"
 
 
@@ -90,11 +88,11 @@ def test_a_prompt_or_reference_that_lacks_is_told(given):
 def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkeypatch):
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
     name = f"aesthetic@open_clip:{MODEL}={given[3]}"
-    path = tmp_path / "vbench" / "aesthetic_model" / "emb_reader" / "sa_0_4_vit_s_32_alt_linear.pth"
+    path = tmp_path / "vbench" / "aesthetic_model" / "emb_reader" / "sa_0_4_tiny_clip_linear.pth"
     reason = metric(name).missing()
     assert reason == f"the aesthetic head is not here: put one of your own for {MODEL} at {path}"
     path.parent.mkdir(parents=True)
-    head = torch.nn.Linear(256, 1)
+    head = torch.nn.Linear(WIDTH, 1)
     torch.save(head.state_dict(), path)
     with torch.no_grad():
         expected = head(pictures(given, clip()))[:, 0]
@@ -103,10 +101,10 @@ def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkey
     assert objective_of(name, None)(clip(), "") == pytest.approx(value)
     wide = metric(f"aesthetic@open_clip:{MODEL}={given[3]}")
     torch.save(torch.nn.Linear(9, 1).state_dict(), path)
-    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt\S+ is no .* ViT-S-32-alt.*9\].*256\]"):
+    with pytest.raises(ConfigError, match=r"sa_0_4_tiny_clip\S+ is no .* tiny-clip.*9\].*16\]"):
         wide.missing()
     path.write_bytes(b"none")
-    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt_linear\.pth.*aesthetic head"):
+    with pytest.raises(ConfigError, match=r"sa_0_4_tiny_clip_linear\.pth.*aesthetic head"):
         unavailable([name])
 
 
@@ -141,7 +139,7 @@ def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given
 
 
 def test_openais_torchscript_gets_its_own_activation_and_a_lacking_tokenizer_is_told(given, tmp_path, monkeypatch):
-    tiny_vbench.scripted(dict(given[0].state_dict()), tmp_path / "theirs.pt")
+    scripted(dict(given[0].state_dict()), tmp_path / "theirs.pt")
     one = weighted(f"{MODEL}={tmp_path}/theirs.pt")
     made = open_clip.create_model(MODEL, force_quick_gelu=True)
     made.load_state_dict(given[0].state_dict())
@@ -153,11 +151,11 @@ def test_openais_torchscript_gets_its_own_activation_and_a_lacking_tokenizer_is_
 
 
 def test_pickscore_and_hpsv2_are_tags_and_transformers_names_are_read(tmp_path, monkeypatch):
-    size = dict(num_attention_heads=4, num_hidden_layers=10, hidden_size=256, intermediate_size=1024)
-    seen = {**size, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_hidden_layers": 12}
+    size = dict(num_attention_heads=1, num_hidden_layers=1, hidden_size=WIDTH, intermediate_size=4 * WIDTH)
+    seen = dict(num_attention_heads=2, num_hidden_layers=1, hidden_size=2 * WIDTH, intermediate_size=8 * WIDTH)
     torch.manual_seed(1)
-    config = CLIPConfig(projection_dim=256, text_config={**size, "hidden_act": "gelu", "eos_token_id": 49407},
-                        vision_config={**seen, "hidden_act": "gelu", "patch_size": 32})  # fmt: skip
+    config = CLIPConfig(projection_dim=WIDTH, text_config={**size, "hidden_act": "gelu", "eos_token_id": 49407},
+                        vision_config={**seen, "hidden_act": "gelu", "patch_size": 56})  # fmt: skip
     theirs = CLIPModel(config).eval()
     save_file({name: value.contiguous() for name, value in theirs.state_dict().items()}, tmp_path / "p.safetensors")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *asked: str(tmp_path / asked[1]))
@@ -183,33 +181,21 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
     with pytest.raises(ConfigError, match=rf"small\.pt .*{OTHER}: .*(changed|mismatch)"):
         scores([name], Sample(frames=clip(), prompt=PROMPT))
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"bad\.pt .*weights of ViT-S-32-alt:"):
+    with pytest.raises(ConfigError, match=r"bad\.pt .*weights of tiny-clip:"):
         unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
 
 
 def test_wrong_names_are_refused_with_what_to_write():
     for name, said in (
         ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
-        ("MODEL", r"no model 'MODEL'"),
-        ("", r"no model ''"),
         ("ViT-B-32", r"ViT-B-32/TAG .*openai.*laion2b_e16.*ViT-B-32=FILE"),
         ("ViT-S-32", r"which weights; write ViT-S-32=FILE"),
         ("ViT-B-32/opnai", r"no weights 'opnai'.*'openai'"),
-        ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32.*ViT-S-32=FILE"),
         ("ViT-B-32=nowhere.pt", r"nowhere\.pt .*ViT-B-32"),
     ):
         for check in (lambda name: check_names([name]), lambda name: objective_of(name, None)):
             with pytest.raises(ConfigError, match=said):
                 check(f"clip-score@open_clip:{name}")
-
-
-def test_the_list_of_metrics_says_how_a_model_is_named_and_reports_need_no_weights():
-    reason = metrics()["clip-score@open_clip:MODEL"].missing()
-    assert str(reason).startswith("name a model with its weights, MODEL/TAG or MODEL=FILE")
-    with pytest.raises(NotMeasured, match="MODEL=FILE"):
-        metrics()["clip-score@open_clip:MODEL"](Sample(frames=clip()))
-    gone = "clip-image@open_clip:ViT-S-32=/gone/x.pt"
-    assert (metric_words(gone), better_of(gone)) == ("CLIP likeness to the reference, ViT-S-32=/gone/x.pt", "more")
 
 
 def test_an_objective_by_a_metric_is_higher_for_better(given):
@@ -228,22 +214,17 @@ def test_an_objective_by_a_metric_is_higher_for_better(given):
 def test_clips_in_files_are_scored_by_their_prompts(given, tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.rint(clip(ord(name), 1)[0] * 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
-    name = f"clip-align@open_clip:{MODEL}={given[3]}"
-    lacks = command("score", tmp_path, "-m", name)
-    assert lacks.exit_code == 2
-    assert "compares with the prompt; give it with --prompt" in lacks.stderr
-    (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea", "b.png": PROMPT}))
-    for options, said in (
-        (("--prompt", PROMPT), [PROMPT] * 2),
-        (("--prompts", tmp_path / "p.json"), ["a sea", PROMPT]),
-    ):
+    name, file = f"clip-align@open_clip:{MODEL}={given[3]}", tmp_path / "p.json"
+    assert "compares with the prompt; give it with --prompt" in command("score", tmp_path, "-m", name).stderr
+    file.write_text(json.dumps({"a.png": "a sea", "b.png": PROMPT}))
+    for options, said in ((("--prompt", PROMPT), [PROMPT] * 2), (("--prompts", file), ["a sea", PROMPT])):
         found = command("score", tmp_path, "-m", name, *options, "--json")
         assert found.exit_code == 0, found.output
         own = [float(pictures(given, clip(ord(at), 1))[0] @ text(given, prompt))
                for at, prompt in zip("ab", said, strict=True)]  # fmt: skip
         assert [line["metrics"][name] for line in json.loads(found.stdout)] == pytest.approx(own, abs=1e-5)
-    (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea"}))
-    assert "has no 'b.png'" in command("score", tmp_path, "-m", name, "--prompts", tmp_path / "p.json").stderr
+    file.write_text(json.dumps({"a.png": "a sea"}))
+    assert "has no 'b.png'" in command("score", tmp_path, "-m", name, "--prompts", file).stderr
 
 
 def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
@@ -265,19 +246,13 @@ def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
 
 def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypatch):
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
-    ran = []
+    monkeypatch.setattr("dit_accel_eval.suites.running.run_arms", lambda *given, **more: None)
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    monkeypatch.setattr("dit_accel_eval.suites.running.run_arms", lambda *given, **more: ran.append(given))
-    path = tmp_path / "s.toml"
-    text = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\nmetrics = ["clip-score@open_clip:{}"]\n'
-    arm = '[[arm]]\nname = "unipc 4"\nnum_inference_steps = 4\n'
-    for model, code, told in (
+    for model, code, said in (
         ("ViT-B-32/openai", 0, "clip-score@open_clip:ViT-B-32/openai is left out: the weights of ViT-B-32/openai are"),
         (f"{OTHER}={tmp_path}/bad.pt", 2, f"bad.pt does not hold the weights of {OTHER}"),
-        ("ViT-B-33/openai", 2, "s.toml: open_clip has no model 'ViT-B-33'; did you mean"),
     ):
-        path.write_text(text.format(model) + arm)
-        found = command("run", path, "--out", tmp_path / "s.jsonl")
+        (tmp_path / "s.toml").write_text(f'{HEAD}metrics = ["clip-score@open_clip:{model}"]\n{ARM}')
+        found = command("run", tmp_path / "s.toml", "--out", tmp_path / "s.jsonl")
         assert found.exit_code == code, found.output
-        assert told in found.stderr.replace("\n", " ")
-    assert len(ran) == 1
+        assert said in told(found)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.report import writing
-from dit_accel_eval.report.charts import forest, hues, ticks
+from dit_accel_eval.report.charts import forest
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page, score_leads, summary
-from dit_accel_eval.report.report import quantile_clips, suite_report
-from dit_accel_eval.runs.results import ResultLine, read_lines, result_lines
+from dit_accel_eval.report.report import suite_report
+from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_figures, suite_table
 from dit_accel_eval.suites.suite import read_suite
 from fake_model import command, told, written
@@ -103,20 +103,20 @@ def test_several_results_make_one_page(tmp_path):
 
 
 def test_json_and_markdown_agree(tmp_path):
-    path = few(tmp_path, "report-wan-tiny", 6)
-    data = writing.data_of(report(path))
+    found = report(few(tmp_path, "report-wan-tiny", 6))
+    data = writing.data_of(found)
     assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 3)
-    printed = writing.markdown_text(report(path)).splitlines()
-    rows = {row.split(" | ")[0].strip("| "): row for row in printed if row.startswith("| ")}
+    rows = {
+        row.split(" | ")[0].strip("| "): row for row in writing.markdown_text(found).splitlines() if row[:2] == "| "
+    }
     assert set(rows) - {"arm"} == {arm["name"] for arm in data["arms"]}
     for arm in data["arms"]:
         row, psnr = rows[arm["name"]], arm["psnr"]
         assert f"| {psnr['mean']:.2f}" in row
         assert psnr["mean"] == pytest.approx(np.mean([one["psnr"] for one in arm["runs"]]))
         assert arm["dense"] == (not arm["against_fewer_steps"])
-        for found in arm["against_fewer_steps"].values():
-            assert f"({found['median']:+.2f}) {found['verdict']}" in row
-            assert f"[{found['low']:+.2f}, {found['high']:+.2f}]" in row
+        for lead in arm["against_fewer_steps"].values():
+            assert f"[{lead['low']:+.2f}, {lead['high']:+.2f}] ({lead['median']:+.2f}) {lead['verdict']}" in row
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
@@ -213,11 +213,8 @@ def test_results_that_no_report_can_be_true_of(tmp_path):
         ([*lines, {**first, "weights": "other"}], "mixes results of several weights: "),
         ([*lines, {**first, "clip": 1, "solver": "euler"}], "with two settings; rename one"),
         ([first, {**lines[1], "psnr": math.nan}], "line 2 has psnr nan, which is no finite number"),
-        ([{**first, "clip": "0"}], "line 1 has clip '0', which is no finite number"),
-        ([{**first, "arm": 3}], "line 1 has arm 3, which is no text"),
         ([{**first, "methods": []}], "line 1 has methods [], which is no table"),
         ([{**first, "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
-        ([{**first, "metrics": 3}], "line 1 has metrics 3, which is no table"),
         ([first, [1]], "line 2 is no result but '[1]'"),
         (read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks psnr, ssim,"),
     ):
@@ -234,27 +231,19 @@ def test_results_that_no_report_can_be_true_of(tmp_path):
 
 
 def test_outputs_that_can_not_be_written_leave_nothing(tmp_path, monkeypatch):
-    results = tmp_path / "r.jsonl"
+    results, good = tmp_path / "r.jsonl", tmp_path / "r.html"
     results.write_bytes(WAN.read_bytes())
-    good = tmp_path / "r.html"
-    for options, message in (
-        (["--json", tmp_path / "none" / "r.json"], "is not a folder; create it first"),
-        (["--json", good], "json would overwrite"),
-        (["--json", results], "the results that are read; choose another name"),
-        (["--json", tmp_path], "it is a folder; name a file in it"),
+    for option, message in (
+        (good, "json would overwrite"),
+        (results, "the results that are read; choose another name"),
+        (tmp_path, "it is a folder; name a file in it"),
     ):
-        result = run(results, "-o", good, *options)
-        assert (result.exit_code, good.exists()) == (2, False)
-        assert message in result.stderr
-    assert results.read_bytes() == WAN.read_bytes()
+        result = run(results, "-o", good, "--json", option)
+        assert (result.exit_code, good.exists(), message in result.stderr) == (2, False, True)
     good.write_text("before")
-
-    def full(self, *_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
     found = run(results, "-o", good)
-    assert (found.exit_code, "r.html can't be written (No space left on device); free some" in told(found)) == (2, True)
+    assert (found.exit_code, "r.html can't be written (No space left); free some" in told(found)) == (2, True)
     assert good.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.jsonl"]
 
@@ -284,35 +273,19 @@ def test_the_first_screen_ranks_arms_by_lead_time_and_verdict():
     text = page(timed)
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
     for arm in data["parts"][0]["arms"]:  # what the table shows of one prompt alone
-        found = next(one for one in ours if one.name == arm["name"])
-        leads = timed.leads(found)
+        leads = timed.leads(next(one for one in ours if one.name == arm["name"]))
         assert {int(clip): cells["lead"] for clip, cells in arm["cells"].items()} == {
             clip: f"{lead:+.2f}" for clip, lead in leads.items()
         }
-        steps = [timed.full_steps / float(cells["steps_in_time"][:-1]) for cells in arm["cells"].values()]
-        assert np.mean(steps) == pytest.approx(found.means["steps_in_time"], rel=0.01)
+    drawn = forest(timed)
+    for arm in (arm for arm in ours if arm.name in drawn.rows):  # right of the line where the arm is ahead
+        row, lead = drawn.rows[arm.name], arm.ahead["steps_in_time"]
+        assert (row.mean > drawn.zero, row.ends[0] > drawn.zero) == (lead.mean > 0, lead.low > 0)
     assert "Speed-ups are over 30 dense steps." in text
     assert [text.count(f'<button type="button">speed-up by {unit}<') for unit in ("time", "work")] == [1, 1]
     untimed = page(report())
     assert "Speed-ups are over 12 dense steps; these runs were not timed." in untimed
     assert "speed-up by time" not in untimed
-
-
-def test_a_drawn_lead_is_right_of_the_line_where_the_arm_is_ahead():
-    timed = report(EVAL / "results" / "caches-time-wan-tiny.jsonl")
-    drawn = forest(timed)
-    for arm in (arm for arm in timed.arms if arm.name in drawn.rows):
-        row, lead = drawn.rows[arm.name], arm.ahead["steps_in_time"]
-        assert (row.mean > drawn.zero) == (lead.mean > 0)
-        assert row.ends[0] <= row.mean <= row.ends[1]
-        assert (row.ends[0] > drawn.zero) == (lead.low > 0)
-    assert [value for _, value in drawn.marks] == sorted(value for _, value in drawn.marks)
-    assert dict((value, place) for place, value in drawn.marks)[0.0] == drawn.zero
-
-
-def test_marks_are_round():
-    assert ticks(-6, 14) == pytest.approx([-5, 0, 5, 10])
-    assert ticks(0.0, 0.1) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
 
 
 def test_of_few_clips_it_says_so_and_draws_no_interval():
@@ -377,28 +350,3 @@ def test_pairs_are_those_of_the_suite_that_is_named_or_lies_near(tmp_path):
     assert any("pairs that the suite may declare" in text.lower() for text in report(path).warnings)
     (tmp_path / "presets-wan-tiny.toml").write_text(suite.read_text())
     assert len(report(path).pairs) == 4
-
-
-def test_every_arm_has_one_colour_and_dense_runs_none():
-    found = report(EARLIER / "report-wan-tiny.jsonl")
-    colours = hues(found)
-    assert set(colours) == {arm.name for arm in found.arms if not found.is_dense(arm)}
-    assert len(set(colours.values())) == len(colours)
-    text = page(found)
-    for name, hue in colours.items():
-        assert text.count(f"--hue:{hue}") == text.count(f'"--hue:{hue}"') >= 4  # its rows of all tables
-        assert f'<tr class="hued" style="--hue:{hue}" data-arm="{name}">' in text
-
-
-def test_the_median_of_an_even_number_is_the_lower_one():
-    lines = [ResultLine(arm="a", clip=0, num_inference_steps=1, psnr=value) for value in (4.0, 1.0, 3.0, 2.0)]
-    for count, found in ((4, [1, 2]), (3, [1, 3]), (2, [1, 1])):
-        assert [line.psnr for line in quantile_clips(lines[:count])] == found
-
-
-def test_dense_runs_of_some_clips_alone_are_left_out_of_the_page():
-    found = report(EARLIER / "report-wan-tiny.jsonl")
-    text = page(found)
-    assert "Left out are 9 dense runs made on some clips alone, as rivals." in text
-    assert "unipc 12</th>" in text
-    assert "unipc 17</th>" not in text.partition("What ran")[0]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from dit_accel_eval.report import media
 from dit_accel_eval.report.lines import read_results
-from dit_accel_eval.report.media import difference, folder_of, kept_lines
+from dit_accel_eval.report.media import folder_of, kept_lines
 from dit_accel_eval.report.report import quantile_clips, suite_report
 from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_pipelines.generation.media import read_image, read_video
-from fake_model import command
+from fake_model import command, told, written
 from PIL import Image
 
 from dit_accel import ConfigError
@@ -39,9 +39,7 @@ def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
         for key, path in paths.items():
             keep(folder / path, np.full((frames, 48, 64, 3), grey[key], np.float32), made[key])
         line |= {key: path.as_posix() for key, path in paths.items()}
-    path = folder / "r.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return written(folder / "r.jsonl", lines)
 
 
 def report(path: Path):
@@ -66,12 +64,6 @@ def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
         with pytest.raises(ConfigError, match=r"no frames.*read"):
             read_kept(tmp_path / name, run_of(line))
     assert kept_path(tmp_path, "a, 1", 0) != kept_path(tmp_path, "a 1", 0)
-
-
-def test_differences_are_amplified_and_symmetric():
-    one, two = np.full((1, 2, 2, 3), 10, np.uint8), np.full((1, 2, 2, 3), 17, np.uint8)
-    assert difference(one, two).max() == difference(two, one).min() == 35
-    assert difference(one, np.full_like(one, 255)).max() == 255
 
 
 def test_a_page_has_its_clips_beside_it(tmp_path):
@@ -108,10 +100,7 @@ def test_a_page_has_its_clips_beside_it(tmp_path):
     posters = [Path(name).with_suffix(".webp").name for name in names]
     assert {one.name for one in folder.iterdir()} == {*names, *posters}
     assert max((folder / name).stat().st_size for name in posters) < 5000
-    text = page.read_text()
-    assert 'preload: "none"' in text
-    assert "<video" not in text  # none is there before a clip is chosen
-    assert "no frames were kept" not in text
+    assert "<video" not in page.read_text()  # none is there before a clip is chosen
 
 
 def test_pictures_lie_beside_the_page_as_pictures_however_large(tmp_path, monkeypatch):
@@ -126,11 +115,6 @@ def test_pictures_lie_beside_the_page_as_pictures_however_large(tmp_path, monkey
     assert np.unique(np.asarray(read_image(folder_of(page) / entry))).size == 1
 
 
-def test_videos_are_large_and_even():
-    for size, found in [((48, 64), (192, 256)), ((161, 200), (322, 400)), ((480, 832), (480, 832))]:
-        assert media._enlarged(np.zeros((2, *size, 3), np.uint8)).shape == (2, *found, 3)
-
-
 def test_the_hardest_prompts_are_shown_and_all_by_default(tmp_path):
     path = kept(tmp_path)
     found = report(path)
@@ -143,13 +127,6 @@ def test_the_hardest_prompts_are_shown_and_all_by_default(tmp_path):
         worst, median = quantile_clips([line for line in found.results.lines if line.arm == arm["name"]])
         assert (arm["worst"], arm["median"], arm["even"]) == (worst.clip, median.clip, True)
         assert worst is median
-
-
-def test_results_without_frames_say_how_to_get_clips(tmp_path):
-    page = tmp_path / "r.html"
-    assert run(Path(__file__).parent / "results" / "report-wan-tiny.jsonl", "-o", page).exit_code == 0
-    assert "no frames were kept. For clips run the suite with <code>--frames DIR</code>" in page.read_text()
-    assert [one.name for one in tmp_path.iterdir()] == ["r.html"]
 
 
 def test_kept_frames_of_another_run_are_not_shown_but_named(tmp_path):
@@ -171,15 +148,12 @@ def test_a_folder_that_holds_something_else_is_refused_before_anything_is_encode
     monkeypatch.setattr(media, "write_media", None)
     folder_of(page).mkdir()
     (folder_of(page) / "notes.txt").write_text("mine")
-    result = run(path, "-o", page)
-    assert result.exit_code == 2
-    assert "r.media, which holds 'notes.txt' that no report wrote; move that away" in " ".join(result.stderr.split())
+    assert "r.media, which holds 'notes.txt' that no report wrote; move that away" in told(run(path, "-o", page))
     assert ((folder_of(page) / "notes.txt").read_text(), page.exists()) == ("mine", False)
     (folder_of(page) / "notes.txt").unlink()
     folder_of(page).rmdir()
     folder_of(page).write_text("a file")
-    assert "r.media, which is a file; choose another name" in " ".join(run(path, "-o", page).stderr.split())
-    assert "choose another name, in .html" in " ".join(run(path, "-o", tmp_path / "x.media").stderr.split())
+    assert "r.media, which is a file; choose another name" in told(run(path, "-o", page))
 
 
 def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were(tmp_path, monkeypatch):
@@ -200,7 +174,7 @@ def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were
             patch.setattr(media, "write_media", fails)
             result = run(path, "-o", page, "--json", tmp_path / "r.json")
         assert result.exit_code == 2
-        assert message in " ".join(result.stderr.split())
+        assert message in told(result)
     assert {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())} == before
     assert not (tmp_path / "r.json").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]

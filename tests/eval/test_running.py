@@ -6,23 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import FirstBlockCacheConfig
-from dit_accel_assets.catalog import KNOWN
 from dit_accel_eval.metrics import metrics
 from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.results import (
-    ResultLine,
-    last_lines,
-    read_kept,
-    read_lines,
-    reference_of,
-    result_lines,
-    run_of,
-)
+from dit_accel_eval.runs.results import ResultLine, last_lines, read_kept, read_lines, result_lines, run_of
 from dit_accel_eval.suites import reference, running
 from dit_accel_eval.suites.figures import Comparison, suite_figures, suite_table
-from dit_accel_eval.suites.job import Job, check_clips, check_lines
+from dit_accel_eval.suites.job import Job, check_clips
 from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.running import run_arms
 from dit_accel_eval.suites.suite import read_suite
@@ -32,22 +22,7 @@ from fake_model import ARM, HEAD, THIN, FakeModel, command, faked, told, written
 from dit_accel import ConfigError
 
 LONGER = Path(__file__).parents[2] / "eval" / "studies" / "judge_longer.py"
-SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
 fake = pytest.fixture(faked)
-
-
-def test_committed_suites_read_and_match_their_results():
-    for path in SUITES:
-        suite = read_suite(path)
-        assert suite.name == path.stem
-        assert suite.model in KNOWN
-        results = path.parent.parent / "results" / f"{suite.name}.jsonl"
-        lines = result_lines(results)
-        listed = {arm.name: arm.to_dict() for arm in suite.arms}
-        assert {line.arm for line in lines if not line.is_rival} <= {*listed}
-        if lines:
-            job = Job(suite=suite, out=results, cache=results, timed=False, threads=None)
-            check_lines(results, [line.raw for line in lines], job.setting, job.settings(lines))
 
 
 def test_a_line_keeps_every_key_and_tells_what_was_not_measured():
@@ -57,65 +32,11 @@ def test_a_line_keeps_every_key_and_tells_what_was_not_measured():
     assert (line.key, line.is_rival, line.is_converged, line.rival_steps) == (("unipc 4", 3), True, True, {3, 4})
     assert (line.value("psnr"), line.value("score"), line.value("loop"), line.value("work")) == (None, None, None, 3.5)
     assert not ResultLine.of({**raw, "num_inference_steps": 5}).is_rival
-    doubtful = {**raw, "reference_agreement": 44.9}
-    assert not ResultLine.of(doubtful).is_converged
-    assert ResultLine.of({**doubtful, "reference_confirmed": {"steps": 64, "agreement": 46.0}}).is_converged
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        line.clip = 4
+    confirmed = {"reference_confirmed": {"steps": 64, "agreement": 46.0}}
+    for more, expected in (({}, False), (confirmed, True)):
+        assert ResultLine.of({**raw, "reference_agreement": 44.9, **more}).is_converged == expected
     with pytest.raises(ConfigError, match=r"'world': 3.*lacks arm, clip, num_inference_steps"):
         ResultLine.of({"world": 3})
-
-
-BAD_SUITES = [
-    (HEAD, r"lacks.*\[\[arm\]\]"),
-    (HEAD.replace("clips = 1\n", "") + ARM, "lacks clips"),
-    (HEAD.replace("clips = 1", "clips = 0") + ARM, "clips = 0"),
-    (HEAD + "clip = 3\n" + ARM, r"'clip'.*'clips'\?"),
-    (HEAD.replace('"s"', "3") + ARM, r"name = 3.*kind"),
-    (HEAD.replace("version = 2", "version = 1") + ARM, "of version 2,"),
-    (HEAD + ARM + ARM, "arms called 'a'"),
-    (HEAD + ARM + "step = 3", r"arm 'a'.*key 'step'"),
-    (HEAD + ARM + "[arm.radial]\ndecay = 1", r"'a': radial.*'decay'"),
-    (HEAD + "[[arm]]\nstep = 3", r"arm.*name: {'step': 3}"),
-    (HEAD + '[[arm]]\nname = "a"', "num_inference_steps = None"),
-    (HEAD + ARM.replace("= 2", "= [2, 0]"), r"num_inference_steps = \[2, 0\]"),
-    (HEAD + ARM.replace("euler", "heun"), r"solver 'heun'.*dpm\+\+, euler"),
-    (HEAD + ARM.replace('solver = "euler"\n', ""), r"arm 'a'.*unipc \(the default\).*'unipc 2'"),
-    (HEAD + ARM.replace('"a"', '"unipc 2"'), r"'unipc 2'.*runs.*unipc"),
-    (HEAD + ARM.replace("_steps = 2", "_steps = 99999999999999"), r"'a': num_inference_steps.*10,000, got 99,999,"),
-    (HEAD + ARM + "diffusers = { BlockCacheConfig = {} }", r"'BlockCacheConfig'.*'First"),
-    (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = 0.1 }", r"FirstBlockCacheConfig = 0.1"),
-    (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { thresh = 0.1 } }", r"FirstBlockCacheConfig.*'thresh'"),
-    ("version", r"s\.toml.*TOML"),
-    (HEAD + 'metrics = ["pnsr"]\n' + ARM, r"s.toml: .*metric 'pnsr'.*'psnr'"),
-    (HEAD + 'metrics = ["psnr", "psnr"]\n' + ARM, r"metric 'psnr'.*twice"),
-    (HEAD + "first_clip = -1\n" + ARM, "first_clip = -1"),
-    (HEAD + 'judge = "longer"\n' + ARM, r"s.toml.*judge 'longer'.*name one"),
-    (HEAD + 'judge = "gone.py"\n' + ARM, r"s.toml.*judge 'gone.py'.*name one"),
-    (HEAD + 'reference_solver = "own"\n' + ARM, "reference_solver without reference_steps"),
-    (HEAD + 'reference_steps = 9\nreference_solver = "onw"\n' + ARM, r"reference_solver 'onw'.*'own'"),
-]
-
-
-def test_bad_suites_say_what_is_wrong(tmp_path):
-    for text, message in BAD_SUITES:
-        (tmp_path / "s.toml").write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            read_suite(tmp_path / "s.toml")
-
-
-def test_arms_may_hold_diffusers_caches_and_lists_of_steps_and_a_suite_the_reference_s_solver(tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text(HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { threshold = 0.1 } }")
-    (arm,) = read_suite(path).arms
-    assert isinstance(arm.methods[0].config, FirstBlockCacheConfig)
-    assert arm.to_dict()["methods"] == {"diffusers-cache": {"config": "FirstBlockCacheConfig", "threshold": 0.1}}
-    path.write_text(HEAD + '[[arm]]\nname = "unipc"\nnum_inference_steps = [4, 5]\n' + ARM)
-    arms = [(arm.name, arm.num_inference_steps, arm.is_dense) for arm in read_suite(path).arms]
-    assert arms == [("unipc 4", 4, True), ("unipc 5", 5, True), ("a", 2, False)]
-    path.write_text(HEAD + 'reference_steps = 9\nreference_solver = "own"\n' + ARM)
-    rival = read_suite(path).rival(4)
-    assert (rival.name, rival.num_inference_steps, rival.solver) == ("dense 4", 4, "own")
 
 
 @pytest.fixture
@@ -196,13 +117,6 @@ def test_metrics_that_were_added_or_missing_are_measured_later(job, measuring, f
     assert "| psnr-change |" in suite_table(measuring.suite, result_lines(job.out))
 
 
-def test_frames_that_are_not_finite_stop_the_run_with_their_arm(measuring, fake, monkeypatch):
-    monkeypatch.setattr(fake, "error", lambda self, clip, steps, solver, shift, methods: np.nan if methods else 0.01)
-    with pytest.raises(ConfigError, match=r"clip 0 of arm 'thin'.*finite.*3"):
-        run_arms(measuring, range(1))
-    assert read_lines(measuring.out) == []
-
-
 def test_a_suite_goes_on_where_it_stopped_and_makes_no_dense_run_twice(job, fake):
     run_arms(job, range(1))
     first, made = job.out.read_text(), len(fake.made)
@@ -257,13 +171,13 @@ def test_lines_of_another_prompt_or_seed_are_refused(tmp_path):
     check_clips(tmp_path, [line], own)
     check_clips(tmp_path, [{"clip": 3, "prompt": "held out"}], None)
     for changed, clips, message in (
-        ({**line, "prompt": "b"}, own, r"clip 0 of prompt 'b' and seed 7.*'a' and seed 7"),
-        ({**line, "seed": 8}, own, r"clip 0 of prompt 'a' and seed 8.*'a' and seed 7"),
-        ({**line, "clip": 1}, own, r"clip 1.*no such clip"),
-        (line, None, r"clip 0 of prompt 'a' and seed 7.*a held-out prompt"),
+        ({"prompt": "b"}, own, r"clip 0 of prompt 'b' and seed 7.*'a' and seed 7"),
+        ({"seed": 8}, own, r"clip 0 of prompt 'a' and seed 8.*'a' and seed 7"),
+        ({"clip": 1}, own, r"clip 1.*no such clip"),
+        ({}, None, r"clip 0 of prompt 'a' and seed 7.*a held-out prompt"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_clips(tmp_path, [changed], clips)
+            check_clips(tmp_path, [line | changed], clips)
 
 
 def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monkeypatch, job, capsys):
@@ -308,7 +222,6 @@ def test_frames_are_kept_and_missing_ones_made_up_for(job, fake):
         made = fake().run(0, steps=line["num_inference_steps"], solver=line["solver"], methods=methods)
         found = read_kept(job.out.parent / line["kept"], run_of(line))
         assert np.abs(found / 255 - made.frames).max() < 0.5 / 255 + 5e-4  # dense runs are float16 in the cache
-        assert read_kept(job.out.parent / line["kept_reference"], reference_of(line)).shape == found.shape
     assert lines[0]["seconds"] == 7.5  # what was timed before stays
     made = len(fake.made)
     run_arms(with_frames, range(1))

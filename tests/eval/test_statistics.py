@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from dit_accel_eval.statistics import FEWEST, clip_mean, holm, judge, p_value, p_words
+from dit_accel_eval.statistics import FEWEST, clip_mean, holm, judge, p_value
 from judging import paired_cell
 from scipy import stats
 
@@ -46,13 +46,6 @@ def test_of_nine_arms_that_are_all_alike_one_suite_in_twenty_has_a_wrong_verdict
         judged = judge(dict(enumerate((rng.normal(0, 1, (1, 8)) + rng.normal(0, 1, (9, 8))).tolist())))
         wrong += any(one.verdict in ("ahead", "behind") for one in judged.values())
     assert wrong / draws <= 0.05 + spread(0.05, draws)
-
-
-def test_a_real_difference_is_found():
-    rng = np.random.default_rng(0)
-    found = [judge({0: rng.normal(2, 1, 12).tolist()})[0].verdict for _ in range(200)]
-    assert found.count("ahead") > 190
-    assert "behind" not in found
 
 
 def test_the_interval_leaves_out_just_what_the_test_refuses():
@@ -126,10 +119,6 @@ def test_holm_steps_down():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
     assert holm({}) == {}
-
-
-def test_p_values_are_printed_as_tables_do():
-    assert [p_words(p) for p in (None, 0.0002, 0.0421, 1.0)] == ["", "< .001", ".042", "1.000"]
 
 
 def test_a_cell_tells_the_mean_its_interval_and_how_many_clips_have_a_value():

@@ -1,6 +1,5 @@
 """Tuning a pipeline: the cheapest setting that meets a target, verified, resumed, written for generate, or refused."""
 
-import dataclasses
 import functools
 import json
 import sys
@@ -10,13 +9,14 @@ import pytest
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import FIRST_PROMPT, embedded_prompts, tuning_request
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites import reference
+from dit_accel_eval.suites import job, reference
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune import pipeline as tune_pipeline
 from dit_accel_eval.tune import pipeline_search
-from dit_accel_eval.tune.pipeline_search import Measurement, Search, Target, known_work, least_work, pareto, read_target
-from fake_model import FakeModel, command, faked
+from dit_accel_eval.tune.pipeline_search import Measurement, Search, Target, read_target
+from dit_accel_pipelines.families.wan import WAN
+from fake_model import HEAD, FakeModel, command, faked
 from model_folders import model_folder
 from tuning import tune as tune_command
 from typer.testing import CliRunner
@@ -55,32 +55,29 @@ def fake(monkeypatch):
     yield from faked(monkeypatch, Cached)
 
 
-SPACE = """
-version = 2
-name = "space"
-model = "wan-plain"
-clips = 1
-
+SPACE = (
+    HEAD
+    + """
 [[arm]]
 name = "unipc"
 num_inference_steps = [6, 10, 12, 16, 20, 24, 30]
-
 [[arm]]
 name = "euler"
 solver = "euler"
 num_inference_steps = [6, 10, 16]
-
 [[arm]]
 name = "cached"
 num_inference_steps = [10, 12, 14, 16]
 easycache = { threshold = 0.05 }
 """
+)
 
 
 @pytest.fixture
-def tune(tmp_path, fake):
+def tune(tmp_path, fake, monkeypatch):
     pytest.importorskip("optuna", reason="optuna searches")
     (tmp_path / "space.toml").write_text(SPACE)
+    monkeypatch.setattr(job, "_check_model", lambda suite: WAN.families[-1])
 
     def run(target: str, name: str = "fast.toml", by_hand: bool = False, **further):
         request = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 1), **further)
@@ -91,7 +88,7 @@ def tune(tmp_path, fake):
     return run
 
 
-def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune, tmp_path):
+def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune, tmp_path, fake):
     """32 dB are an error of .025: 4 x 1.1 / n^2 is that at 13.3 steps, so a cache of 14, which cost 7, is cheapest."""
     tuned = tune("psnr=32")
     found = json.loads(json.dumps(tuned.to_dict()))
@@ -120,6 +117,13 @@ def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune
     assert elsewhere.settings[0].name == "fast"
     assert f"tuned at another size, 64 x 64, 17 frames, 20 steps: {found['kept']}" in elsewhere.notes
     assert dit_accel.recommend("wan-tiny").settings[0].name == "fast"
+    made = len(fake.made)  # a search that was stopped while it wrote goes on
+    lines = (tmp_path / "fast.runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fast.runs.jsonl").write_text("".join(lines[:-3]) + lines[-1][:20])
+    assert tune("psnr=32").found["chosen"] == tuned.found["chosen"]
+    assert len(fake.made) <= made + 3
+    report = command("report", tmp_path / "fast.runs.jsonl")
+    assert report.exit_code == 0, report.output
 
 
 def test_guidance_and_shift_are_written_as_they_were_tried(tune, tmp_path, fake, monkeypatch):
@@ -146,51 +150,31 @@ def test_half_of_one_s_own_prompts_are_held_out_and_none_of_those_that_chose():
     assert own.rounds[0][0] >= FIRST_PROMPT  # beyond all that suites judge on
 
 
-OWN_SPACE = """
-version = 2
-name = "space"
-model = "{model}"
-prompts = ["unused"]
-
-[[arm]]
-name = "unipc"
-num_inference_steps = [3, 4]
-
-[[arm]]
-name = "cached"
-num_inference_steps = [12]
-easycache = {{ threshold = 0.2, predictor = "taylor" }}
-"""
-
-
 @pytest.mark.slow
 def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monkeypatch):
     pytest.importorskip("optuna", reason="optuna searches")
     monkeypatch.setattr(reference, "converged", functools.partial(reference.converged, first=4, most=8))
     model = model_folder(tmp_path / "tiny")
-    (tmp_path / "space.toml").write_text(OWN_SPACE.format(model=model))
+    (tmp_path / "space.toml").write_text(
+        f'version = 2\nname = "space"\nmodel = "{model}"\nprompts = ["unused"]\n'
+        '[[arm]]\nname = "unipc"\nnum_inference_steps = [3, 4]\n'
+        '[[arm]]\nname = "cached"\nnum_inference_steps = [12]\neasycache = { threshold = 0.2, predictor = "taylor" }\n'
+    )
     prompts = ["a red circle moving right", "a blue square going up", "a green triangle", "a white circle"]
     (tmp_path / "p.txt").write_text("\n".join(prompts))
-    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--model", str(model), "--device", "cpu"]
-    asked = ["--target", "speedup=2", "--space", str(tmp_path / "space.toml"), "--num-inference-steps", "12"]
-    command = ["tune", "pipeline", *size, *asked, "--prompt-file", str(tmp_path / "p.txt")]
-    found = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
+    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--model", model]
+    asked = ["--target", "speedup=2", "--space", tmp_path / "space.toml", "--num-inference-steps", "12"]
+    found = tune_command(
+        "pipeline", *size, *asked, "--prompt-file", tmp_path / "p.txt", "-o", tmp_path / "a.toml", "--json"
+    )
     assert found.exit_code == 0, found.output
-    told = json.loads(found.stdout)
-    assert (told["chosen"]["prompts"], told["chosen"]["speedup"] >= 2) == (2, True)
-    assert {line["prompt"] for line in read_lines(tmp_path / "fast.runs.jsonl")} <= {*prompts}
+    chosen = json.loads(found.stdout)["chosen"]
+    assert (chosen["prompts"], chosen["speedup"] >= 2) == (2, True)
+    assert {line["prompt"] for line in read_lines(tmp_path / "a.runs.jsonl")} <= {*prompts}
     (first, *_) = dit_accel.recommend(model, height=32, width=32, num_frames=5, num_inference_steps=12).settings
     assert first.name == "speedup=2-32x32x5-12"
-    again = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
-    assert json.loads(again.stdout)["chosen"] == told["chosen"]
-    made = CliRunner().invoke(
-        app, ["generate", prompts[0], *size, "--config", str(tmp_path / "fast.toml"), "-o", str(tmp_path / "a.gif")]
-    )
-    assert made.exit_code == 0, made.output
-    few = CliRunner().invoke(app, [*command[:-2], "--prompt", "a", "-o", str(tmp_path / "few.toml")])
+    few = tune_command("pipeline", *size, *asked[:6], "--prompt", "a", "-o", tmp_path / "few.toml")
     assert (few.exit_code, "takes 4 prompts at least" in few.stderr) == (2, True)
-    scored = CliRunner().invoke(app, [*command, "--target", "checker=0.9", "-o", str(tmp_path / "s.toml")])
-    assert (scored.exit_code, "the judge knows held-out prompts" in scored.stderr) == (2, True)
 
 
 def test_settings_that_can_not_be_cheaper_are_never_run_and_a_speed_up_is_met_by_the_best_quality(tune, fake):
@@ -207,24 +191,6 @@ def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake
         tune("psnr=32")
     assert not (tmp_path / "fast.toml").exists()
     assert read_lines(tmp_path / "fast.runs.jsonl")  # nothing of what was measured is lost
-
-
-def test_a_search_goes_on_where_it_stopped_and_can_be_reported(tune, tmp_path, fake, monkeypatch):
-    whole = tune("psnr=32")
-    made = len(fake.made)
-    again = tune("psnr=32")
-    assert (again, len(fake.made)) == (whole, made)
-    lines = (tmp_path / "fast.runs.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "fast.runs.jsonl").write_text("".join(lines[:-3]) + lines[-1][:20])  # stopped while it wrote
-    assert tune("psnr=32").found["chosen"] == whole.found["chosen"]
-    report = command("report", tmp_path / "fast.runs.jsonl")
-    assert report.exit_code == 0, report.output
-
-
-def test_a_pareto_set_holds_what_none_surpasses():
-    points = [point("a", q, w) for q, w in ((3, 3), (2, 1), (2, 2), (5, 4), (1, 1))]
-    assert [(p.quality, p.work) for p in pareto(points, 1)] == [(2, 1), (3, 3), (5, 4)]
-    assert [(p.quality, p.work) for p in pareto(points, -1)] == [(1, 1)]
 
 
 def test_targets_and_what_misses_them():
@@ -254,54 +220,30 @@ def test_the_choice_meets_the_target_by_a_standard_error():
     assert fast.most_work(points) == 5.0
 
 
-def test_a_setting_by_hand_that_is_better_on_the_judging_prompts_is_taken(tune, fake, tmp_path, monkeypatch):
+def test_settings_by_hand_are_run_on_all_prompts_and_taken_where_they_are_better(tune, fake, tmp_path, monkeypatch):
     """Of prompts that the search saw the cache is cheapest; on others it loses 15 dB, which the dense run does not."""
-    by_hand = Arm(name="unipc 16", num_inference_steps=16)
-    monkeypatch.setattr(tune_pipeline, "BY_HAND", ("unipc 16",))
+    monkeypatch.setattr(tune_pipeline, "BY_HAND", ("unipc 16", "unipc 30"))
     monkeypatch.setattr(tune_pipeline, "default_space", lambda model: read_suite(tmp_path / "space.toml").arms)
     monkeypatch.setattr(fake, "spoil_cached", 6.0)
-    assert tune("psnr=32", by_hand=True).found["chosen"]["arm"] == by_hand.name
-    monkeypatch.setattr(fake, "spoil_cached", 1.0)
-    assert tune("psnr=32", "other.toml", by_hand=True).found["chosen"]["arm"] == "cached 14"
-
-
-def test_settings_by_hand_are_run_on_all_prompts_whatever_they_cost(tune, fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune_pipeline, "BY_HAND", ("unipc 30",))
-    monkeypatch.setattr(tune_pipeline, "default_space", lambda model: read_suite(tmp_path / "space.toml").arms)
-    tune("psnr=20", by_hand=True)
+    assert tune("psnr=32", by_hand=True).found["chosen"]["arm"] == "unipc 16"
     ran = {clip for clip, steps, solver, methods in fake.made if steps == 30}
-    assert ran >= {*pipeline_search.HELD_OUT_PROMPTS.rounds[-1]}
-    assert not {steps for _, steps, *_ in fake.made} & {20, 24}  # others are left out
+    assert ran >= {*pipeline_search.HELD_OUT_PROMPTS.rounds[-1]}  # whatever they cost
 
 
 def test_half_of_a_large_space_is_run_and_few_settings_on_all_prompts(tune, tmp_path):
-    steps = [6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
-    arms = [f'[[arm]]\nname = "unipc"\nnum_inference_steps = {steps}\n',
-            f'[[arm]]\nname = "euler"\nsolver = "euler"\nnum_inference_steps = {steps}\n']  # fmt: skip
-    for at in (0.05, 0.06, 0.07):
-        arms.append(
-            f'[[arm]]\nname = "cached {at}"\nnum_inference_steps = {steps}\neasycache = {{ threshold = {at} }}\n'
-        )
-    head = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
-    (tmp_path / "space.toml").write_text(head + "".join(arms))
+    arm = '[[arm]]\nname = "{}"\nnum_inference_steps = [6, 8, 10, 12, 14, 16, 18, 20]\n{}\n'.format
+    arms = [arm("unipc", ""), arm("euler", 'solver = "euler"')]
+    arms += [arm(f"cached {at}", f"easycache = {{ threshold = {at} }}") for at in (0.05, 0.06, 0.07)]
+    (tmp_path / "space.toml").write_text(HEAD + "".join(arms))
     found = tune("psnr=32")
     lines = [line for line in read_lines(tmp_path / "fast.runs.jsonl") if line["clip"] < pipeline_search.HELD_OUT_FIRST]
     of_space = [line for line in lines if "easycache" in line["methods"] or line["solver"] == "euler"]
     ran, every = found.found["tried"]
-    assert every == 75
-    assert ran <= 38 + 5  # the dense runs between which others are held are settings of the space, too
+    assert every == 40
+    assert ran <= 24 + 5  # the dense runs between which others are held are settings of the space, too
     assert found.found["chosen"]["work"] <= 7.5  # 14 steps of a cache cost 7
-    assert len(of_space) < 0.5 * 60 * pipeline_search.ROUNDS[-1]
-    assert any("of 75 settings" in remark for remark in found.remarks)
-
-
-def test_more_steps_of_the_same_methods_take_no_less_work():
-    cache = EasyCache(threshold=0.1)
-    ran = [dataclasses.replace(point("c", 30.0, 11.0), arm=Arm(name="c 12", num_inference_steps=12, methods=(cache,)))]
-    more = Arm(name="c 20", num_inference_steps=20, methods=(cache,))
-    assert (least_work(more), known_work(more, ran)) == (5.0, 11.0)
-    assert known_work(Arm(name="d", num_inference_steps=20), ran) == 0.0
-    assert known_work(Arm(name="c 8", num_inference_steps=8, methods=(cache,)), ran) == 0.0
+    assert len(of_space) < 0.5 * 32 * pipeline_search.ROUNDS[-1]
+    assert any("of 40 settings" in remark for remark in found.remarks)
 
 
 def test_what_can_not_be_tuned_is_said_before_anything_runs(tmp_path, monkeypatch):
@@ -311,14 +253,10 @@ def test_what_can_not_be_tuned_is_said_before_anything_runs(tmp_path, monkeypatc
         ([], "tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2"),
         (["--target", "psnr"], "--target 'psnr' is not NAME=VALUE"),
         (["--target", "pnsr=3"], "--target 'pnsr=3' names no metric; did you mean 'psnr'"),
-        (["--target", "psnr=high"], "has no number that psnr could be"),
         (["--target", "speedup=0"], "has no number that speedup could be"),
         (["--target", "motion=1"], "of motion neither more nor less is better; name another"),
         ([*target, "--radial"], "tune pipeline chooses the methods itself, got radial; leave them out"),
         ([*target, "-o", "x.json"], "the config must be a .toml, got x.json"),
-        ([*target, "--model", "no-tiny", "--prompt", "a"], "'no-tiny' is no embedded model"),
-        ([*target, "--space", "none.toml"], "no suite at none.toml"),
-        ([*target, "--try-guidance", "1"], "No such option: --try-guidance"),
     ):
         found = tune_command("pipeline", *arguments)
         assert found.exit_code == 2
@@ -363,14 +301,11 @@ def test_bad_runs_of_a_config_are_refused_and_other_commands_leave_the_run_out(t
     for text, message in (
         ("[run]\nsteps = 3\n", "[run] has no 'steps'; known: flow_shift, guidance_scale, num_inference_steps, solver"),
         ("[run]\nnum_inference_steps = 2.5\n", "[run] has num_inference_steps = 2.5, which is of the wrong kind"),
-        ("run = 3\n", "run = 3 is no table; write [run]"),
-        ('[run]\nsolver = "heun"\n', "there is no solver 'heun'"),
         ("[run]\nflow_shift = 3.0\n", "flow_shift goes with a solver, got 3.0 without one; name a solver"),
     ):
         config.write_text(text)
         found = CliRunner().invoke(app, ["generate", "a red circle", "--config", str(config)])
-        assert found.exit_code == 2
-        assert message in found.stderr
+        assert (found.exit_code, message in found.stderr) == (2, True)
     config.write_text(RUN + "[radial]\n")
     found = CliRunner().invoke(app, ["plan", "--family", "wan2.1-1.3b", "--config", str(config)])
     assert (found.exit_code, "the [run] table of" in found.stderr) == (0, True)

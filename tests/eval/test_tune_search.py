@@ -8,7 +8,6 @@ from pathlib import Path
 import dit_accel_eval.tune.base as base
 import pytest
 from dit_accel_assets import model_names, model_path
-from dit_accel_eval.runs.loaded import embedded_prompts
 from dit_accel_eval.runs.model import shipped_scheduler
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.base import TuningRun, replaced_method
@@ -98,25 +97,15 @@ def test_a_request_s_own_config_is_tuned_and_its_other_methods_stay():
     assert replaced_method(request(), SoftPAG, SoftPAG(u=0.5))[0].u == 0.5
 
 
-def test_prompts_of_its_own_are_none_that_suites_evaluate():
-    from dit_accel_assets import held_out_prompts
-
-    assert list(embedded_prompts("wan-plain", 4)) == held_out_prompts("wan-plain", 68)[64:]
-
-
 def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch):
     for arguments, text in (
         (["radial"], "tune has no command 'radial'; known: heads, lite"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
         (["lite", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
         (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some with --prompt"),
-        (["lite", "--prompt", "an ostrich"], "ostrich"),
         (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),
-        (["lite", "--dtype", "int4"], "there is no dtype 'int4'"),
         (["schedule", *SMALL, "--num-inference-steps", "5", "--computed", "9"], "computed = 9"),
         (["lite", "--rounds", "2"], "No such option: --rounds"),
-        (["magcache", "--target-error", "0.1"], "No such option: --target-error"),
-        (["profile", "--metric", "l1"], "No such option: --metric"),
     ):
         monkeypatch.chdir(tmp_path)
         result = tune(*arguments)

@@ -82,9 +82,7 @@ def test_augmented_videos_are_made_and_others_of_their_names_are_refused(info, t
     assert found.exit_code == 0, found.stderr
     (path,) = videos.glob("*.mp4")
     assert path.name == f"{PROMPTS[0]}-0.mp4"
-    assert json.loads(path.with_suffix(".mp4.json").read_text())["prompt"] == PROMPTS[0].replace(
-        "moving", "moving quickly"
-    )
+    assert " moving quickly " in json.loads(path.with_suffix(".mp4.json").read_text())["prompt"]
     found, _, text = making(info, *arguments)
     assert (found.exit_code, "was made with prompt 'a red circle moving quickly" in text) == (2, True)
 
@@ -104,13 +102,6 @@ def test_prompts_of_ones_own_need_no_protocol(tmp_path):
     for prompt, why in (("cats/dogs", "holds a slash"), ("a cat " * 50, "more than 249 bytes")):
         with pytest.raises(ConfigError, match=why):
             own_pieces((prompt,), tmp_path, 1, 0)
-
-
-def test_a_subset_is_the_first_prompts_of_each_dimension(info):
-    every = read_full_info(info)
-    assert first_of(every, ["subject_consistency"], 1) == every[:1]
-    assert first_of(every, ["subject_consistency", "temporal_flickering"], 1) == every[:2]
-    assert first_of(every, ["subject_consistency"], None) == [every[0], every[2]]
 
 
 def test_shares_are_the_whole_work_once(info, tmp_path):
@@ -150,20 +141,3 @@ def test_videos_are_made_once_with_the_cost_told_first(info):
     assert f"{PROMPTS[0]}-0.mp4 was made with methods" in text
     (videos / f"{PROMPTS[0]}-0.mp4.json").unlink()
     assert "has no side-car that tells how it was made; move it away" in making(info, *arguments)[2]
-
-
-def test_words_that_an_embedded_model_does_not_know_are_refused_before_anything_is_made(info):
-    entries = [*FULL_INFO, {"prompt_en": "a photo of a zebra", "dimension": ["subject_consistency"]}]
-    info.write_text(json.dumps(entries))
-    found, videos, text = making(info, "-d", "subject_consistency", "--samples", 1)
-    assert found.exit_code == 2
-    assert "zebra" in text
-    assert list(videos.iterdir()) == []
-
-
-def test_a_model_is_for_making_videos(info):
-    found = CliRunner().invoke(app, ["eval", "vbench", "--videos", str(info.parent), "--radial"])
-    assert found.exit_code == 2
-    assert "a model, its methods, shards and augmented prompts are for making videos; add --generate" in " ".join(
-        found.stderr.split()
-    )

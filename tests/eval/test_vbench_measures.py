@@ -14,16 +14,15 @@ import torch
 from dit_accel_eval.metrics import clip_scores
 from dit_accel_eval.metrics.openclip import Weighted
 from dit_accel_eval.vbench import measures
-from dit_accel_eval.vbench.dimensions import DIMENSIONS, dimension, totals
+from dit_accel_eval.vbench.dimensions import DIMENSIONS, totals
 from dit_accel_eval.vbench.measures import WAYS, VideoScore
 from dit_accel_eval.vbench.prompts import Prompt
 from fake_model import command
 from PIL import Image
+from tiny_vbench import MODEL, WIDTH
 from torch.nn import functional as F
 
 from dit_accel import ConfigError
-
-MODEL, WIDTH = "ViT-S-32-alt", 256
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -106,15 +105,6 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path, monkeypatch):
         assert f"dit-accel eval setup --clip {model} fetches them" in str(WAYS[name].missing())
 
 
-def test_hashes_are_of_the_model_and_the_head(small):
-    found = WAYS["aesthetic_quality"].hashes()
-    assert [len(one) for one in found.values()] == [64, 64]
-    assert list(found)[1] == "aesthetic"
-    assert list(WAYS["appearance_style"].hashes()) == list(found)[:1]
-    clip_scores.head_path(measures.LARGE).unlink()
-    assert "the aesthetic head is not here" in str(WAYS["aesthetic_quality"].missing())
-
-
 def test_consistency_is_that_of_angles_with_the_frame_before_and_the_first():
     angles = np.radians([0, 10, 40, 160])
     features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1))
@@ -129,10 +119,6 @@ def test_consistency_is_that_of_angles_with_the_frame_before_and_the_first():
         measures.pair_consistency(features[:1])
 
 
-def test_videos_weigh_as_many_parts_as_they_have():
-    assert measures.over_videos([VideoScore(value=1.0, parts=1), VideoScore(value=0.0, parts=3)]) == 0.25
-
-
 def test_flickering_is_the_mean_difference_of_neighbours():
     frames = noise(5, 6, 7, 3)
     apart = [abs(int(two) - int(one)) for one, two in zip(frames[:-1].ravel(), frames[1:].ravel(), strict=True)]
@@ -140,12 +126,6 @@ def test_flickering_is_the_mean_difference_of_neighbours():
     assert measures.frame_flickering(np.repeat(frames[:1], 4, 0)).value == 1
     with pytest.raises(ConfigError, match=r"2 frames.*1"):
         measures.frame_flickering(frames[:1])
-
-
-def test_likeness_is_a_mean_of_cosines():
-    frames = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
-    found = measures.text_likeness(torch.tensor([1.0, 0.0]), frames)
-    assert (found.value, found.parts, found.more["cur_sim"]) == (pytest.approx(1.6 / 3), 3, 0)
 
 
 ROWS = list(csv.DictReader(Path(__file__).with_name("vbench_rows.csv").open(encoding="utf-8")))
@@ -175,34 +155,22 @@ def test_the_rows_tell_wrong_constants():
         assert change == pytest.approx(share * one.weight / (one.high - one.low)), name
 
 
-def test_the_ends_of_the_ranges_are_0_and_1():
-    low, high = ({name: getattr(one, end) for name, one in DIMENSIONS.items()} for end in ("low", "high"))
-    assert (totals(low).total, totals(high).total) == (pytest.approx(0), pytest.approx(1))
-
-
-def test_the_command_prints_them_of_plain_and_of_official_files(tmp_path):
-    row = ROWS[0]
+def test_the_command_prints_them_of_plain_and_of_official_files_and_of_the_page(tmp_path):
+    row, page = ROWS[0], (Path(__file__).parents[2] / "docs" / "vbench.md").read_text(encoding="utf-8")
     plain = {name.replace("_", " "): float(row[name]) / 100 for name in DIMENSIONS}
     official = {name: [float(row[name]) / 100, [{"video_path": "a-0.mp4", "video_results": 1}]] for name in DIMENSIONS}
-    for scores in (plain, official):
-        (tmp_path / "scores.json").write_text(json.dumps(scores))
+    of_page = page.partition("```json\n")[2].partition("```")[0]
+    for scores, total in ((json.dumps(plain), row["total"]), (json.dumps(official), row["total"]), (of_page, "80.27")):
+        (tmp_path / "scores.json").write_text(scores)
         found = vbench("--totals", tmp_path / "scores.json", "--json")
         assert found.exit_code == 0, found.stderr
-        told = json.loads(found.stdout)
-        assert 100 * told["total"] == pytest.approx(float(row["total"]), abs=0.01)
-        assert list(told["normalized"]) == list(DIMENSIONS)
-    table = vbench("--totals", tmp_path / "scores.json").stdout
-    assert f"Quality {row['quality']}" in table
-    assert f"Total {row['total']}" in table
+        assert 100 * json.loads(found.stdout)["total"] == pytest.approx(float(total), abs=0.01)
+        assert f"Total {total}" in vbench("--totals", tmp_path / "scores.json").stdout
 
 
-def test_a_part_has_no_totals_and_what_is_missing_is_named(tmp_path):
-    part = {name: 0.5 for name in DIMENSIONS if name not in ("scene", "color")}
+def test_a_part_has_no_totals_and_what_is_missing_is_named():
     with pytest.raises(ConfigError, match=r"16 dimensions.*2.*color, scene"):
-        totals(part)
-    (tmp_path / "part.json").write_text(json.dumps(part))
-    found = vbench("--totals", tmp_path / "part.json", "--json")
-    assert (found.exit_code, found.stdout) == (2, "")
+        totals({name: 0.5 for name in DIMENSIONS if name not in ("scene", "color")})
 
 
 def test_wrong_names_scores_and_files_are_refused(tmp_path):
@@ -210,11 +178,8 @@ def test_wrong_names_scores_and_files_are_refused(tmp_path):
         ("motion_smothness", 0.5, r"dimension 'motion_smothness'.*'motion_smoothness'?"),
         ("subject-consistency", 0.5, r"subject_consistency.*'subject-consistency'"),
         ("scene", 53.2, r"scene.*\[0, 1\].*got 53.2"),
-        ("scene", -0.1, r"scene.*\[0, 1\].*got -0.1$"),
         ("temporal_style", -1.5, r"temporal_style.*\[-1, 1\].*got -1.5$"),
-        ("scene", 1e9, r"scene.*\[0, 1\].*got 1000000000.0$"),
         ("scene", math.nan, r"scene.*got nan"),
-        ("scene", True, r"scene.*got True"),
         ("scene", "0.5", r"scene.*got '0.5'"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -229,15 +194,3 @@ def test_wrong_names_scores_and_files_are_refused(tmp_path):
         (tmp_path / "scores.json").write_text(text) if text else None
         found = vbench("--totals", tmp_path / "scores.json")
         assert (found.exit_code, said in " ".join(found.stderr.split())) == (2, True)
-
-
-def test_a_dimension_is_found_with_blanks_too():
-    assert dimension("Subject Consistency") is DIMENSIONS["subject_consistency"]
-
-
-def test_the_page_s_own_file_has_the_published_total(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "vbench.md").read_text(encoding="utf-8")
-    (tmp_path / "scores.json").write_text(page.partition("```json\n")[2].partition("```")[0])
-    found = vbench("--totals", tmp_path / "scores.json")
-    assert found.exit_code == 0, found.stderr
-    assert "Total 80.27" in found.stdout

@@ -3,26 +3,25 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from dit_accel_kernels import (
-    EXACT,
     BackendUnavailableError,
-    FrameDecay,
     Selection,
     TileLists,
     Vote,
-    block_sparse_attention,
     dense_speed,
     predicted_speedup,
     resolve_backend,
 )
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends import flex as flex_backend
+from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import compiled, fused
-from kernel_cases import qkv
+from kernel_cases import attend, frame_decay, full, lists_of, qkv
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -37,8 +36,8 @@ DTYPES = {name: dtype for dtype, name in cpu.DTYPES.items()}
 def lists(density: float, tokens: int = 16384, tile: int = 128) -> TileLists:
     """So many tiles of every row."""
     count = -(-tokens // tile)
-    states = (torch.arange(count) < round(density * count)).to(torch.uint8).expand(count, -1) * EXACT
-    return TileLists.from_states(states.contiguous(), block_q=tile, block_k=tile, num_q=tokens, num_k=tokens)
+    states = (torch.arange(count) < round(density * count)).expand(count, -1) * 2
+    return lists_of(states.contiguous(), tile, tile, tokens, tokens)
 
 
 def auto(density: float, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> str:
@@ -62,30 +61,21 @@ def test_the_committed_table_is_what_the_bench_makes_of_the_committed_records():
 
 def test_a_measured_row_replaces_a_reported_one_and_records_say_what_the_processor_has():
     record = {"processor": "amx", "device": "X", "dtype": "bf16", "shape": [1, 4, 16384, 128], "block": 128}
-    made = cpu_table.rows(
-        [{**record, "candidate": "flex", "density": d, "of_ideal": s} for d, s in ((0.5, 2), (0.1, 1))]
-    )
+    records = [{**record, "candidate": "flex", "density": d, "of_ideal": s} for d, s in ((0.5, 2), (0.1, 1))]
+    made = cpu_table.rows(records)
     row = next(row for row in made if row["tile"] == 128 and row["backend"] == "flex")
     assert (row["shares"], row["source"]) == ([[0.1, 1], [0.5, 2]], "measured: X")
     assert [row["source"] for row in made].count(cpu_table.REPORT) == 3
 
 
-@pytest.mark.parametrize(
-    ("has", "kind"),
-    [
-        (("amx_tile", "avx512_bf16", "avx512"), "amx"),
-        (("avx512_bf16", "avx512"), "avx512_bf16"),
-        (("avx512",), "avx512"),
-        ((), "other"),
-    ],
-)
-def test_the_processor_is_told_by_what_it_has(monkeypatch, has, kind):
-    for name in ("amx_tile", "avx512_bf16", "avx512"):
-        if name in has:
-            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True, raising=False)
-        else:
-            monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
-    assert cpu.processor_kind.__wrapped__() == kind
+def test_the_processor_is_told_by_what_it_has(monkeypatch):
+    names = ("amx_tile", "avx512_bf16", "avx512")
+    for name in names:
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True, raising=False)
+    for name, kind in zip(names, ("amx", "avx512_bf16", "avx512"), strict=True):
+        assert cpu.processor_kind.__wrapped__() == kind
+        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
+    assert cpu.processor_kind.__wrapped__() == "other"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(row[name]) for name in cpu_table.KEY))
@@ -124,21 +114,15 @@ def test_the_measured_makes_gain_up_to_these_densities(monkeypatch, kind, dtype,
 
 
 def test_what_no_row_serves_is_torchs_and_nothing_is_known_of_it(amx, monkeypatch):
-    for density, dtype, tokens in (
-        (0.5, torch.bfloat16, 4095),
-        (0.5, torch.float16, 16384),
-        (0.5, torch.float64, 16384),
-    ):
-        assert auto(density, dtype, tokens=tokens) == "torch"
-        assert speed(density, dtype, tokens=tokens) is None
+    for dtype, tokens in ((torch.bfloat16, 4095), (torch.float16, 16384), (torch.float64, 16384)):
+        assert (auto(0.5, dtype, tokens=tokens), speed(0.5, dtype, tokens=tokens)) == ("torch", None)
     monkeypatch.setattr(cpu, "processor_kind", lambda: "other")
     assert (auto(0.5), speed(0.5)) == ("torch", None)
     assert predicted_speedup(torch.device("meta"), torch.bfloat16, lists(0.5)) is None
 
 
 def test_flex_is_left_out_where_it_does_not_run(amx, monkeypatch):
-    odd = TileLists.full(16384, 16384, block_q=96, block_k=128)
-    assert resolve_backend("auto", CPU, torch.bfloat16, 128, odd) == "torch"
+    assert resolve_backend("auto", CPU, torch.bfloat16, 128, full(16384, 16384, 96, 128)) == "torch"
     assert resolve_backend("auto", CPU, torch.bfloat16, 128) == "torch"
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: "a C++ compiler")
     assert (auto(0.5), speed(0.5)) == ("torch", pytest.approx(0.39 / 0.5))
@@ -149,35 +133,33 @@ def flex_calls(monkeypatch):
     """Calls of flex, which is ahead in every call here and gives what torch does."""
     monkeypatch.setattr(cpu, "_serving", lambda *key: {"flex": ((0.1, 0.9),), "torch": ((0.1, 0.8),)})
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
-    found = []
+    seen = []
 
-    def attend(problem, *, need_lse):
-        from dit_accel_kernels.backends.torch.attend import attend
+    def by_torch(problem, *, need_lse):
+        seen.append(problem)
+        return torch_attend.attend(problem, need_lse=need_lse)
 
-        found.append(problem)
-        return attend(problem, need_lse=need_lse)
-
-    monkeypatch.setattr(flex_backend, "attend", attend)
-    return found
+    monkeypatch.setattr(flex_backend, "attend", by_torch)
+    return seen
 
 
 def test_calls_go_to_flex_but_for_votes_lse_decay_masks_and_gradients(flex_calls):
-    q, k, v = qkv(1, 2, 2, 64, 64, 8, torch.float32)
-    tiles, frames = lists(0.5, 64, 16), torch.arange(64, dtype=torch.int32) // 16
-    decay = FrameDecay(table=torch.tensor([1.0, 0.5]), q_frames=frames, k_frames=frames)
-    block_sparse_attention(q, k, v, tiles, layout="bhsd")
-    block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(), return_tiles=True)
+    given, tiles = qkv(1, 2, 2, 64, 64, 8, torch.float32), lists(0.5, 64, 16)
+    attend(*given, tiles)
+    attend(*given, tiles, selection=Selection(), return_tiles=True)
     assert len(flex_calls) == 2
-    for arguments in (
-        dict(selection=Selection(vote=Vote())), dict(return_lse=True), dict(frame_decay=decay),
+    votes = Selection(vote=Vote())
+    for more in (
+        dict(selection=votes),
+        dict(return_lse=True),
+        dict(frame_decay=frame_decay(64)),
         dict(backend="torch"),
-    ):  # fmt: skip
-        block_sparse_attention(q, k, v, tiles, layout="bhsd", **arguments)
+    ):
+        attend(*given, tiles, **more)
     masked = replace(tiles, mask_ids=torch.zeros_like(tiles.exact_indices), mask_bits=-torch.ones(1, 16, 1).int())
-    block_sparse_attention(q, k, v, masked, layout="bhsd")
+    attend(*given, masked)
     assert resolve_backend("auto", CPU, torch.float32, 8, masked) == "torch"
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    block_sparse_attention(*leaves, tiles, layout="bhsd").sum().backward()
+    attend(*(x.requires_grad_() for x in given), tiles).sum().backward()
     assert len(flex_calls) == 2
 
 
@@ -186,59 +168,53 @@ def test_auto_runs_where_torch_compile_is_switched_off(flex_calls, monkeypatch):
         raise BackendUnavailableError("switched off")
 
     monkeypatch.setattr(flex_backend, "attend", refuse)
-    q, k, v = qkv(1, 2, 2, 64, 64, 8, torch.float32)
-    call = dict(tiles=lists(0.5, 64, 16), layout="bhsd")
-    found = block_sparse_attention(q, k, v, **call)
-    assert torch.equal(found, block_sparse_attention(q, k, v, **call, backend="torch"))
+    call = partial(attend, *qkv(1, 2, 2, 64, 64, 8, torch.float32), lists(0.5, 64, 16))
+    assert torch.equal(call(), call(backend="torch"))
     with pytest.raises(BackendUnavailableError, match="switched off"):
-        block_sparse_attention(q, k, v, **call, backend="flex")
+        call(backend="flex")
 
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
 
 
-@needs_compiler
-def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generator(monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Dense calls that are measured on few tokens, and forgotten again."""
     monkeypatch.delenv(cpu.DENSE, raising=False)
     monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
     cpu._dense_speed.cache_clear()
-    torch.manual_seed(0)
-    before, taken = torch.get_rng_state(), []
-    real = cpu.fused.attend_by_loop
-    monkeypatch.setattr(
-        cpu.fused,
-        "attend_by_loop",
-        lambda problem, *a, **more: taken.append(problem.q.shape) or real(problem, *a, **more),
-    )
-    found = [dense_speed(torch.float32, 32) for _ in range(2)]
-    assert found[0] == found[1] > 0
+    yield
+    cpu._dense_speed.cache_clear()
+
+
+@needs_compiler
+def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generator(small, monkeypatch):
+    before, taken, real = torch.get_rng_state(), [], cpu.fused.attend_by_loop
+
+    def by_loop(problem, *args, **more):
+        taken.append(problem.q.shape)
+        return real(problem, *args, **more)
+
+    monkeypatch.setattr(cpu.fused, "attend_by_loop", by_loop)
+    speeds = [dense_speed(torch.float32, 32) for _ in range(2)]
+    assert speeds[0] == speeds[1] > 0
     assert taken == [(1, 1, 128, 32)] * 6
     assert torch.equal(torch.get_rng_state(), before)
     dense_speed(torch.float32, 16)
     assert len(taken) == 12
-    cpu._dense_speed.cache_clear()
 
 
 @needs_compiler
-def test_the_slower_way_is_told_as_such(monkeypatch):
-    monkeypatch.delenv(cpu.DENSE, raising=False)
-    monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
-    ways = ((cpu.fused, "attend_by_loop", 0.0), (cpu, "scaled_dot_product_attention", float("inf")))
-    for module, name, slow in ways:
-        cpu._dense_speed.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *_, **more: [sum(range(1000)) for _ in range(1000)])
-            speed = dense_speed(torch.float32, 16)
-            assert speed is not None
-            assert (speed < 1) == (slow == 0.0)
-    cpu._dense_speed.cache_clear()
+@pytest.mark.parametrize(("module", "name"), [(fused, "attend_by_loop"), (cpu, "scaled_dot_product_attention")])
+def test_the_slower_way_is_told_as_such(small, monkeypatch, module, name):
+    monkeypatch.setattr(module, name, lambda *_, **more: [sum(range(1000)) for _ in range(1000)])
+    assert (dense_speed(torch.float32, 16) < 1) == (module is fused)
 
 
 @needs_compiler
 def test_a_measurement_is_replaced_by_the_environments_and_other_calls_have_none(monkeypatch):
     monkeypatch.setenv(cpu.DENSE, "1.75")
-    assert dense_speed(torch.float32, 64) == 1.75
-    assert dense_speed(torch.float64, 64) is None
+    assert (dense_speed(torch.float32, 64), dense_speed(torch.float64, 64)) == (1.75, None)
     monkeypatch.setenv(cpu.DENSE, "fast")
     with pytest.raises(ValueError, match=r"^DIT_ACCEL_CPU_DENSE .*number.*'fast'"):
         dense_speed(torch.float32, 64)

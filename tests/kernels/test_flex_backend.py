@@ -1,20 +1,12 @@
 """The flex backend: what it refuses and says, its blocks, and its result, compiled and by the eager FlexAttention."""
 
+from itertools import product
+
 import pytest
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    BackendUnavailableError,
-    FrameDecay,
-    Selection,
-    TileLists,
-    Vote,
-    block_sparse_attention,
-)
+from dit_accel_kernels import BackendUnavailableError, Selection, Vote
 from dit_accel_kernels.backends import flex as flex_backend
-from kernel_cases import assert_within_rounding, qkv, random_lists, with_masks
+from kernel_cases import assert_within_rounding, attend, frame_decay, full, lists_of, qkv, random_lists, with_masks
 from torch._dynamo.utils import counters
 
 LISTS = random_lists(1, 40, 40, 16, 16)
@@ -23,55 +15,38 @@ COMPILES = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    ("tiles", "arguments", "text"),
-    [
-        (LISTS, dict(return_lse=True), r"'flex'.*LSE.*CPU.*'torch'.*'auto'"),
-        (LISTS, dict(selection=Selection(vote=Vote())), r"'flex'.*no votes.*'torch'.*'auto'"),
-        (random_lists(1, 40, 40, 8, 24), {}, r"block_q 8 and block_k 24.*2"),
-    ],
-)
-def test_refuses_what_it_does_not_execute(tiles, arguments, text):
-    q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
+def refused(text: str, tiles=LISTS, dtype: torch.dtype = torch.float32, **arguments) -> None:
     with pytest.raises(BackendUnavailableError, match=text):
-        block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="flex", **arguments)
+        attend(*qkv(1, 2, 2, 40, 40, 8, dtype), tiles, backend="flex", **arguments)
 
 
-def test_refuses_float64():
-    q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float64)
-    with pytest.raises(BackendUnavailableError, match=r"'flex'.*float64"):
-        block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
+def test_what_it_does_not_execute_is_refused(monkeypatch):
+    """The eager FlexAttention among it, which reads no lists."""
+    refused("'flex'.*LSE.*CPU.*'torch'.*'auto'", return_lse=True)
+    refused("'flex'.*no votes.*'torch'.*'auto'", selection=Selection(vote=Vote()))
+    refused("block_q 8 and block_k 24.*2", random_lists(1, 40, 40, 8, 24))
+    refused("'flex'.*float64", dtype=torch.float64)
+    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
+    with torch.compiler.set_stance("force_eager"):
+        refused("'flex'.*torch.compile.*off.*'torch'")
 
 
-def test_says_what_the_machine_lacks(monkeypatch):
-    q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
+def test_what_the_machine_lacks_is_told(monkeypatch):
     monkeypatch.setattr(flex_backend.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    with pytest.raises(BackendUnavailableError, match=r"'flex'.*C\+\+ compiler"):
-        block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
+    refused(r"'flex'.*C\+\+ compiler")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    with pytest.raises(BackendUnavailableError, match=r"'flex'.*CPU.*AVX2 \(found DEFAULT\)"):
-        block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
+    refused(r"'flex'.*CPU.*AVX2 \(found DEFAULT\)")
     monkeypatch.setattr(flex_backend.importlib.util, "find_spec", lambda name: None)
     assert flex_backend.missing_requirement("cuda") == "the triton package"
 
 
-def test_never_runs_the_eager_flexattention_which_reads_no_lists(monkeypatch):
-    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
-    q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
-    text = r"'flex'.*torch.compile.*off.*'torch'"
-    with torch.compiler.set_stance("force_eager"), pytest.raises(BackendUnavailableError, match=text):
-        block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [64, 256])
-@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
-def test_a_gpu_kernels_steps_divide_the_tiles(block, dim, dtype):
+def test_a_gpu_kernels_steps_divide_the_tiles():
     """FlexAttention's own are powers of 2 up to 128 and are kept where they divide the tiles whatever they are."""
-    options = flex_backend._kernel_options(torch.empty(1, 1, 1, dim, dtype=dtype, device="meta"), block, block)
-    steps = {options.get(name, 128) for name in ("BLOCK_M", "BLOCK_N")}
-    assert all(block % step == 0 and step >= 16 for step in steps)
+    for block, dim, dtype in product((16, 32, 64, 128, 256), (64, 256), (torch.float32, torch.bfloat16)):
+        options = flex_backend._kernel_options(torch.empty(1, 1, 1, dim, dtype=dtype, device="meta"), block, block)
+        steps = {options.get(name, 128) for name in ("BLOCK_M", "BLOCK_N")}
+        assert all(block % step == 0 and step >= 16 for step in steps)
 
 
 @pytest.fixture
@@ -90,33 +65,24 @@ def eager(monkeypatch) -> list:
 
 def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, mask: bool, decay: bool) -> dict:
     """A head scale and, where asked for, keys of which a whole tile and some others are invalid, and frame decay."""
-    found: dict = dict(layout="bhsd", head_scale=0.5 + torch.rand(batch, heads))
+    arguments: dict = dict(head_scale=0.5 + torch.rand(batch, heads))
     if mask:
-        valid = torch.rand(batch, num_k) < 0.7
+        valid = arguments["key_mask"] = torch.rand(batch, num_k) < 0.7
         valid[0, : 2 * block_k] = False
         valid[-1, :block_k] = True
-        found["key_mask"] = valid
     if decay:
-        frames = (torch.arange(n, dtype=torch.int32) // 37 - 1 for n in (num_q, num_k))
-        table = torch.tensor([1.0, 0.9, 0.5, 0.2])
-        found["frame_decay"] = FrameDecay(**dict(zip(("q_frames", "k_frames"), frames, strict=True)), table=table)
-    return found
+        arguments["frame_decay"] = frame_decay(num_q, num_k, 37, (1.0, 0.9, 0.5, 0.2))
+    return arguments
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_only_tiles_with_an_invalid_key_and_seen_means_are_partial(eager):
     """Tiles of 16 x 32, 80 keys: the pooled columns are block 0, the key tiles blocks 1 to 3."""
-    states = torch.tensor(
-        [[EXACT, EXACT, POOLED], [EXACT, SKIPPED, EXACT], [SKIPPED, POOLED, SKIPPED]], dtype=torch.uint8
-    )
-    tiles = TileLists.from_states(states, block_q=16, block_k=32, num_q=40, num_k=80)
-    q, k, v = qkv(2, 2, 2, 40, 80, 8, torch.float32)
-    valid = torch.ones(2, 80, dtype=torch.bool)
+    given, valid = qkv(2, 2, 2, 40, 80, 8, torch.float32), torch.ones(2, 80, dtype=torch.bool)
     valid[1, 3] = valid[1, 32:64] = False  # tile 0 has 31 keys, tile 1 none
-    call = dict(layout="bhsd", backend="flex")
-    block_sparse_attention(q, k, v, tiles, **call)
-    block_sparse_attention(q, k, v, tiles, **call)
-    block_sparse_attention(q, k, v, tiles, key_mask=valid, **call)
+    tiles = lists_of([[2, 2, 1], [2, 0, 2], [0, 1, 0]], 16, 32, 40, 80)
+    for mask in (None, None, valid):
+        attend(*given, tiles, key_mask=mask, backend="flex")
 
     def rows(counts, indices, batch):
         return [row[:count].tolist() for row, count in zip(indices[batch, 0], counts[batch, 0], strict=True)]
@@ -141,11 +107,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize(
         ("pooled", "mask", "decay", "dtype"),
-        [
-            (False, False, False, torch.float32),
-            (True, True, True, torch.float32),
-            (True, False, False, torch.bfloat16),
-        ],
+        [(False, False, False, torch.float32), (True, True, True, torch.float32), (True, False, False, torch.bfloat16)],
     )
     def test_agrees_with_the_specification_and_compiles_once(self, pooled, mask, decay, dtype):
         """Per-head lists, grouped heads, head scale, ragged tail, empty row; then other lists, masks and scales."""
@@ -162,7 +124,7 @@ class TestCompiled:
         before = counters["stats"]["unique_graphs"]
         for _ in range(2):
             q, k, v = qkv(*self.SHAPE, torch.float32)
-            check_output(q, k, v[..., :40], with_masks(random_lists(4, 300, 300, 64, 32, pooled=False)), layout="bhsd")
+            check_output(q, k, v[..., :40], with_masks(random_lists(4, 300, 300, 64, 32, pooled=False)))
         assert counters["stats"]["unique_graphs"] - before == 1
 
     def test_one_query_over_many_keys_and_decay_alone(self):
@@ -172,13 +134,9 @@ class TestCompiled:
 
     def test_gradients_are_those_of_the_torch_backend(self):
         leaves = [x.requires_grad_() for x in qkv(*self.SHAPE, torch.float32)]
-        tiles = random_lists(4, 300, 300, 64, 32, pooled=False)
-        seed = torch.randn_like(leaves[0])
-        found, expected = (
-            torch.autograd.grad(block_sparse_attention(*leaves, tiles, layout="bhsd", backend=backend), leaves, seed)
-            for backend in ("flex", "torch")
-        )
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        tiles, seed = random_lists(4, 300, 300, 64, 32, pooled=False), torch.randn_like(leaves[0])
+        outs = [attend(*leaves, tiles, backend=backend) for backend in ("flex", "torch")]
+        assert all(map(torch.equal, *(torch.autograd.grad(out, leaves, seed) for out in outs)))
 
 
 def test_more_shapes_than_dynamos_limit_stay_compiled(monkeypatch):
@@ -188,17 +146,15 @@ def test_more_shapes_than_dynamos_limit_stay_compiled(monkeypatch):
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
     before = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(recompile_limit=1):
-        for tiles in (random_lists(1, 33, 33, 16, 16), TileLists.full(34, 34, block_q=16, block_k=16)):
-            q, k, v = qkv(1, 1, 1, tiles.num_q, tiles.num_q, 16, torch.float32)
-            check_output(q, k, v, tiles, layout="bhsd")
+        for tiles in (random_lists(1, 33, 33, 16, 16), full(34)):
+            check_output(*qkv(1, 1, 1, tiles.num_q, tiles.num_q, 16, torch.float32), tiles)
     assert counters["stats"]["unique_graphs"] - before == 2
 
 
 def check_output(q, k, v, tiles, **arguments) -> None:
     """The output against the reference in float64 on the same inputs."""
     wide = {name: x.double() if name == "head_scale" else x for name, x in arguments.items()}
-    truth = block_sparse_attention(q.double(), k.double(), v.double(), tiles, backend="reference", **wide)
-    yardstick = block_sparse_attention(q, k, v, tiles, backend="reference", **arguments)
-    found = block_sparse_attention(q, k, v, tiles, backend="flex", **arguments)
+    truth = attend(q.double(), k.double(), v.double(), tiles, backend="reference", **wide)
+    found, yardstick = (attend(q, k, v, tiles, backend=name, **arguments) for name in ("flex", "reference"))
     assert found.dtype == q.dtype
     assert_within_rounding(found, yardstick, truth, q.dtype)

@@ -1,4 +1,4 @@
-"""The compiled loop of the torch backend: sizes that it cuts differently from others, and what builds it."""
+"""The compiled loop of the torch backend: sizes that it cuts differently, its threads, and what is no number."""
 
 import ctypes
 import multiprocessing
@@ -10,40 +10,37 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
-from dit_accel_kernels.backends.torch import attend, binding, compiled, fused, memory, tiled
+from dit_accel_kernels import Selection, TileLists, Vote
+from dit_accel_kernels.backends.torch import attend as torch_attend
+from dit_accel_kernels.backends.torch import binding, compiled, fused, memory, tiled
 from dit_accel_kernels.features import product_dtype
-from kernel_cases import Call, check_against_reference, qkv, random_lists
+from kernel_cases import Call, attend, check_against_reference, frame_decay, full, lists_of, qkv, random_lists
 
-needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+CRITERIA = [Vote(), Vote(criterion="mass", threshold=0.02), Vote(criterion="budget", threshold=0.1)]
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.sample
+@DTYPES
 @pytest.mark.parametrize("dim", [5, 40, 96])
-@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
-def test_chunks_panels_and_rows_of_every_length(dim, block_q, block_k, dtype, monkeypatch):
+@pytest.mark.parametrize("blocks", [(7, 640), (13, 101), (64, 33)])
+def test_chunks_panels_and_rows_of_every_length(dim, blocks, dtype, monkeypatch):
     """More columns than are kept at a time in one tile, in several, and of pooled ones; every feature; pairs."""
-    taken = []
-    monkeypatch.setattr(
-        fused, "attend_by_loop", lambda *a, real=fused.attend_by_loop, **k: taken.append(1) or real(*a, **k)
-    )
-    call = Call(
-        batch=2, heads=4, key_heads=2, num_q=150, num_k=1400, dim=dim, dtype=dtype, blocks=(block_q, block_k), groups=4
-    )
-    plain, hidden = (replace(call, features=f"pooled {words}") for words in ("", "inside mask decay heads"))
-    for each in (plain, replace(hidden, value_dim=7), replace(call, layout="bshd", features="pooled mask")):
+    taken, real = [], fused.attend_by_loop
+    monkeypatch.setattr(fused, "attend_by_loop", lambda *a, **k: taken.append(1) or real(*a, **k))
+    call = Call(batch=2, heads=4, key_heads=2, num_q=150, num_k=1400, dim=dim, dtype=dtype, blocks=blocks, groups=4)
+    hidden = replace(call, features="pooled inside mask decay heads", value_dim=7)
+    for each in (call, hidden, replace(call, layout="bshd", features="pooled mask")):
         check_against_reference(*each.tensors(), each.lists(), **each.arguments())
     assert taken or dtype == torch.bfloat16  # where the processor has no pairs of products
 
 
-@needs_compiler
 def test_long_rows_round_no_more_than_a_tile():
     """Equal weights, so that what is left is how 16,384 values are summed up; one running sum errs by 16 steps."""
     tokens, eps = 16384, torch.finfo(torch.float32).eps
     q, k, v = torch.zeros(1, 1, 64, 32), torch.zeros(1, 1, tokens, 32), torch.rand(1, 1, tokens, 32)
-    tiles = TileLists.full(64, tokens, block_q=64, block_k=64)
-    out = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    out = attend(q, k, v, full(64, tokens, 64), backend="torch")
     assert float((out - v.double().mean(2, keepdim=True)).abs().max()) <= 3 * eps
 
 
@@ -58,7 +55,6 @@ def narrow(monkeypatch):
     product_dtype.cache_clear()
 
 
-@needs_compiler
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -67,65 +63,52 @@ def test_narrow_tensors_go_in_and_out_and_nothing_else_is_rounded(dim, layout, d
     """Every feature, ragged tails, padded panels, a value that is not a number."""
     q, k, v = qkv(2, 2, 1, 150, 470, dim, dtype, layout)
     v[0, 0, 0, 0] = torch.nan
-    frames, mask = torch.arange(470, dtype=torch.int32) // 90, torch.rand(2, 470) > 0.3
+    mask = torch.rand(2, 470) > 0.3
     mask[0, 0] = True
-    options = dict(
-        head_scale=torch.tensor([0.5, 2.0]),
-        key_mask=mask,
-        frame_decay=FrameDecay(table=torch.tensor([1.0, 0.8, 0.5]), q_frames=frames[:150], k_frames=frames),
-    )
+    options = dict(head_scale=torch.tensor([0.5, 2.0]), key_mask=mask, frame_decay=frame_decay(150, 470, 90))
     for pooled, chosen in ((False, {}), (True, {}), (True, options), (False, dict(selection=Selection(vote=Vote())))):
-        tiles = random_lists(2, 150, 470, 13, 40, pooled=pooled)
-        call = dict(tiles=tiles, layout=layout, backend="torch", return_lse=True, **chosen)
-        found = block_sparse_attention(q, k, v, **call)
-        expected = block_sparse_attention(q.float(), k.float(), v.float(), **call)
+        call = dict(tiles=random_lists(2, 150, 470, 13, 40, pooled=pooled), layout=layout, return_lse=True, **chosen)
+        found, expected = (attend(*x, backend="torch", **call) for x in ((q, k, v), (q.float(), k.float(), v.float())))
         assert found[0].dtype == dtype
         torch.testing.assert_close(found[0], expected[0].to(dtype), rtol=0, atol=0, equal_nan=True)
         assert found[0].isnan().any()
-        assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
+        assert all(map(torch.equal, found[1:], expected[1:]))
 
 
-@needs_compiler
 @pytest.mark.usefixtures("narrow")
 def test_bfloat16_is_read_where_it_lies(monkeypatch):
     """No tensor of the call is widened whole, and the loop writes the output as it is wanted."""
     casts = []
     monkeypatch.setattr(tiled, "cast", lambda x, dtype: casts.append(dtype) or x.to(dtype))
-    monkeypatch.setattr(attend, "cast", lambda x, dtype: casts.append(x.dtype) or x.to(dtype))
-    q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.bfloat16)
-    block_sparse_attention(q, k, v, random_lists(1, 100, 100, 16, 16, pooled=False), layout="bhsd", backend="torch")
+    monkeypatch.setattr(torch_attend, "cast", lambda x, dtype: casts.append(x.dtype) or x.to(dtype))
+    tiles = random_lists(1, 100, 100, 16, 16, pooled=False)
+    attend(*qkv(1, 2, 2, 100, 100, 16, torch.bfloat16), tiles, backend="torch")
     assert casts == []
 
 
-@needs_compiler
 def test_more_pooled_tiles_than_are_kept_at_a_time():
-    q, k, v = qkv(1, 2, 2, 40, 1400, 16, torch.float32)
-    states = torch.ones(3, 700, dtype=torch.uint8)
+    states = torch.ones(3, 700)
     states[1] = 0
     states[:, ::50] = 2
     check_against_reference(
-        q, k, v, TileLists.from_states(states, block_q=16, block_k=2, num_q=40, num_k=1400), layout="bhsd"
+        *qkv(1, 2, 2, 40, 1400, 16, torch.float32), lists_of(states, 16, 2, 40, 1400), layout="bhsd"
     )
 
 
-@needs_compiler
-@pytest.mark.parametrize(
-    "vote", [Vote(), Vote(criterion="mass", threshold=0.02), Vote(criterion="budget", threshold=0.1)]
-)
+@pytest.mark.parametrize("vote", CRITERIA, ids=lambda vote: vote.criterion)
 def test_votes_over_several_chunks_are_those_of_the_operations(vote, monkeypatch):
     """Largest logits rise from chunk to chunk, so that sums so far must be brought down; in one run or in many."""
     q, k, v = qkv(1, 2, 2, 300, 1400, 16, torch.float32)
-    k = k * torch.linspace(0.2, 3, 1400)[:, None]
-    tiles = random_lists(1, 300, 1400, 64, 40, pooled=True)
-    options = dict(layout="bhsd", backend="torch", selection=Selection(vote=vote), return_lse=True)
-    found = [block_sparse_attention(q, k, v, tiles, **options)]
+    call = (q, k * torch.linspace(0.2, 3, 1400)[:, None], v, random_lists(1, 300, 1400, 64, 40))
+    options = dict(backend="torch", selection=Selection(vote=vote), return_lse=True)
+    by_loop = [attend(*call, **options)]
     monkeypatch.setattr(fused, "VOTE_BYTES", 4 * 64 * 20)
-    found.append(block_sparse_attention(q, k, v, tiles, **options))
+    by_loop.append(attend(*call, **options))
     monkeypatch.setattr(fused, "library", lambda: None)
-    by_operations = block_sparse_attention(q, k, v, tiles, **options)
-    for one in found:
-        torch.testing.assert_close(one[:2], by_operations[:2], rtol=1e-5, atol=1e-6)
-        assert torch.equal(one[2], by_operations[2])
+    by_operations = attend(*call, **options)
+    for results in by_loop:
+        torch.testing.assert_close(results[:2], by_operations[:2], rtol=1e-5, atol=1e-6)
+        assert torch.equal(results[2], by_operations[2])
 
 
 @pytest.fixture
@@ -136,29 +119,24 @@ def threads():
     torch.set_num_threads(before)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [2, 4, 16, 64])
-def test_threads_share_a_call_and_change_no_bit(monkeypatch, threads, count, dtype):
-    q, k, v = qkv(1, 3, 3, 500, 500, 32, dtype)
-    tiles = random_lists(3, 500, 500, 16, 16, pooled=True)
-    alone = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+@DTYPES
+def test_threads_share_a_call_and_change_no_bit(monkeypatch, threads, dtype):
+    call = (*qkv(1, 3, 3, 500, 500, 32, dtype), random_lists(3, 500, 500, 16, 16))
+    alone = attend(*call, backend="torch")
     monkeypatch.setattr(fused, "START_FLOPS", 1e-3)
     monkeypatch.setattr(fused, "SLICE", 0.0)  # comes back to Python after every piece of a thread
-    threads(count)
-    together = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    assert torch.equal(alone, together)
+    for count in (2, 16, 64):
+        threads(count)
+        assert torch.equal(alone, attend(*call, backend="torch"))
 
 
-@needs_compiler
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("count", [4, 16, 64])
+@pytest.mark.parametrize("count", [4, 64])
 def test_every_thread_gets_its_pieces_once(monkeypatch, threads, count, own):
     """Torch's threads, or the loop's own where torch keeps none that it may use."""
     if own:
         monkeypatch.setattr(binding, "torchs_threads", lambda: None)
-    done = []
-    finish = fused._finish
+    done, finish = [], fused._finish
 
     def kept(function, call, first, last):
         finish(function, call, first, last)
@@ -168,43 +146,38 @@ def test_every_thread_gets_its_pieces_once(monkeypatch, threads, count, own):
 
     monkeypatch.setattr(fused, "_finish", kept)
     threads(count)
-    q, k, v = qkv(1, 4, 4, 4096, 4096, 64, torch.float32)
-    tiles, busy = TileLists.full(4096, 4096, block_q=16, block_k=64), torch.zeros(count, dtype=torch.bool)
+    call, busy = (*qkv(1, 4, 4, 4096, 4096, 64, torch.float32), full(4096, 4096, 16, 64)), torch.zeros(count).bool()
     several = min(count, 4 * (os.cpu_count() or 1)) * 3 // 4  # more than that the system may start when all is done
     for _ in range(20):  # a machine that is busy may start some threads of a call too late
-        block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-        *packing, (attended, found) = done
+        attend(*call, backend="torch")
+        *packing, (attended, pieces) = done
         assert all((int(by_thread.sum()), tile_count) == (4 * 64, 4 * 64) for tile_count, by_thread in packing)
-        assert (int(found.sum()), attended) == (4 * 256, 4 * 256)
-        busy |= found > 0
+        assert (int(pieces.sum()), attended) == (4 * 256, 4 * 256)
+        busy |= pieces > 0
         done.clear()
         if int(busy.sum()) >= several:
             break
     assert int(busy.sum()) >= several
 
 
-@needs_compiler
-@pytest.mark.parametrize(("flops", "count"), [(1e6, 1), (2e6, 2), (8e6, 4), (1.28e8, 16), (5e9, 100)])
-def test_a_call_gets_the_threads_that_it_is_worth_whatever_the_machine_has(monkeypatch, flops, count):
-    for there in (1, 2, 64, 200):
-        monkeypatch.setattr(torch, "get_num_threads", lambda there=there: there)
-        assert fused._threads(flops) == min(there, count)
+def test_a_call_gets_the_threads_that_it_is_worth_whatever_the_machine_has(monkeypatch):
+    for flops, count in ((1e6, 1), (2e6, 2), (8e6, 4), (1.28e8, 16), (5e9, 100)):
+        for there in (1, 2, 64, 200):
+            monkeypatch.setattr(torch, "get_num_threads", lambda there=there: there)
+            assert fused._threads(flops) == min(there, count)
 
 
-@needs_compiler
 def test_an_interrupt_ends_a_long_call(threads):
     """As Ctrl-C does it; the threads are gone then, and the next call runs."""
     threads(2)
-    q, k, v = qkv(1, 40, 40, 16384, 16384, 16, torch.bfloat16)  # many seconds
-    tiles = TileLists.full(16384, 16384, block_q=64, block_k=64)
+    call = (*qkv(1, 40, 40, 16384, 16384, 16, torch.bfloat16), full(16384, 16384, 64))  # many seconds
     main, running = threading.get_ident(), threading.active_count()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
-    began = time.monotonic()
+    timer, began = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT)), time.monotonic()
     timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+            attend(*call, backend="torch")
     finally:
         timer.join()
         signal.signal(signal.SIGINT, before)
@@ -214,16 +187,15 @@ def test_an_interrupt_ends_a_long_call(threads):
 
 def _in_child(queue, call):
     torch.set_num_threads(2)
-    queue.put(block_sparse_attention(*call[:3], call[3], layout="bhsd", backend="torch").sum().item())
+    queue.put(attend(*call, backend="torch").sum().item())
 
 
-@needs_compiler
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own(monkeypatch, threads):
     monkeypatch.setattr(fused, "START_FLOPS", 1e-3)
     threads(2)
     call = (*qkv(1, 2, 2, 100, 100, 16, torch.float32), random_lists(1, 100, 100, 16, 16, pooled=False))
-    expected = block_sparse_attention(*call[:3], call[3], layout="bhsd", backend="torch").sum().item()
+    expected = attend(*call, backend="torch").sum().item()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue, call))
@@ -232,7 +204,6 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch, threads):
     child.join()
 
 
-@needs_compiler
 def test_which_products_of_bfloat16_are_made_is_told(monkeypatch):
     cpu, pairs = torch.device("cpu"), compiled.library().has_pairs()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
@@ -248,12 +219,8 @@ def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "_madvise", lambda: lambda first, size, what: asked.append((first.value, size.value)))
     small, large = memory.fresh((100, 7), torch.float16), memory.fresh((3, 1 << 20), torch.float32)
-    assert (small.shape, small.dtype, large.shape, large.dtype) == (
-        (100, 7),
-        torch.float16,
-        (3, 1 << 20),
-        torch.float32,
-    )
+    assert (small.shape, small.dtype) == ((100, 7), torch.float16)
+    assert (large.shape, large.dtype) == ((3, 1 << 20), torch.float32)
     ((first, size),) = asked
     assert first % 4096 == size % 4096 == 0
     assert large.data_ptr() <= first < first + size <= large.data_ptr() + large.nbytes
@@ -264,19 +231,18 @@ def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):
     assert memory.cast(x, torch.float32) is x
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-@pytest.mark.parametrize("key", [20, 33])
-def test_what_is_no_number_reaches_the_rows_that_see_it_alone(key, value, dtype):
+@DTYPES
+def test_what_is_no_number_reaches_the_rows_that_see_it_alone(dtype):
     """Of either half of a pair; behind a key mask it reaches none."""
-    q, k, v = qkv(1, 2, 1, 50, 50, 16, dtype)
+    q, k, clean_v = qkv(1, 2, 1, 50, 50, 16, dtype)
     tiles = TileLists.from_mask(torch.ones(50, 50, dtype=torch.bool).tril(), block_q=16, block_k=8)
-    clean = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    v[:, :, key, 3] = value
-    found = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    assert torch.equal(found[:, :, :key], clean[:, :, :key])
-    assert not found[:, :, key:, 3].isfinite().any()
-    assert torch.equal(found[:, :, :, 4:], clean[:, :, :, 4:])
-    masked = dict(key_mask=(torch.arange(50) != key)[None], layout="bhsd", backend="torch")
-    assert block_sparse_attention(q, k, v, tiles, **masked).isfinite().all()
+    clean = attend(q, k, clean_v, tiles, backend="torch")
+    for key, value in ((20, torch.nan), (33, torch.nan), (20, -torch.inf), (33, -torch.inf)):
+        v = clean_v.clone()
+        v[:, :, key, 3] = value
+        out = attend(q, k, v, tiles, backend="torch")
+        assert torch.equal(out[:, :, :key], clean[:, :, :key])
+        assert not out[:, :, key:, 3].isfinite().any()
+        assert torch.equal(out[..., 4:], clean[..., 4:])
+        others = (torch.arange(50) != key)[None]
+        assert attend(q, k, v, tiles, key_mask=others, backend="torch").isfinite().all()

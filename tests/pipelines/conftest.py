@@ -35,13 +35,3 @@ def make_pipe(_embedded: WanPipeline) -> Callable[..., WanPipeline]:
 @pytest.fixture
 def pipe(make_pipe: Callable[..., WanPipeline]) -> WanPipeline:
     return make_pipe()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell how many cases of the matrix of pipelines were run, and how long they took."""
-    reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, [])]
-    told = [dict(one.user_properties) for one in reports if one.user_properties]
-    counted = [one for one in told if "cases" in one]
-    if counted:
-        cases, seconds = (sum(one[name] for one in counted) for name in ("cases", "seconds"))
-        terminalreporter.write_line(f"{cases} cases of {len(counted)} pipelines in {seconds:.0f} s of all processes")

@@ -2,17 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_pipelines.finetuning.clips import find_clips
 from dit_accel_pipelines.finetuning.encoded import Encoded
-from dit_accel_pipelines.finetuning.flow import batch_loss, batch_of, order, shifted
+from dit_accel_pipelines.finetuning.flow import batch_loss, batch_of, order
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import FineTuning, resolve_recipe
+from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import Trainable
 from dit_accel_pipelines.generation.lora import FILE, load_lora
@@ -41,6 +42,16 @@ def one_step(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+GIVEN = dict(
+    hidden_states=torch.randn(1, 12, 5, 8, 8, generator=torch.Generator().manual_seed(0)),
+    timestep=torch.tensor([500.0]), encoder_hidden_states=torch.zeros(1, 4, 96), return_dict=False,
+)  # fmt: skip
+
+
+def opened(base: Path) -> WanPipeline:
+    return WanPipeline.from_pretrained(base / "model", dtype=torch.float32)
+
+
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -58,47 +69,37 @@ def test_a_training_that_was_stopped_goes_on_exactly(base: Path, tmp_path: Path)
     lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "parts")]
     assert [line["step"] for line in lines[1]] == [2, 4]
     assert lines[0][-1]["gradient_norm"] == lines[1][-1]["gradient_norm"]
-    assert not same(whole, trained(base, tmp_path / "other", steps=4, seed=1))
 
 
 @pytest.mark.slow
-def test_blocks_computed_again_and_batches_in_parts_give_the_same(base: Path, tmp_path: Path):
+def test_batches_in_parts_give_the_same(base: Path, tmp_path: Path):
     plain = trained(base, tmp_path / "plain", batch_size=2)
-    again = trained(base, tmp_path / "again", batch_size=2, gradient_checkpointing=True)
-    assert same(plain, again)
     parts = trained(base, tmp_path / "parts", accumulate=2)
     assert all((plain[name] - parts[name]).abs().max() < 1e-4 for name in plain)
-    dense = trained(base, tmp_path / "dense", batch_size=2, methods=())
-    assert not same(plain, dense)
-    record = json.loads((tmp_path / "plain" / "finetune.json").read_text())
-    assert 0.3 < record["density"] < 0.9
-    assert json.loads((tmp_path / "dense" / "finetune.json").read_text())["density"] == 1.0
-    assert record["clips a step"] == 2
+    assert not same(plain, trained(base, tmp_path / "dense", batch_size=2, methods=()))
+    records = [json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("plain", "dense")]
+    assert 0.3 < records[0]["density"] < 0.9
+    assert (records[0]["clips a step"], records[1]["density"]) == (2, 1.0)
 
 
 def test_diffusers_loads_what_the_averages_hold(base: Path, tmp_path: Path):
-    found = trained(base, tmp_path / "lora", alpha=6.0, ema_decay=0.5)
-    assert len(found) == 3 * 4 * 2  # blocks, projections, matrices
-    assert {name.split(".")[3] for name in found} == {"attn1"}
-    assert all(value.dtype == torch.float32 for value in found.values())
-    pipe = WanPipeline.from_pretrained(base / "model", dtype=torch.float32)
-    given = dict(
-        hidden_states=torch.randn(1, 12, 3, 8, 8), timestep=torch.tensor([500.0]),
-        encoder_hidden_states=torch.randn(1, 4, 96), return_dict=False,
-    )  # fmt: skip
+    lora = trained(base, tmp_path / "lora", alpha=6.0, ema_decay=0.5)
+    assert len(lora) == 3 * 4 * 2  # blocks, projections, matrices
+    assert {name.split(".")[3] for name in lora} == {"attn1"}
+    assert all(value.dtype == torch.float32 for value in lora.values())
+    pipe = opened(base)
     with torch.no_grad():
-        plain = pipe.transformer(**given)[0]
+        plain = pipe.transformer(**GIVEN)[0]
         pipe.load_lora_weights(tmp_path / "lora")
         module = pipe.transformer.blocks[1].attn1.to_q
         assert module.scaling == {"default_0": 3.0}
-        assert torch.equal(module.lora_B["default_0"].weight, found["transformer.blocks.1.attn1.to_q.lora_B.weight"])
-        assert not torch.equal(plain, pipe.transformer(**given)[0])
+        assert not torch.equal(plain, pipe.transformer(**GIVEN)[0])
+    average = lora["transformer.blocks.1.attn1.to_q.lora_B.weight"]
+    assert torch.equal(module.lora_B["default_0"].weight, average)
     saved = torch.load(sorted((tmp_path / "lora" / "checkpoints").iterdir())[-1], weights_only=True)
-    last = saved["weights"]["blocks.1.attn1.to_q.lora_B.default.weight"]
-    assert not torch.equal(last, found["transformer.blocks.1.attn1.to_q.lora_B.weight"])
-    names = list(saved["weights"])
-    average = saved["averages"]["shadow_params"][names.index("blocks.1.attn1.to_q.lora_B.default.weight")]
-    assert torch.equal(average, found["transformer.blocks.1.attn1.to_q.lora_B.weight"])
+    name = "blocks.1.attn1.to_q.lora_B.default.weight"
+    assert not torch.equal(saved["weights"][name], average)
+    assert torch.equal(saved["averages"]["shadow_params"][list(saved["weights"]).index(name)], average)
 
 
 @pytest.mark.slow
@@ -117,12 +118,12 @@ def test_the_command_and_its_lora_in_generate(tmp_path: Path):
     assert "s a step, attention's density" in result.stderr
     assert (tmp_path / "lora" / "samples" / "step-00000002.png").stat().st_size > 1000
     short = ["a red circle", "--num-inference-steps", "1", "--num-frames", "5", "--device", "cpu"]
-    made = {}
+    files = {}
     for name, more in (("plain", ()), ("lora", ("--lora", str(tmp_path / "lora")))):
         result = CliRunner().invoke(app, ["generate", *short, *more, "-o", str(tmp_path / f"{name}.png")])
         assert result.exit_code == 0, result.stderr
-        made[name] = (tmp_path / f"{name}.png").read_bytes()
-    assert made["plain"] != made["lora"]
+        files[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert files["plain"] != files["lora"]
     assert json.loads((tmp_path / "lora.png.json").read_text())["lora"] == str(tmp_path / "lora")
     again = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "lora")])
     assert again.exit_code == 2
@@ -131,42 +132,39 @@ def test_the_command_and_its_lora_in_generate(tmp_path: Path):
 
 def test_bfloat16_trains_a_lora_of_float32_and_a_tracker_is_fed(base: Path, tmp_path: Path):
     pytest.importorskip("tensorboard")
-    lora = trained(base, tmp_path, dtype="bfloat16", report_to="tensorboard")
+    lora = trained(base, tmp_path, steps=1, dtype="bfloat16", report_to="tensorboard")
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in lora.values())
     assert json.loads((tmp_path / "finetune.json").read_text())["dtype"] == "bfloat16"
     assert any(b"loss" in path.read_bytes() for path in tmp_path.rglob("*tfevents*"))
 
 
 def test_clips_and_captions_are_encoded_once(base: Path, tmp_path: Path, monkeypatch):
-    cache = tmp_path / "cache"
-    trained(base, tmp_path / "one", cache=cache)
-    kept = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert len(kept) == 3 + 4  # clips; their captions and none
-
-    def refuse(*_):
-        raise AssertionError("encoded again")
-
+    options: dict[str, Any] = dict(cache=tmp_path / "cache", steps=1)
+    trained(base, tmp_path / "one", **options)
+    before = {path.name: path.stat().st_mtime_ns for path in options["cache"].iterdir()}
+    assert len(before) == 3 + 4  # clips; their captions and none
     plain = TRAINABLE["WanPipeline"]
-    only = Trainable(latents=refuse, text=refuse, velocity=plain.velocity)
+    only = Trainable(latents=lambda *_: 1 / 0, text=lambda *_: 1 / 0, velocity=plain.velocity)
     with monkeypatch.context() as patched:
         patched.setitem(TRAINABLE, "WanPipeline", only)
-        trained(base, tmp_path / "two", cache=cache, steps=1)
-    trained(base, tmp_path / "three", cache=cache, steps=1, num_frames=5)
-    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}.items() >= kept.items()
-    assert len(list(cache.iterdir())) == 7 + 3
+        trained(base, tmp_path / "two", **options)
+    trained(base, tmp_path / "three", num_frames=5, **options)
+    files = {path.name: path.stat().st_mtime_ns for path in options["cache"].iterdir()}
+    assert files.items() >= before.items()
+    assert len(files) == 7 + 3
 
 
 def test_a_place_of_the_training_tells_clip_noise_and_level(base: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.full((2, 3, 4, 4), float(place)))
     monkeypatch.setattr(Encoded, "text", lambda self, place: {"prompt_embeds": torch.full((5, 6), float(place))})
     monkeypatch.setattr(Encoded, "no_caption", lambda self: {"prompt_embeds": torch.full((5, 6), -1.0)})
-    encoded, asked = Encoded(tmp_path, list("abcd"), list("abcd"), "e"), recipe(base, caption_dropout=0.25)
+    encoded, options = Encoded(tmp_path, list("abcd"), list("abcd"), "e"), recipe(base, caption_dropout=0.25)
     assert all(sorted(order(0, 4, 4 * turn + place) for place in range(4)) == [0, 1, 2, 3] for turn in range(5))
-    both, later = batch_of([5, 6], encoded, asked, 3.0), batch_of([6], encoded, asked, 3.0)
+    both, later = batch_of([5, 6], encoded, options, 3.0), batch_of([6], encoded, options, 3.0)
     assert torch.equal(both.noise[1], later.noise[0])
     assert torch.equal(both.latents[1], later.latents[0])
     assert not torch.equal(both.noise[0], both.noise[1])
-    many = batch_of(range(400), encoded, asked, 3.0)
+    many = batch_of(range(400), encoded, options, 3.0)
     text = many.text["prompt_embeds"][:, 0, 0]
     dropped = (text == -1).float().mean()
     assert 0.15 < dropped < 0.35
@@ -176,27 +174,21 @@ def test_a_place_of_the_training_tells_clip_noise_and_level(base: Path, tmp_path
     assert not torch.equal(again.noise, many.noise)
 
 
-def test_levels_are_shifted_as_the_schedulers_do():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    assert torch.allclose(shifted(plain.sigmas, 5.0), scheduler.sigmas, atol=1e-6)
-
-
 def test_the_loss_is_that_of_the_schedulers_velocity(monkeypatch, base: Path, tmp_path: Path):
     """One whole Euler step by a velocity without error leads from the mixed latents to the clip."""
     monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.randn(2, 3, 4, 4, generator=torch.Generator()))
     monkeypatch.setattr(Encoded, "text", lambda self, place: {"prompt_embeds": torch.zeros(5, 6)})
     batch = batch_of([7], Encoded(tmp_path, ["a"], ["a"], "b"), recipe(base, caption_dropout=0.0), 2.0)
-    told = {}
+    seen = {}
 
     def velocity(transformer, pipe, noisy, levels, text):
-        told.update(noisy=noisy, levels=levels)
+        seen.update(noisy=noisy, levels=levels)
         return batch.noise - batch.latents + 2.0
 
     trainable = Trainable(latents=velocity, text=velocity, velocity=velocity)
     assert float(batch_loss(None, None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
-    level = float(told["levels"])
-    assert torch.allclose(told["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
+    level = float(seen["levels"])
+    assert torch.allclose(seen["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
 
 
 def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
@@ -222,26 +214,25 @@ def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
             find_clips(recipe(base, data=tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data": "none"}, r"none.*no folder"),
-        ({"data": "empty"}, "empty.*no video"),
-        ({"data": "speechless"}, r"no caption.*0.txt"),
-        ({"data": "broken"}, r"0.mp4.*read"),
-        ({"height": 48}, r"32 x 32 pixels.*32 x 48"),
-        ({"num_frames": 17}, r"9 frames.*17"),
-        ({"num_frames": 8}, r"num_frames.*2 and 1 more.*such as 9, got 8"),
-        ({"height": 40}, r"height.*16 .*got 40"),
-        ({"num_frames": 1001}, "positions"),
-        ({"ulysses": 2}, r"ulysses = 2 processes.*1 were"),
-        ({"report_to": "tensorbord"}, r"tracker 'tensorbord'.*'tensorboard'"),
-        ({"report_to": "dvclive"}, r"tracker 'dvclive'.*install dvclive"),
-        ({"resume": True}, r"--resume.*no checkpoint"),
-        ({"methods": (LiteAttention(block_size=16),)}, r"lite.*training"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
+UNFIT = [
+    ({"data": "none"}, r"none.*no folder"),
+    ({"data": "empty"}, "empty.*no video"),
+    ({"data": "speechless"}, r"no caption.*0.txt"),
+    ({"data": "broken"}, r"0.mp4.*read"),
+    ({"height": 48}, r"32 x 32 pixels.*32 x 48"),
+    ({"num_frames": 17}, r"9 frames.*17"),
+    ({"num_frames": 8}, r"num_frames.*2 and 1 more.*such as 9, got 8"),
+    ({"height": 40}, r"height.*16 .*got 40"),
+    ({"num_frames": 1001}, "positions"),
+    ({"ulysses": 2}, r"ulysses = 2 processes.*1 were"),
+    ({"report_to": "tensorbord"}, r"tracker 'tensorbord'.*'tensorboard'"),
+    ({"report_to": "dvclive"}, r"tracker 'dvclive'.*install dvclive"),
+    ({"resume": True}, r"--resume.*no checkpoint"),
+    ({"methods": (LiteAttention(block_size=16),)}, r"lite.*training"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), UNFIT, ids=lambda value: str(value)[:40])
 def test_bad_input_is_told_before_anything_is_trained(base: Path, tmp_path: Path, changes, message):
     for name in ("empty", "speechless", "broken"):
         (tmp_path / name).mkdir()
@@ -249,7 +240,7 @@ def test_bad_input_is_told_before_anything_is_trained(base: Path, tmp_path: Path
         (tmp_path / name / "0.mp4").write_bytes(b"nothing of a video")
     (tmp_path / "broken" / "0.txt").write_text("a kite")
     if "data" in changes:
-        changes = {**changes, "data": tmp_path / changes["data"]}
+        changes = {"data": tmp_path / changes["data"]}
     with pytest.raises(ConfigError, match=message):
         finetune(recipe(base, output=tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
@@ -277,9 +268,7 @@ BAD = [
     ({"drawn": 3}, r"videos.*drawn clips, got both"),
     ({"data": None, "drawn": 0}, r"drawn.*1 to 1,000,000, got 0"),
     ({"rank": 0}, r"rank.*1 to 10,000, got 0"),
-    ({"rank": 10**12}, r"rank.*10,000, got 1,000,000,000,000"),
     ({"steps": 0}, r"steps.*1 or more, got 0"),
-    ({"seed": -1}, r"seed.*0 or more, got -1"),
     ({"weight_decay": float("inf")}, r"weight_decay.*0 or more, got inf"),
     ({"learning_rate": 0.0}, r"learning_rate.*above 0, got 0"),
     ({"caption_dropout": 1.0}, r"caption_dropout.*0 to below 1, got 1"),
@@ -295,21 +284,16 @@ def test_values_out_of_range(tmp_path: Path):
             recipe(tmp_path, **changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rank": 4}, "rank: 2 there, 4 requested; "),
-        ({"methods": ()}, r"methods: \{'radial'"),
-        ({"num_frames": 5}, "num_frames: 9 there, 5 requested"),
-        ({"batch_size": 2}, "a step: 1 there, 2 requested"),
-        ({"model": "other"}, "model's weights: "),
-        ({"data": "fewer"}, "captions: "),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_checkpoint_of_another_training_is_refused_and_kept(
-    base: Path, one_step: Path, tmp_path: Path, changes, message
-):
+OTHERS = [
+    ({"rank": 4}, "rank: 2 there, 4 requested; "),
+    ({"methods": (), "batch_size": 2}, r"methods: \{'radial'"),
+    ({"model": "other"}, "model's weights: "),
+    ({"data": "fewer"}, "captions: "),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHERS, ids=lambda value: str(value)[:40])
+def test_a_checkpoint_of_another_training_is_refused_and_kept(base, one_step, tmp_path, changes, message):
     if "model" in changes:
         changes = {"model": str(model_folder(tmp_path / "other", seed=1))}
     if "data" in changes:
@@ -335,13 +319,6 @@ def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Pat
         finetune(recipe(base, output=output))
 
 
-def test_processes_that_groups_cannot_share_are_told(base: Path):
-    for processes in (1, 3, 5):
-        with pytest.raises(ConfigError, match=rf"ulysses = 2.*{processes} were"):
-            resolve_recipe(recipe(base, ulysses=2), processes)
-    assert resolve_recipe(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
-
-
 def test_other_pipelines_are_refused_by_name(tmp_path: Path):
     with pytest.raises(UnsupportedModel, match=r"FluxPipeline.*trains WanPipeline"):
         finetune(FineTuning(data=tmp_path, output=tmp_path / "out", model="flux-tiny", num_frames=1))
@@ -359,22 +336,16 @@ def test_a_lora_that_does_not_fit_is_refused(base: Path, one_step: Path, tmp_pat
 
 def test_the_gradient_is_that_of_the_attached_methods(base: Path):
     """Of queries, keys, values and output, against the dense gradient under the same tiles as a mask."""
-    pipe = WanPipeline.from_pretrained(base / "model", dtype=torch.float32)
-    pipe.transformer.train()
-    given = dict(
-        hidden_states=torch.randn(1, 12, 5, 8, 8, generator=torch.Generator().manual_seed(0)),
-        timestep=torch.tensor([500.0]), encoder_hidden_states=torch.zeros(1, 4, 96), return_dict=False,
-    )  # fmt: skip
-    wanted = [pipe.transformer.blocks[2].attn1.to_k.weight, pipe.transformer.blocks[1].attn1.to_q.weight]
-    with dit_accel.attach(pipe, RADIAL, backend="reference") as attachment:
-        exact = torch.autograd.grad(pipe.transformer(**given)[0].square().mean(), wanted)
-        assert attachment.report().sparse_density < 1
-    with dit_accel.attach(pipe, RADIAL):
-        found = torch.autograd.grad(pipe.transformer(**given)[0].square().mean(), wanted)
-    dense = torch.autograd.grad(pipe.transformer(**given)[0].square().mean(), wanted)
-    for one, other, third in zip(found, exact, dense, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
-        assert not torch.allclose(one, third, atol=1e-6)
+    transformer = opened(base).transformer.train()
+    wanted = [transformer.blocks[2].attn1.to_k.weight, transformer.blocks[1].attn1.to_q.weight]
+
+    def gradients(*methods: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        with dit_accel.attach(transformer, *methods, preset="none", **options):
+            return torch.autograd.grad(transformer(**GIVEN)[0].square().mean(), wanted)
+
+    exact, dense = gradients(RADIAL, backend="reference"), gradients()
+    torch.testing.assert_close(gradients(RADIAL), exact, rtol=1e-5, atol=1e-6)
+    assert not any(torch.allclose(one, other, atol=1e-6) for one, other in zip(exact, dense, strict=True))
 
 
 def test_another_lora_is_another_request(tmp_path: Path):
@@ -382,7 +353,7 @@ def test_another_lora_is_another_request(tmp_path: Path):
     for content in (None, b"one", b"other", b"one"):
         if content is not None:
             lora.write_bytes(content)
-        given = None if content is None else str(lora)
-        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=given)))
+        path = None if content is None else str(lora)
+        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=path)))
     assert digests[1] == digests[3]
     assert len(set(digests)) == 3

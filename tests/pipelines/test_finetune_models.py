@@ -1,14 +1,16 @@
-"""`dit-accel finetune` on each pipeline class that it trains: what the pipeline's own call does is what is trained."""
+"""`dit-accel finetune` on each pipeline class that it trains, as the pipeline's own call does, and in processes."""
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dit_accel_pipelines.finetuning.encoded import part_hash
 from dit_accel_pipelines.finetuning.experts import component_of, span_of
 from dit_accel_pipelines.finetuning.flow import level_within, shifted
@@ -18,7 +20,9 @@ from dit_accel_pipelines.finetuning.recipe import resolve_recipe
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import shift_at
 from dit_accel_pipelines.generation.lora import FILE, load_lora
-from finetunes import recipe, trained, video_folder
+from finetunes import base_folder, processes, recipe, trained, video_folder, weights
+from PIL import Image
+from some_cases import some
 from trainable_folders import CASES, Case, changed_index, pipeline_folder
 
 from dit_accel import ConfigError
@@ -27,21 +31,24 @@ from dit_accel.errors import UnsupportedModel
 PROMPT = "a red circle moving right"
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+class Bases(dict[str, Path]):
     """A folder for each model with it, its videos, and what was encoded of them; made when first asked for."""
-    root = tmp_path_factory.mktemp("models")
 
-    class Made(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            case, folder = CASES[name], root / name.replace(" ", "-")
-            folder.mkdir()
-            pipeline_folder(case, folder / "model")
-            video_folder(folder / "videos", count=2, frames=-(-case.frames // 4) * 4 + 1, size=case.size)
-            self[name] = folder
-            return folder
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
-    return Made()
+    def __missing__(self, name: str) -> Path:
+        case, folder = CASES[name], self.root / name.replace(" ", "-")
+        folder.mkdir()
+        pipeline_folder(case, folder / "model")
+        video_folder(folder / "videos", count=2, frames=-(-case.frames // 4) * 4 + 1, size=case.size)
+        self[name] = folder
+        return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return Bases(tmp_path_factory.mktemp("models"))
 
 
 def of(name: str, **changes: Any) -> dict[str, Any]:
@@ -56,26 +63,16 @@ def opened(base: Path) -> Any:
     return pipe
 
 
-@contextlib.contextmanager
-def standing_in(transformer: Any, forward: Any) -> Iterator[None]:
-    """Let something else be the transformer's forward."""
-    transformer.forward = forward
-    try:
-        yield
-    finally:
-        del transformer.forward
-
-
 def asked_by_training(trainable: Any, transformer: Any, pipe: Any, *given: Any) -> tuple[dict[str, Any], Any]:
     """The arguments that a velocity calls the transformer with, and what it reads off the output, zeros but one."""
-    told: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
 
     def forward(**arguments: Any) -> Any:
-        told.update(arguments)
+        seen.update(arguments)
         return (torch.ones_like(arguments["hidden_states"]),)
 
-    with standing_in(transformer, forward):
-        return told, trainable.velocity(transformer, pipe, *given)
+    with mock.patch.object(transformer, "forward", forward):
+        return seen, trainable.velocity(transformer, pipe, *given)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b low"])
@@ -102,7 +99,7 @@ def test_the_pipelines_own_loop_leads_to_the_clip_by_the_velocity_that_is_traine
 
     with contextlib.ExitStack() as stack:
         for component in ("transformer", "transformer_2")[: 1 + ("a14b" in name)]:
-            stack.enter_context(standing_in(getattr(pipe, component), exact(component)))
+            stack.enter_context(mock.patch.object(getattr(pipe, component), "forward", exact(component)))
         made = pipe(
             PROMPT, height=case.size, width=case.size, num_frames=case.frames, num_inference_steps=6,
             guidance_scale=1.0, latents=pack(noise), output_type="pt",
@@ -146,47 +143,47 @@ def differs(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["hunyuan-video", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mochi", "ltx", "wan a14b low"))],
-)
+@pytest.mark.parametrize("name", some(("hunyuan-video", "mochi", "ltx", "wan a14b low"), "hunyuan-video"))
 def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: str):
     """Each layer's update is another after the second step, and the transformer's output another with them."""
-    found = trained(bases[name], tmp_path, **of(name))
-    assert len(found) == CASES[name].modules * 4 * 2
-    assert all(bool(value.any()) for value in found.values())
+    lora = trained(bases[name], tmp_path, **of(name))
+    assert len(lora) == CASES[name].modules * 4 * 2
+    assert all(bool(value.any()) for value in lora.values())
     assert json.loads((tmp_path / "finetune.json").read_text())["density"] < 1
     pipe = opened(bases[name])
     trainable, low = TRAINABLE[type(pipe).__name__], name == "wan a14b low"
     transformer = pipe.transformer_2 if low else pipe.transformer
     shape = (1, transformer.config.in_channels, 2, 4, 4)
-    given = torch.randn(shape), torch.tensor([0.5]), trainable.text(pipe, PROMPT)
+    inputs = torch.randn(shape), torch.tensor([0.5]), trainable.text(pipe, PROMPT)
     with torch.no_grad():
-        plain = trainable.velocity(transformer, pipe, *given)
+        plain = trainable.velocity(transformer, pipe, *inputs)
         pipe.load_lora_weights(tmp_path, **({"load_into_transformer_2": True} if low else {}))
-        assert differs(plain, trainable.velocity(transformer, pipe, *given)) > 1e-4
+        assert differs(plain, trainable.velocity(transformer, pipe, *inputs)) > 1e-4
     layers = {module for module, layer in transformer.named_modules() if getattr(layer, "lora_A", None)}
     assert len(layers) == CASES[name].modules * 4
     assert all(bool(layer.lora_B["default_0"].weight.any()) for layer in map(transformer.get_submodule, layers))
     alone = opened(bases[name])
     load_lora(alone, str(tmp_path))
     there = alone.transformer_2 if low else alone.transformer
-    assert torch.equal(trainable.velocity(there, pipe, *given), trainable.velocity(transformer, pipe, *given))
+    assert torch.equal(trainable.velocity(there, pipe, *inputs), trainable.velocity(transformer, pipe, *inputs))
+
+
+TRAINED = pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
+@TRAINED
 def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_path: Path, name: str):
-    asked = of(name, batch_size=2)
-    whole = trained(bases[name], tmp_path / "whole", **asked)
-    trained(bases[name], tmp_path / "parts", **asked, steps=1)
-    parts = trained(bases[name], tmp_path / "parts", **asked, resume=True, gradient_checkpointing=True)
+    options = of(name, batch_size=2)
+    whole = trained(bases[name], tmp_path / "whole", **options)
+    trained(bases[name], tmp_path / "parts", **options, steps=1)
+    parts = trained(bases[name], tmp_path / "parts", **options, resume=True, gradient_checkpointing=True)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
+@TRAINED
 def test_bfloat16_samples_and_averages(bases, tmp_path: Path, name: str):
     lora = trained(bases[name], tmp_path, **of(name, dtype="bfloat16", sample_every=1, sample_steps=4, ema_decay=0.5))
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in lora.values())
@@ -263,8 +260,93 @@ def test_an_expert_has_its_part_of_the_noise_levels():
 
     whole, places = levels(8000, (0.0, 1.0)), torch.tensor([0.2, 0.5, 0.8])
     for span in ((0.875, 1.0), (0.0, 0.875)):
-        found, part = levels(4000, span), whole[(whole >= span[0]) & (whole <= span[1])]
-        assert span[0] <= found.min()
-        assert found.max() <= span[1]
-        assert differs(found.quantile(places), part.quantile(places)) < 0.02
+        drawn, part = levels(4000, span), whole[(whole >= span[0]) & (whole <= span[1])]
+        assert span[0] <= drawn.min()
+        assert drawn.max() <= span[1]
+        assert differs(drawn.quantile(places), part.quantile(places)) < 0.02
     assert levels(9, (0.999999, 1.0)).isfinite().all()  # where hardly any would fall by chance
+
+
+# Several processes train what one does, tell alike what is wrong, and lose no checkpoint
+
+
+def in_processes(test):
+    return pytest.mark.slow(pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")(test))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, videos, and what was encoded of them."""
+    return base_folder(tmp_path_factory.mktemp("finetune"))
+
+
+def gradients(folder: Path) -> torch.Tensor:
+    """What AdamW has seen after its first step, from the checkpoint; its update alone would tell signs."""
+    saved = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
+    return torch.cat([state["exp_avg"].flatten() for state in saved["optimizer"]["state"].values()])
+
+
+@in_processes
+@pytest.mark.parametrize(
+    ("many", "ulysses", "name"),
+    [(2, 1, None), (2, 2, "hunyuan-video"), (4, 2, None)],
+    ids=["clips", "ulysses", "groups"],
+)
+def test_processes_train_what_one_does(base: Path, tmp_path: Path, many: int, ulysses: int, name: str | None):
+    """Each with clips of its own; all with the same; and two groups of two, each with its clips."""
+    options: dict[str, Any] = dict(steps=1, learning_rate=1e-3)
+    if name is not None:
+        case, base = CASES[name], tmp_path
+        pipeline_folder(case, base / "model")
+        video_folder(base / "videos", frames=case.frames, size=case.size)
+        options |= dict(num_frames=case.frames, height=case.size, width=case.size)
+    sampled = dict(sample_every=1, sample_steps=1) if many == 4 else {}
+    alone = trained(base, tmp_path / "alone", batch_size=2, **options, **sampled)
+    rows = 2 * ulysses // many
+    errors = processes(
+        many, base, output=tmp_path / "many", batch_size=rows, ulysses=ulysses, gradient_checkpointing=ulysses > 1,
+        **options, **sampled,
+    )  # fmt: skip
+    assert errors == [""] * many
+    one, other = gradients(tmp_path / "alone"), gradients(tmp_path / "many")
+    assert one.abs().max() > 0
+    assert (one - other).abs().max() < 1e-4 * one.abs().max()
+    loras = alone, weights(tmp_path / "many")
+    assert loras[0].keys() == loras[1].keys()
+    assert max(float((value - loras[1][key]).abs().max()) for key, value in loras[0].items()) < 1e-5
+    records = [json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("alone", "many")]
+    assert [record["processes"] for record in records] == [1, many]
+    assert records[0]["clips a step"] == records[1]["clips a step"] == 2
+    assert records[0]["density"] == records[1]["density"] < 1
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("alone", "many")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    if sampled:  # by the first group, while the other waits
+        sheets = [
+            np.asarray(Image.open(tmp_path / name / "samples" / "step-00000001.png")) for name in ("alone", "many")
+        ]
+        assert np.abs(sheets[0].astype(int) - sheets[1]).max() <= 2
+    if name is None:
+        trained(base, tmp_path / "many", batch_size=2, **{**options, "steps": 2}, resume=True)  # in one process
+
+
+@in_processes
+def test_what_is_wrong_is_told_by_every_process(base: Path, tmp_path: Path):
+    errors = processes(2, base, output=tmp_path / "out", num_frames=17)
+    assert [error.startswith("refused: video") for error in errors] == [True, True], errors
+    assert not (tmp_path / "out" / FILE).exists()
+    trained(base, tmp_path / "lora", batch_size=2, steps=1)
+    errors = processes(2, base, output=tmp_path / "lora", rank=4, resume=True)
+    assert [error.startswith("refused: the checkpoint") for error in errors] == [True, True], errors
+    errors = processes(3, base, output=tmp_path / "out", ulysses=2)
+    message = "ulysses = 2 processes are to share each clip, and 3 were started"
+    assert [message in error for error in errors] == [True] * 3
+
+
+@in_processes
+def test_a_lost_process_is_told_and_its_checkpoint_gone_on_from(base: Path, tmp_path: Path):
+    errors = processes(2, base, output=tmp_path / "out", steps=3, checkpoint_every=1, lose=1)
+    assert errors[1] == "killed"
+    assert "refused: another of the 2 processes that train together ended or no longer answers" in errors[0]
+    assert "start all again with --resume" in errors[0]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000001.pt"]
+    trained(base, tmp_path / "out", batch_size=2, steps=3, resume=True)

@@ -4,9 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +13,10 @@ import dit_accel_pipelines.generation.generate as generation
 import imageio_ffmpeg
 import numpy as np
 import pytest
-import torch
 from diffusers import WanPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.generate import generate, run
-from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
+from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline
 from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import Request, read_prompts, resolve
@@ -87,7 +83,7 @@ def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
 
 
 def test_the_same_request_gives_the_same_video(tmp_path: Path, pipe):
-    asked = resolve(request(tmp_path))[0]
+    asked = resolve(request(tmp_path, num_inference_steps=1, num_frames=5))[0]
     first, second, other = (run(pipe, PROMPT, dataclasses.replace(asked, seed=seed)).frames for seed in (0, 0, 1))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
@@ -104,7 +100,8 @@ def test_prompts_have_seeds_of_their_own_unless_they_are_to_be_compared(tmp_path
 def test_many_prompts_give_many_files(tmp_path: Path, pipe):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue square going up  \n")
     output = tmp_path / "a.gif"
-    result = cli("--prompt-file", str(tmp_path / "prompts.txt"), *QUICK, "-o", str(output), "--scale", "2", "--json")
+    short = [*QUICK, "--num-inference-steps", "1", "--num-frames", "5"]
+    result = cli("--prompt-file", str(tmp_path / "prompts.txt"), *short, "-o", str(output), "--scale", "2", "--json")
     assert result.exit_code == 0, result.stderr
     assert names(tmp_path) == ["a-01.gif", "a-01.gif.json", "a-02.gif", "a-02.gif.json", "prompts.txt"]
     records = json.loads(result.stdout)
@@ -112,7 +109,7 @@ def test_many_prompts_give_many_files(tmp_path: Path, pipe):
     assert (records[0]["report"], records[0]["methods"]) == (None, {})
     assert [record["seed"] for record in records] == [0, 1]
     assert Image.open(tmp_path / "a-02.gif").size == (96, 64)
-    assert cli("a red circle", *QUICK, "--num-frames", "1", "-o", str(tmp_path / "a.png")).exit_code == 0
+    assert cli("a red circle", *short, "--num-frames", "1", "-o", str(tmp_path / "a.png")).exit_code == 0
     assert Image.open(tmp_path / "a.png").size == (48, 32)
 
 
@@ -127,7 +124,7 @@ def test_sizes_are_the_familys_and_frames_rounded(tmp_path: Path):
 @pytest.mark.parametrize("name", model_names())
 def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
     (prompt,) = held_out_prompts(name, 1)
-    asked, *_ = resolve(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
+    asked, *_ = resolve(Request(prompts=(prompt,), output=tmp_path / "a.png", model=name))
     own, call = model_defaults(name), CallSignature.of(pipeline_class(read_model_files(asked.source)))
     made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
@@ -135,14 +132,8 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
     with pytest.raises(ConfigError, match=r"word\(s\) xylophone"):
         resolve(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
     assert name in installed.families()
-
-
-def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_has_no_other(tmp_path: Path):
-    asked, *_ = resolve(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
-    call = CallSignature.of(pipeline_class(read_model_files(asked.source)))
-    assert asked.beside(call)["true_cfg_scale"] == model_defaults("flux-tiny")["true_cfg_scale"]
-    off = dataclasses.replace(asked, guidance_scale=1.0)
-    assert off.beside(call)["true_cfg_scale"] == 1.0
+    if name == "flux-tiny":  # whose guidance scale is that by a negative prompt, since it has no other
+        assert dataclasses.replace(asked, guidance_scale=1.0).beside(call)["true_cfg_scale"] == 1.0
 
 
 def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, monkeypatch):
@@ -169,7 +160,6 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
     (["a circle", "--negative-prompt", " ,"], "prompt ' ,' has no word in it"),
     (["a circle", "--height", "30"], "height must be a multiple of 16 for wan-tiny, got 30; the nearest is 32"),
-    (["a circle", "--width", "40"], "width must be a multiple of 16 for wan-tiny, got 40; the nearest is 48"),
     (["a circle", "--num-frames", "0"], "num_frames must be >= 1, got 0"),
     (["a circle", "--num-frames", "4000000000001"], "wan has rotary positions for 256 tokens along frames"),
     (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
@@ -180,27 +170,18 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "-o", "none/a.mp4"], "none is not a folder; create it first"),
     (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
     (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
-    (["a circle", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
     (["a circle", "--fps", "nan"], "fps must be from 0.01 to 240, got nan"),
-    (["a circle", "--fps", "1e-300"], "fps must be from 0.01 to 240, got 1e-300"),
     (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
     (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
     (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
     (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
-    (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
     (["a circle", "--solver", "ulber"], "there is no solver 'ulber'; did you mean 'euler'"),
-    (["a circle", "--preset", "balance"], "there is no preset 'balance'"),
     (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
     (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
-    (["a circle", "--model", "none"], "'none' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a"),
     (["a circle", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
-    (["a circle", "--set", "radial.naer=1"], "radial has no option 'naer'; did you mean 'near'"),
     (["a circle", "--radail"], "--radial"),
-    (["a circle", *QUICK, "--radial", "--backend", "tritn"], "there is no backend 'tritn'; did you mean 'triton'"),
-    (["a circle", *QUICK, "--radial", "--dense", "atuo"], "there is no dense 'atuo'; did you mean 'auto'"),
     (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
     (["a circle", "--backend", "torch"], "backend 'torch' was requested, but no method is attached; switch one on"),
-    (["a circle", "--dense", "auto"], "dense 'auto' was requested, but no method is attached; switch one on"),
     (["a circle", "--check", "--preset", "none"], "was requested, but no method is attached; switch one on"),
     (["a circle", "--check", "--radial", "-o", "nowhere/a.mp4"], "nowhere is not a folder"),
 ]  # fmt: skip
@@ -258,15 +239,11 @@ def test_prompt_files(tmp_path: Path):
     assert read_prompts(tmp_path / "marked.txt") == ("a red circle", "a blue square")
 
 
-@pytest.mark.parametrize("taken", ["a.mp4.json", "b.gif", "a-02.gif.json"])
-def test_every_file_must_be_writable_before_anything_runs(tmp_path: Path, taken: str):
-    (tmp_path / taken).mkdir()
-    if taken == "a-02.gif.json":
-        changes: dict[str, Any] = dict(prompts=(PROMPT, PROMPT), output=tmp_path / "a.gif")
-    else:
-        changes = dict(output=tmp_path / taken.removesuffix(".json"))
-    with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
-        request(tmp_path, **changes)
+def test_every_file_must_be_writable_before_anything_runs(tmp_path: Path):
+    for taken, output, count in (("a.mp4.json", "a.mp4", 1), ("b.gif", "b.gif", 1), ("a-02.gif.json", "a.gif", 2)):
+        (tmp_path / taken).mkdir()
+        with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
+            request(tmp_path, prompts=(PROMPT,) * count, output=tmp_path / output)
 
 
 def copy_model(folder: Path) -> Path:
@@ -290,16 +267,15 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
         resolve(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
 
-@pytest.mark.parametrize("lacking", ["ffn_dim", "num_layers"])
-def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, pipe, lacking: str):
+def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, pipe):
     """A transformer of the sizes of no released model, whose config also lacks one: the pipeline's defaults hold."""
-    folder = model_folder(tmp_path / "model", transformer={"num_layers": 4, lacking: None})
-    asked = request(tmp_path, model=str(folder), num_frames=5, methods=(RadialAttention(dense_steps=0),))
-    assert resolve(asked) == (asked, None, [], [])
-    if lacking == "ffn_dim":
-        (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif"))
-        assert written.report is not None
-        assert written.record["num_frames"] == 5
+    for lacking in ("num_layers", "ffn_dim"):
+        folder = model_folder(tmp_path / lacking, transformer={"num_layers": 4, lacking: None})
+        asked = request(tmp_path, model=str(folder), num_frames=5, methods=(RadialAttention(dense_steps=0),))
+        assert resolve(asked) == (asked, None, [], [])
+    (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif", num_inference_steps=1))
+    assert written.report is not None
+    assert written.record["num_frames"] == 5
 
 
 def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monkeypatch):
@@ -313,17 +289,16 @@ def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monk
     before = processors()
     monkeypatch.setattr(generation, "write_media", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        generate(request(tmp_path, methods=(RadialAttention(dense_steps=0),)))
+        generate(request(tmp_path, num_inference_steps=1, num_frames=5, methods=(RadialAttention(dense_steps=0),)))
     assert names(tmp_path) == []
     assert all(processors()[name] is processor for name, processor in before.items())
     assert "_dit_accel_attachment" not in vars(pipe.transformer)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("ffmpeg ended: No space left on device")],
-    ids=["picture", "video"],
-)
+FULL = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("ffmpeg ended: No space left on device")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["picture", "video"])
 def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monkeypatch, error: Exception):
     def full(path: Path, frames: np.ndarray, *, fps: float) -> None:
         path.write_bytes(b"half")
@@ -331,10 +306,10 @@ def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monke
 
     monkeypatch.setattr(generation, "write_media", full)
     output = tmp_path / "a.gif"
-    told = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output), "--quiet")
-    assert (told.exit_code, names(tmp_path)) == (2, [])
-    assert told.stderr.startswith(f"error: {output} can't be written (No space left on device); free some space, or")
-    assert told.stderr.count("\n") == 1
+    result = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output), "--quiet")
+    assert (result.exit_code, names(tmp_path)) == (2, [])
+    assert result.stderr.startswith(f"error: {output} can't be written (No space left on device); free some space, or")
+    assert result.stderr.count("\n") == 1
 
 
 def test_values_that_are_no_numbers_are_no_picture():
@@ -344,15 +319,14 @@ def test_values_that_are_no_numbers_are_no_picture():
         generation.frames_of(SimpleNamespace(frames=frames))
 
 
-@pytest.mark.parametrize("compiling", [True, False])
-def test_blocks_are_compiled_exactly_when_asked(tmp_path: Path, pipe, monkeypatch, compiling: bool):
+def test_blocks_are_compiled_exactly_when_asked(tmp_path: Path, pipe, monkeypatch):
     compiled: list[Any] = []
     monkeypatch.setattr(generation, "compile_blocks", compiled.append)
-    changes = {"compile": True} if compiling else {}
-    asked = request(tmp_path, output=tmp_path / "a.gif", num_inference_steps=1, num_frames=1, **changes)
-    (written,) = generate(asked)
-    assert compiled == ([pipe] if compiling else [])
-    assert written.record["compile"] is compiling
+    for compiling in (False, True):
+        asked = request(tmp_path, output=tmp_path / "a.gif", num_inference_steps=1, num_frames=1, compile=compiling)
+        (written,) = generate(asked)
+        assert compiled == ([pipe] if compiling else [])
+        assert written.record["compile"] is compiling
     parts = [SimpleNamespace(compile_repeated_blocks=lambda fullgraph: compiled.append(fullgraph)) for _ in "ab"]
     compile_blocks(SimpleNamespace(transformer=parts[0], transformer_2=parts[1]))
     assert compiled[-2:] == [True, True]
@@ -365,16 +339,6 @@ def test_quiet_prints_nothing_but_the_file(tmp_path: Path, pipe):
     assert (result.stdout, result.stderr) == (f"{tmp_path / 'a.gif'}\n", "")
 
 
-def test_an_ffmpeg_that_fails_at_the_end_fails_the_command(tmp_path: Path, pipe, monkeypatch):
-    ffmpeg = tmp_path / "ffmpeg"
-    ffmpeg.write_text('#!/bin/sh\ncat > /dev/null\ncase "$*" in *null*) exit 0;; esac\nexit 1\n')
-    ffmpeg.chmod(0o755)
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))
-    told = cli(PROMPT, *QUICK, "--num-inference-steps", "1", "-o", str(tmp_path / "a.mp4"))
-    assert (told.exit_code, told.stdout, names(tmp_path)) == (1, "", ["ffmpeg"])
-    assert "error: RuntimeError: ffmpeg ended with exit code 1 and wrote no video" in told.stderr
-
-
 def test_libraries_are_quiet_only_inside():
     from diffusers.utils import logging
 
@@ -382,12 +346,6 @@ def test_libraries_are_quiet_only_inside():
     with quiet_diffusers():
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
-
-
-def test_the_device_is_the_accelerator_or_the_cpu():
-    assert pick_device("cpu") == torch.device("cpu")
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    assert pick_device(None).type == (there or torch.device("cpu")).type
 
 
 def test_describe_needs_no_weights(tmp_path: Path):
@@ -404,48 +362,11 @@ def test_describe_needs_no_weights(tmp_path: Path):
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("moment", "sent", "code", "name"),
-    [("denoising", signal.SIGINT, 130, "Ctrl-C"), ("writing", signal.SIGTERM, 143, "SIGTERM")],
-    ids=["ctrl-c", "sigterm"],
-)
-def test_a_signal_leaves_no_file(tmp_path: Path, moment: str, sent: signal.Signals, code: int, name: str):
-    """A signal to a real process, in the denoising loop or while files are written."""
-    script = (
-        "import signal, sys, time\n"
-        "from dit_accel_pipelines.generation import generate as g, progress as p\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell lets its background jobs ignore Ctrl-C
-        "advance, say = p.Stages.advance, lambda: print('now', file=sys.stderr, flush=True)\n"
-        "def write(path, frames, fps): path.write_bytes(b'half'); say(); time.sleep(60)\n"
-        "if sys.argv[1] == 'writing': g.write_media = write\n"
-        "else: p.Stages.advance = lambda self: (advance(self), say())\n"
-        "del sys.argv[1]\n"
-        "from dit_accel.cli import main; main()"
-    )
-    steps = "2" if moment == "writing" else "5000"
-    arguments = ["generate", PROMPT, "--model", "wan-tiny", *QUICK, "--num-inference-steps", steps]
-    arguments += ["--radial", "-o", str(tmp_path / "a.gif")]
-    command = [sys.executable, "-c", script, moment, *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "now\n"
-        process.send_signal(sent)
-        told = process.stderr.read()
-        assert process.wait(60) == code
-    finally:
-        process.kill()
-    assert told.endswith(f"error: stopped by {name}; nothing half-written is left\n")
-    assert "Traceback" not in told
-    assert names(tmp_path) == []
-
-
 CACHE = ["--set", "staticcache.every=2", "--set", "staticcache.warmup_steps=1", "--set", "staticcache.last_steps=0"]
 
 
 def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, pipe):
-    longer = [*QUICK, "--num-inference-steps", "4"]
+    longer = [*QUICK, "--num-inference-steps", "4", "--num-frames", "5"]
     result = cli(PROMPT, *longer, *CACHE, "--check", "--seed", "3", "-o", str(tmp_path / "a.mp4"))
     assert result.exit_code == 0, result.stderr
     assert names(tmp_path) == ["a.check.png", "a.mp4", "a.mp4.json"]
@@ -453,11 +374,12 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     assert "measured speed-up: " in result.stderr
     assert Image.open(tmp_path / "a.check.png").width > 100
     record = json.loads((tmp_path / "a.mp4.json").read_text())
-    asked = resolve(request(tmp_path, num_inference_steps=4, seed=3, check=True, methods=(StaticCache(every=2),)))[0]
+    changes = dict(num_inference_steps=4, num_frames=5, seed=3, check=True, methods=(StaticCache(every=2),))
+    asked = resolve(request(tmp_path, **changes))[0]
     dense = run(pipe, PROMPT, asked).pictures
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
-        made = run(pipe, PROMPT, asked).pictures
-    expected = -10 * np.log10(np.mean((dense - made) ** 2))
+        cached = run(pipe, PROMPT, asked).pictures
+    expected = -10 * np.log10(np.mean((dense - cached) ** 2))
     assert record["check"]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-3)
     assert f"psnr {expected:.4g}" in result.stderr
 
@@ -479,18 +401,11 @@ def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path, pi
     assert json.loads(none.stdout)[0]["report"] is None
 
 
-def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, pipe, monkeypatch):
-    monkeypatch.setattr("dit_accel.methods.presets.PRESETS", {"fast": ()})
-    with pytest.raises(ConfigError, match=r"preset 'fast'"):
-        generate(request(tmp_path, preset="fast", check=True))
-    assert names(tmp_path) == []
-
-
 def test_what_computes_dense_attention_reaches_attach_and_the_side_car(tmp_path: Path, pipe, monkeypatch):
-    given = []
-    monkeypatch.setattr(generation.dit_accel, "attach", lambda *a, **k: given.append(k["dense"]) or attach(*a, **k))
+    seen = []
+    monkeypatch.setattr(generation.dit_accel, "attach", lambda *a, **k: seen.append(k["dense"]) or attach(*a, **k))
     for dense in ((), ("--dense", "user"), ("--dense", "auto")):
-        result = cli("a circle", *QUICK, "--staticcache", *dense, "-o", str(tmp_path / "o.mp4"))
+        result = cli("a circle", *QUICK, "--num-frames", "1", "--staticcache", *dense, "-o", str(tmp_path / "o.mp4"))
         assert result.exit_code == 0, result.stderr
-        assert json.loads((tmp_path / "o.mp4.json").read_text())["dense"] == given[-1]
-    assert given == [None, "user", "auto"]
+        assert json.loads((tmp_path / "o.mp4.json").read_text())["dense"] == seen[-1]
+    assert seen == [None, "user", "auto"]

@@ -7,7 +7,6 @@ is left. `make test` tries nearly each method once, `make test-slow` all, with p
 
 import contextlib
 import copy
-import time
 from dataclasses import dataclass, replace
 
 import matrix_runs
@@ -16,13 +15,14 @@ import torch
 from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
 from matrix_cases import plain_of
 from matrix_methods import GUIDING, METHODS, STEPS
+from some_cases import some
 from wan_tiny import sharp_transformer
 
 import dit_accel as d
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.attachment.beside import CallsMade
 from dit_accel.errors import ConfigError
-from dit_accel.methods import Handler, MethodConfig, PerturbedConfig, PerturbedHeadsHandler, Phase, registry
+from dit_accel.methods import Handler, MethodConfig, Phase, registry
 from dit_accel.methods.base import Place
 from dit_accel.methods.site import sample_of, with_sample
 from dit_accel.testing import METHOD_CASES
@@ -77,23 +77,6 @@ ALIKE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stranger(PerturbedConfig):
-    """Written by the page on adding a method."""
-
-    name = "stranger"
-    defaults = {"scale": 3.0, "start": 0.0, "stop": 1.0}  # noqa: RUF012
-
-    layers: str = "L0"
-
-
-class StrangerHandler(PerturbedHeadsHandler):
-    config_type = Stranger
-
-    def perturb(self, plan, call, share, whole, context):
-        return plan.scale(1 - 1e-12 * share)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Twice(MethodConfig):
     """Runs the model again in a branch of its own, as it is, and leads away from that."""
 
@@ -126,7 +109,6 @@ NOTHING = {
     "pag": d.PAG(layers="L1", scale=3.0),  # whose block adds nothing
     "slg": d.SLG(layers="L1", scale=3.0, start=0.0, stop=1.0),
     "autoguidance": d.AutoGuidance(scale=3.0),  # by a copy of the model
-    "stranger": Stranger(),
     "twice": Twice(),
 }
 """Perturbations of nothing, none of which is left out for that."""
@@ -147,8 +129,7 @@ ROUNDING = 1e-5
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    for handler in (StrangerHandler, TwiceHandler):
-        monkeypatch.setitem(registry.handlers(), handler.config_type.name, handler)
+    monkeypatch.setitem(registry.handlers(), Twice.name, TwiceHandler)
 
 
 def idle_transformer():
@@ -171,13 +152,13 @@ def denoise(together):
     calls = {"cond_uncond": slice(0, 2)} if together else {"cond": slice(0, 1), "uncond": slice(1, 2)}
     with torch.no_grad():
         for step in range(STEPS):
-            told, made = dict(step_index=step, num_inference_steps=STEPS, sigma=1 - step / STEPS), []
+            step_known, outs = dict(step_index=step, num_inference_steps=STEPS, sigma=1 - step / STEPS), []
             for branch, rows in calls.items():
-                with TRANSFORMER.cache_context(branch, **told):
+                with TRANSFORMER.cache_context(branch, **step_known):
                     count = rows.stop - rows.start
                     time = torch.full((count,), 1000.0 - 150 * step)
-                    made.append(TRANSFORMER(x.expand(count, -1, -1, -1, -1), time, texts[rows], return_dict=False)[0])
-            cond, uncond = torch.cat(made)[[1, 0] if together else [0, 1]].chunk(2)
+                    outs.append(TRANSFORMER(x.expand(count, -1, -1, -1, -1), time, texts[rows], return_dict=False)[0])
+            cond, uncond = torch.cat(outs)[[1, 0] if together else [0, 1]].chunk(2)
             x = x - 0.3 * (uncond + 2.0 * (cond - uncond))
     return x
 
@@ -193,67 +174,60 @@ def run(methods, together):
         return denoise(together)
 
 
-CASES = [(what, start, together, "branch") for what in NOTHING for start in (0.0, 0.3) for together in (False, True)]
-CASES += [(what, start, together, "free") for what in FREE for start in (0.0, 0.3) for together in (False, True)]
+CASES = [
+    (what, start, together, mode)
+    for mode, tried in (("branch", NOTHING), ("free", FREE)) for what in tried
+    for start in (0.0, 0.3) for together in (False, True)
+]  # fmt: skip
 """What is perturbed, from which share of the run on, whether both prompts are in one forward, and in which mode."""
 
 QUICK = [case for case in CASES if case[1]]
 """Cases of which `make test` tries one beside each method, in turn: what began earlier knows more than the branch."""
 
 
-def wrong(beside, cases):
-    """Say which cases move a run of some methods beside which nothing is perturbed; count those that ran."""
-    found, alone, ran = [], {}, 0
+def require_nothing_added(beside, cases):
+    """Require that no case moves a run of some methods beside which nothing is perturbed."""
+    wrong, alone = [], {}
     for what, start, together, mode in cases:
         try:
             if together not in alone:
                 alone[together] = run(beside, together)
-            made = run((*beside, guidance(what, start, mode)), together)
+            guided = run((*beside, guidance(what, start, mode)), together)
         except ConfigError as error:
             if not any(reason in str(error) for reason in REFUSED):
                 raise
             continue
-        ran += 1
-        moved = float((made - alone[together]).norm() / alone[together].norm())
+        moved = float((guided - alone[together]).norm() / alone[together].norm())
         if not moved < ROUNDING:
-            found.append(f"{what} {mode} from {start}, {'one call' if together else 'two calls'}: {moved:.2g}")
-    return found, ran
+            wrong.append(f"{what} {mode} from {start}, {'one call' if together else 'two calls'}: {moved:.2g}")
+    assert not wrong, "\n".join(wrong)
 
 
-def require_nothing_added(beside, cases, record):
-    began = time.perf_counter()
-    found, ran = wrong(beside, cases)
-    record("neutral", ran)
-    record("neutral_seconds", time.perf_counter() - began)
-    assert not found, "\n".join(found)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in BESIDE]
-)
-def test_nothing_is_added_beside_a_method(name, record_property):
-    require_nothing_added(BESIDE[name], [QUICK[7 * list(BESIDE).index(name) % len(QUICK)]], record_property)
+@pytest.mark.parametrize("name", some(BESIDE, *[name for name in BESIDE if name not in ALIKE]))
+def test_nothing_is_added_beside_a_method(name):
+    require_nothing_added(BESIDE[name], [QUICK[7 * list(BESIDE).index(name) % len(QUICK)]])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.rare) for name in BESIDE])
-def test_nothing_is_added_beside_a_method_by_anything(name, record_property):
-    require_nothing_added(BESIDE[name], CASES, record_property)
+@pytest.mark.rare
+@pytest.mark.parametrize("name", BESIDE)
+def test_nothing_is_added_beside_a_method_by_anything(name):
+    require_nothing_added(BESIDE[name], CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BESIDE)
-def test_nothing_is_added_beside_a_method_by_each_guidance(name, record_property):
+def test_nothing_is_added_beside_a_method_by_each_guidance(name):
     """Each in one of its cases, another beside every method."""
     turn, kinds = list(BESIDE).index(name), {}
     for case in CASES:
         kinds.setdefault((case[0], case[3]), []).append(case)
-    require_nothing_added(BESIDE[name], [cases[turn % len(cases)] for cases in kinds.values()], record_property)
+    require_nothing_added(BESIDE[name], [cases[turn % len(cases)] for cases in kinds.values()])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_is_added_beside_a_pair(name, record_property):
+def test_nothing_is_added_beside_a_pair(name):
     names = [one for one in METHODS if one in BESIDE]
     for other in names[names.index(name) + 1 :] if name in names else ():
         pair = {type(one): one for one in (*BESIDE[name], *BESIDE[other])}
@@ -263,7 +237,7 @@ def test_nothing_is_added_beside_a_pair(name, record_property):
             continue  # they are refused together
         turn = (names.index(name) + names.index(other)) % 2
         case = ("seg", 0.3, bool(turn), "branch") if turn else ("softpag", 0.3, True, "branch")
-        require_nothing_added(tuple(pair.values()), [case], record_property)
+        require_nothing_added(tuple(pair.values()), [case])
 
 
 @pytest.mark.slow
@@ -283,13 +257,11 @@ def test_nothing_is_added_in_pipelines_that_lay_out_their_rows_otherwise(name):
     assert not found, "\n".join(found)
 
 
-KEEPING = ("sparsed, cached", "lite, cached", "delta, turns", "sol, cached", "ultraimage", "dbcache", "nag")
+KEEPING = ("sparsed, cached", "lite, cached", "delta, turns", "ultraimage", "dbcache")
 """Of every kind of what is kept one: their branches are compared in `make test`."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in KEEPING else pytest.mark.slow) for name in BESIDE]
-)
+@pytest.mark.parametrize("name", some(BESIDE, *KEEPING))
 def test_a_branch_from_its_first_perturbed_block_is_the_whole_branch(name):
     start = 0.0 if "diffusers" in name else 0.3  # with which those caches begin later is refused
     real = d.SoftPAG(heads="L2H0", u=0.7, scale=3.0, start=start)
@@ -297,7 +269,7 @@ def test_a_branch_from_its_first_perturbed_block_is_the_whole_branch(name):
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("name", ["lite, cached", "sparsed, cached", "delta, reused", "dfa", "ultraimage"])
+@pytest.mark.parametrize("name", ["lite, cached", "delta, reused", "dfa", "ultraimage"])
 def test_a_branch_beside_another_holds_nothing(name):
     held = []
     for methods in (BESIDE[name], (*BESIDE[name], replace(NOTHING["softpag"], share_prefix=False))):

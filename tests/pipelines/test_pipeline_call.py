@@ -9,7 +9,8 @@ import dit_accel_pipelines.generation.loading as loading
 import numpy as np
 import pytest
 import torch
-from dit_accel_pipelines.generation.generate import frames_of, run
+from diffusers import DiffusionPipeline
+from dit_accel_pipelines.generation.generate import frames_of, generate, run
 from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import Request, read_pictures, resolve
@@ -26,59 +27,49 @@ def call_of(name: str) -> CallSignature:
     return CallSignature.of(pipeline_class(ModelFiles(name="m", index={"_class_name": name}, transformer={}, vae={})))
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "message"),
-    [
-        ("FluxPipeline", {"num_frames": 9}, "FluxPipeline takes no num_frames, got 9; leave it out"),
-        ("WanVideoToVideoPipeline", {"num_frames": 9}, "takes no num_frames, got 9"),
-        ("HunyuanVideo15ImageToVideoPipeline", {"image": "a.png", "height": 480}, "takes no height, got 480"),
-        ("Flux2Pipeline", {"negative_prompt": "ugly"}, "takes no negative_prompt, got 'ugly'"),
-        (
-            "HunyuanVideo15Pipeline",
-            {"guidance_scale": 3.0},
-            "takes no guidance_scale, got 3.0; leave it out, or call the pipeline from Python: its guidance is set by "
-            "a guider",
-        ),
-        ("HunyuanImagePipeline", {"guidance_scale": 3.0}, "its guidance is set by distilled_guidance_scale"),
-        ("QwenImage21Pipeline", {"guidance_scale": 3.0}, "its guidance is set by true_cfg_scale"),
-        ("WanPipeline", {"image": Path("a.png")}, "WanPipeline takes no image, got a.png; leave it out"),
-        ("FluxPipeline", {"video": Path("a.mp4")}, "FluxPipeline takes no video, got a.mp4; leave it out"),
-        ("WanImageToVideoPipeline", {}, "starts from an image, got none; give generate --image FILE"),
-        ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", {}, "starts from a video, got none; give generate --video"),
-        ("LTXImageToVideoPipeline", {}, "starts from an image, got none"),
-        ("WanVideoToVideoPipeline", {}, "starts from a video, got none"),
-        (
-            "Cosmos2VideoToWorldPipeline",
-            {},
-            "from an image or a video, got none; give generate --image FILE or --video",
-        ),
-        ("StableDiffusion3Img2ImgPipeline", {}, "starts from an image, got none"),
-        ("WanAnimatePipeline", {"image": "a"}, "needs pose_video, face_video, which generate can't give; call it from"),
-        ("VisualClozePipeline", {}, "takes no prompt, so generate can't run it; call it from Python"),
-    ],
+NO_GUIDANCE = (
+    "takes no guidance_scale, got 3.0; leave it out, or call the pipeline from Python: its guidance is set by a guider"
 )
+REFUSED = [
+    ("FluxPipeline", {"num_frames": 9}, "FluxPipeline takes no num_frames, got 9; leave it out"),
+    ("HunyuanVideo15ImageToVideoPipeline", {"image": "a.png", "height": 480}, "takes no height, got 480"),
+    ("Flux2Pipeline", {"negative_prompt": "ugly"}, "takes no negative_prompt, got 'ugly'"),
+    ("HunyuanVideo15Pipeline", {"guidance_scale": 3.0}, NO_GUIDANCE),
+    ("HunyuanImagePipeline", {"guidance_scale": 3.0}, "its guidance is set by distilled_guidance_scale"),
+    ("QwenImage21Pipeline", {"guidance_scale": 3.0}, "its guidance is set by true_cfg_scale"),
+    ("WanPipeline", {"image": Path("a.png")}, "WanPipeline takes no image, got a.png; leave it out"),
+    ("FluxPipeline", {"video": Path("a.mp4")}, "FluxPipeline takes no video, got a.mp4; leave it out"),
+    ("WanImageToVideoPipeline", {}, "starts from an image, got none; give generate --image FILE"),
+    ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", {}, "starts from a video, got none; give generate --video"),
+    ("Cosmos2VideoToWorldPipeline", {}, "from an image or a video, got none; give generate --image FILE or --video"),
+    ("WanAnimatePipeline", {"image": "a"}, "needs pose_video, face_video, which generate can't give; call it from"),
+    ("VisualClozePipeline", {}, "takes no prompt, so generate can't run it; call it from Python"),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "message"), REFUSED)
 def test_what_is_not_taken_or_missing_is_refused(name: str, given: dict[str, Any], message: str):
     with pytest.raises(ConfigError) as caught:
         call_of(name).check(given)
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [
-        *((name, {}) for name in (
-            "Flux2Pipeline", "GlmImagePipeline", "HeliosPipeline", "Cosmos3OmniPipeline", "Kandinsky6TI2VAPipeline",
-            "QwenImage21Pipeline", "BriaFibo2Pipeline", "LTXConditionPipeline", "PixArtSigmaPipeline",
-            "HunyuanVideo15Pipeline", "MotifVideoPipeline", "HunyuanImagePipeline", "Flux2KleinKVPipeline",
-        )),
-        ("Flux2Pipeline", {"image": "a"}),
-        ("Cosmos2VideoToWorldPipeline", {"video": "a"}),
-        ("WanImageToVideoPipeline", {"image": "a", "num_frames": 9, "guidance_scale": 2.0}),
-        ("WanVACEPipeline", {"video": "a"}),
-    ],
-)  # fmt: skip
-def test_pictures_are_optional_where_the_pipeline_says_so(name: str, given: dict[str, Any]):
-    call_of(name).check(given)
+TAKEN: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in (
+        "Flux2Pipeline", "GlmImagePipeline", "HeliosPipeline", "Cosmos3OmniPipeline", "Kandinsky6TI2VAPipeline",
+        "QwenImage21Pipeline", "BriaFibo2Pipeline", "LTXConditionPipeline", "PixArtSigmaPipeline",
+        "HunyuanVideo15Pipeline", "MotifVideoPipeline", "HunyuanImagePipeline", "Flux2KleinKVPipeline",
+    )),
+    ("Flux2Pipeline", {"image": "a"}),
+    ("Cosmos2VideoToWorldPipeline", {"video": "a"}),
+    ("WanImageToVideoPipeline", {"image": "a", "num_frames": 9, "guidance_scale": 2.0}),
+    ("WanVACEPipeline", {"video": "a"}),
+]  # fmt: skip
+
+
+def test_pictures_are_optional_where_the_pipeline_says_so():
+    for name, given in TAKEN:
+        call_of(name).check(given)
 
 
 def test_a_class_that_diffusers_does_not_have():
@@ -104,16 +95,10 @@ def test_defaults_go_only_to_parameters_that_are_there(tmp_path: Path):
 
 
 def test_bad_requests_are_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch):
-    def load(request: Request) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", load)
-    from dit_accel_pipelines.generation.generate import generate
-
-    text = str(model_folder(tmp_path / "t2v"))
+    monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", lambda request: 1 / 0)
     video = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
     for changes, message in (
-        (dict(model=text, image=tmp_path / "b.png"), "WanPipeline.*no image, got"),
+        (dict(model=str(model_folder(tmp_path / "t2v")), image=tmp_path / "b.png"), "WanPipeline.*no image, got"),
         (dict(model=video), "WanVideoToVideoPipeline.*--video"),
         (dict(model=video, video=tmp_path / "b.mp4"), r"video .*b.mp4.*read"),
         (dict(model=video, video=tmp_path / "b.mp4", num_frames=9), "no num_frames, got 9"),
@@ -138,20 +123,11 @@ def test_a_run_passes_pictures_and_nothing_else(tmp_path: Path):
     assert read_pictures(request(tmp_path)) == {}
 
 
-def test_steps_are_counted_by_the_progress_bar(tmp_path: Path):
+def test_steps_are_counted_by_the_progress_bar(tmp_path: Path, monkeypatch):
     """Pipelines without a callback have one too, and it knows how many steps there really are."""
-
-    class Shown(Stages):
-        def __init__(self) -> None:
-            super().__init__(quiet=True)
-            self.said: list[Any] = []
-
-        def stage(self, description: str, total: int | None = None) -> None:
-            self.said.append((description, total))
-            super().stage(description, total)
-
-        def advance(self) -> None:
-            self.said.append("step")
+    said: list[Any] = []
+    monkeypatch.setattr(Stages, "stage", lambda self, *what: said.append(what))
+    monkeypatch.setattr(Stages, "advance", lambda self: said.append("step"))
 
     class Pipe:
         def __call__(self, prompt, generator, output_type):
@@ -163,12 +139,12 @@ def test_steps_are_counted_by_the_progress_bar(tmp_path: Path):
                 pass
             return SimpleNamespace(frames=np.zeros((1, 2, 4, 6, 3)))
 
-    stages, pipe = Shown(), Pipe()
-    made = run(pipe, PROMPT, request(tmp_path), stages=stages)
-    assert len(made.timings.steps) == 5
-    assert sum(made.timings.steps) == pytest.approx(made.timings.denoise)
-    steps = [("denoising", 2), "step", "step", ("decoding", None), ("denoising", 3), *["step"] * 3, ("decoding", None)]
-    assert stages.said == [("encoding the prompt", None), *steps]
+    pipe = Pipe()
+    timings = run(pipe, PROMPT, request(tmp_path), stages=Stages(quiet=True)).timings
+    assert len(timings.steps) == 5
+    assert sum(timings.steps) == pytest.approx(timings.denoise)
+    steps = [("denoising", 2), "step", "step", ("decoding",), ("denoising", 3), *["step"] * 3, ("decoding",)]
+    assert said == [("encoding the prompt",), *steps]
     assert "progress_bar" not in vars(pipe)
 
 
@@ -192,63 +168,50 @@ class StubPipe:
     def set_progress_bar_config(self, **options: Any) -> None: ...
 
     def to(self, device: Any) -> None:
-        self.said.append(("to", device))
+        self.said = ["to", str(device)]
 
     def enable_model_cpu_offload(self, device: Any) -> None:
-        self.said.append(("model", device))
+        self.said = ["model", str(device)]
 
     def enable_sequential_cpu_offload(self, device: Any) -> None:
-        self.said.append(("sequential", device))
+        self.said = ["sequential", str(device)]
 
     def enable_group_offload(self, onload_device: Any, offload_type: str, use_stream: bool) -> None:
-        self.said.append(("group", onload_device, offload_type, use_stream))
+        self.said = ["group", str(onload_device), offload_type, use_stream]
 
 
-@pytest.mark.parametrize(
-    ("offload", "device", "said"),
-    [
-        ("none", "cpu", ("to", "cpu")),
-        ("none", "cuda:1", ("to", "cuda:1")),
-        ("model", "cuda:1", ("model", "cuda:1")),
-        ("sequential", "cuda:1", ("sequential", "cuda:1")),
-        ("group", "cuda:1", ("group", "cuda:1", "leaf_level", True)),
-        ("group", "xpu", ("group", "xpu", "leaf_level", False)),
-    ],
-)
-def test_a_pipeline_is_placed_as_asked(tmp_path: Path, monkeypatch, offload, device, said):
-    import torch
-    from diffusers import DiffusionPipeline
-
+def test_a_pipeline_is_placed_as_asked(tmp_path: Path, monkeypatch):
     pipe = StubPipe()
     monkeypatch.setattr(loading, "pick_device", torch.device)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda source, dtype, use_safetensors: pipe)
-    assert loading.load_pipeline(request(tmp_path, offload=offload, device=device)) is pipe
-    ((how, where, *rest),) = pipe.said
-    assert (how, str(where), *rest) == said
+    for offload, device, said in (
+        ("none", "cpu", ["to", "cpu"]),
+        ("none", "cuda:1", ["to", "cuda:1"]),
+        ("model", "cuda:1", ["model", "cuda:1"]),
+        ("sequential", "cuda:1", ["sequential", "cuda:1"]),
+        ("group", "cuda:1", ["group", "cuda:1", "leaf_level", True]),
+        ("group", "xpu", ["group", "xpu", "leaf_level", False]),
+    ):
+        assert loading.load_pipeline(request(tmp_path, offload=offload, device=device)) is pipe
+        assert pipe.said == said
 
 
 def test_image_to_video_end_to_end(tmp_path: Path):
     """The embedded model as an image-to-video pipeline: the first frame is the image's."""
-    from dit_accel_pipelines.generation.generate import generate
-
-    nothing = [None, None]
     model = model_folder(
-        tmp_path / "model", _class_name="WanImageToVideoPipeline", expand_timesteps=True, image_encoder=nothing,
-        image_processor=nothing,
+        tmp_path / "model", _class_name="WanImageToVideoPipeline", expand_timesteps=True, image_encoder=[None, None],
+        image_processor=[None, None],
     )  # fmt: skip
-    for colour in ("red", "blue"):
-        Image.new("RGB", (48, 32), colour).save(tmp_path / f"{colour}.png")
     shown = {}
     for colour in ("red", "blue"):
-        asked = request(
-            tmp_path, output=tmp_path / f"{colour}.gif", model=str(model), image=tmp_path / f"{colour}.png",
-            num_inference_steps=1, num_frames=5, height=32, width=48,
-        )  # fmt: skip
-        (written,) = generate(asked)
+        image, output = (tmp_path / f"{colour}.{end}" for end in ("png", "gif"))
+        Image.new("RGB", (48, 32), colour).save(image)
+        small = dict(num_inference_steps=1, num_frames=5, height=32, width=48)
+        (written,) = generate(request(tmp_path, output=output, model=str(model), image=image, **small))
         record = json.loads((tmp_path / f"{colour}.gif.json").read_text())
         assert record == json.loads(json.dumps(written.record))
-        assert (record["image"], record["video"]) == (str(asked.image), None)
-        with Image.open(asked.output) as video:
+        assert (record["image"], record["video"]) == (str(image), None)
+        with Image.open(output) as video:
             shown[colour] = np.asarray(video.convert("RGB"), dtype=float).mean((0, 1))
     assert shown["red"][0] > shown["red"][2] + 60
     assert shown["blue"][2] > shown["blue"][0] + 60
@@ -259,5 +222,5 @@ def test_a_pipeline_whose_latents_have_the_formats_of_its_text_runs_in_half_prec
     pipe = loading.load_pipeline(request(tmp_path, model="flux-tiny", dtype="bfloat16", device="cpu"))
     assert pipe.transformer.dtype is torch.bfloat16
     assert pipe.vae.dtype is torch.float32
-    made = run(pipe, PROMPT, request(tmp_path, model="flux-tiny", num_inference_steps=1))
+    made = run(pipe, PROMPT, request(tmp_path, model="flux-tiny", num_inference_steps=1, height=32, width=32))
     assert made.frames.std() > 1

@@ -27,7 +27,6 @@ from typer.testing import CliRunner
 
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
-from dit_accel.errors import UnsupportedModel
 
 PROMPTS = ("a red circle moving right", "a blue square going up", "a red circle", "a blue square", "a red square")
 REFUSED = (
@@ -88,39 +87,45 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
     (tmp_path / "a-02.gif").unlink()
     (tmp_path / "a-03.gif.json").unlink()
     (tmp_path / "a-04.gif.json").write_text("{")
-    told: list[Any] = []
-    written = generating.generate(asked, resume=True, on_written=told.append)
+    lines: list[Any] = []
+    written = generating.generate(asked, resume=True, on_written=lines.append)
     assert [one.kept for one in written] == [True, False, False, False, True]
     assert [one.record["prompt"] for one in written] == list(PROMPTS)
-    assert len(told) == 5
-    kept = [tmp_path / f"a-0{n}.gif{end}" for n in (1, 5) for end in ("", ".json")]
-    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+    assert len(lines) == 5
+    untouched = [tmp_path / f"a-0{n}.gif{end}" for n in (1, 5) for end in ("", ".json")]
+    assert all(path.stat().st_mtime_ns == before[path] for path in untouched)
     assert len(loads) == 2
     assert all(one.kept for one in generating.generate(asked, resume=True))
     assert len(loads) == 2
     assert not any(one.kept for one in generating.generate(asked))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"scale": 2}, {"negative_prompt": "a blue"}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_another_request_is_made_anew(changes, tmp_path: Path, loads):
+def test_another_request_is_made_anew(tmp_path: Path, loads):
     asked = request(tmp_path, prompts=PROMPTS[:1])
-    generating.generate(asked)
-    assert not generating.generate(dataclasses.replace(asked, **changes), resume=True)[0].kept
+    for changes in ({"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"negative_prompt": "a blue"}):
+        generating.generate(asked)
+        assert not generating.generate(dataclasses.replace(asked, **changes), resume=True)[0].kept, changes
+
+
+GIVEN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
 
 def test_the_launchers_variables():
     assert started_process({}) == Process()
     assert started_process({"RANK": "3"}) == Process()
-    given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert started_process(given) == Process(rank=5, count=8, local_rank=1, local_count=4)
-    with pytest.raises(ConfigError, match=r"variables.*got RANK=x, WORLD_SIZE=8"):
-        started_process({**given, "RANK": "x"})
-    with pytest.raises(ConfigError, match="RANK=8 of WORLD_SIZE=8 and LOCAL_RANK=1 of LOCAL_WORLD_SIZE=4"):
-        started_process({**given, "RANK": "8"})
+    assert started_process(GIVEN) == Process(rank=5, count=8, local_rank=1, local_count=4)
+    for variables, together, message in (
+        ({**GIVEN, "RANK": "x"}, 1, r"variables.*got RANK=x, WORLD_SIZE=8"),
+        ({**GIVEN, "RANK": "8"}, 1, "RANK=8 of WORLD_SIZE=8 and LOCAL_RANK=1 of LOCAL_WORLD_SIZE=4"),
+        ({}, 2, r"ulysses = 2 .*processes, got 1"),
+        ({}, 0, r"ulysses .*1 or more.*got 0"),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, 3, r"ulysses = 3.*torchrun --nproc-per-node 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            started_process(variables, together=together)
+    shared = [Process(rank=rank, count=6, together=2) for rank in range(6)]
+    assert [one.own(range(5)) for one in shared] == [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]
+    assert [one.first for one in shared] == [True, False] * 3
 
 
 def test_each_process_takes_a_device_of_its_own():
@@ -137,12 +142,17 @@ def test_each_process_takes_a_device_of_its_own():
     assert Process().device("cuda:2") == "cuda:2"
 
 
-def test_json_of_several_processes_is_refused(tmp_path: Path, monkeypatch):
+def test_what_one_process_alone_can_do_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = CliRunner().invoke(app, ["generate", "a red circle", "--json", "-o", str(tmp_path / "a.gif")])
-    assert result.exit_code != 0
-    assert "--json prints one document, and 2 processes would print as many" in " ".join(result.stderr.split())
+    for words, message in (
+        (["generate", "a red circle", "--json"], "--json prints one document, and 2 processes would print as many"),
+        (["tune", "lite"], "tune lite runs in one process, and 2 were launched"),
+    ):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -151,31 +161,19 @@ def test_json_of_several_processes_is_refused(tmp_path: Path, monkeypatch):
 def test_groups_make_each_output_together(tmp_path: Path):
     for folder in ("alone", "shared"):
         (tmp_path / folder).mkdir()
-    found = processes(4, generating_ranks.make, tmp_path, seconds=0)
+    ranks = processes(4, generating_ranks.make, tmp_path, seconds=0)
     for rank in range(4):
-        assert not isinstance(found[rank], str), found[rank]
-        own = ["a-01.png", "a-03.png"] if rank < 2 else ["a-02.png"]
-        kept = [True, False] if rank < 2 else [True]
-        told = [(name, False) for name in own] + list(zip(own, kept, strict=True))
-        assert found[rank]["lines"] == ([] if rank % 2 else told)  # the first of a group writes and tells
-        assert found[rank]["seeds"] == ([0, 2] if rank < 2 else [1])
-        assert found[rank]["kept"] == kept
-        for error, words in zip(found[rank]["refused"], REFUSED, strict=True):
+        assert not isinstance(ranks[rank], str), ranks[rank]
+        names = ["a-01.png", "a-03.png"] if rank < 2 else ["a-02.png"]
+        resumed = [True, False] if rank < 2 else [True]
+        lines = [(name, False) for name in names] + list(zip(names, resumed, strict=True))
+        assert ranks[rank]["lines"] == ([] if rank % 2 else lines)  # the first of a group writes and tells
+        assert ranks[rank]["seeds"] == ([0, 2] if rank < 2 else [1])
+        assert ranks[rank]["kept"] == resumed
+        for error, words in zip(ranks[rank]["refused"], REFUSED, strict=True):
             assert words in error
-    assert found[0]["away"] <= 1  # of 255
+    assert ranks[0]["away"] <= 1  # of 255
     assert sorted(path.name for path in (tmp_path / "shared").glob("*.png")) == [f"a-0{n}.png" for n in (1, 2, 3)]
-
-
-def test_processes_that_make_no_groups_are_refused():
-    with pytest.raises(ConfigError, match=r"ulysses = 2 .*processes, got 1"):
-        started_process({}, together=2)
-    with pytest.raises(ConfigError, match=r"ulysses .*1 or more.*got 0"):
-        started_process({}, together=0)
-    with pytest.raises(ConfigError, match=r"ulysses = 3.*torchrun --nproc-per-node 3"):
-        started_process({"RANK": "3", "WORLD_SIZE": "4"}, together=3)
-    shared = [Process(rank=rank, count=6, together=2) for rank in range(6)]
-    assert [one.own(range(5)) for one in shared] == [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]
-    assert [one.first for one in shared] == [True, False] * 3
 
 
 @pytest.mark.slow
@@ -227,37 +225,23 @@ def test_one_process_does_all_jobs_in_order():
 
 
 def test_a_failure_in_one_process_is_raised_in_all(monkeypatch):
-    """The others wait for its result, so it must reach them."""
-    ranks = Ranks()
+    """The others wait for its result, so it must reach them, and this one's reach the others."""
+    ranks, sent = Ranks(), []
     ranks.rank, ranks.count = 1, 2
     monkeypatch.setattr(ranks, "_gathered", lambda value: [(None, ConfigError("no number")), value])
-    with pytest.raises(ConfigError, match="no number"):
-        ranks.spread(["a", "b"], lambda job: job, lambda job, made: None)
-    with pytest.raises(ConfigError, match="no number"):
-        ranks.shared(lambda: "unused")
-    with pytest.raises(ConfigError, match="no number"):
-        ranks.together(lambda: "this one's")
-
-
-def test_the_others_hear_of_a_failure_of_this_one(monkeypatch):
-    ranks, told = Ranks(), []
-    monkeypatch.setattr(ranks, "_gathered", lambda value: told.append(value) or [(None, None), value])
-
-    def fail():
-        raise UnsupportedModel("no such model")
-
-    with pytest.raises(UnsupportedModel, match="such model"):
-        ranks.together(fail)
-    assert [str(error) for _, error in told] == ["no such model"]
+    for work in (
+        lambda: ranks.spread(["a", "b"], lambda job: job, lambda job, made: None),
+        lambda: ranks.shared(lambda: "unused"),
+        lambda: ranks.together(lambda: "this one's"),
+    ):
+        with pytest.raises(ConfigError, match="no number"):
+            work()
+    monkeypatch.setattr(ranks, "_gathered", lambda value: sent.append(value) or [(None, None), value])
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        ranks.together(lambda: started_process({"RANK": "9", "WORLD_SIZE": "8"}))
     assert ranks.together(lambda: 3) == 3
-    assert told[1] == (None, None)  # what it made stays here
-
-
-def test_other_methods_are_tuned_in_one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    told = CliRunner().invoke(app, ["tune", "lite"])
-    assert told.exit_code == 2
-    assert "tune lite runs in one process, and 2 were launched" in told.stderr
+    assert ["WORLD_SIZE" in str(error) for _, error in sent] == [True, False]
+    assert sent[1] == (None, None)  # what it made stays here
 
 
 @pytest.mark.slow
@@ -271,18 +255,9 @@ def test_accelerate_launch_shares_a_search(tmp_path):
         port = taken.getsockname()[1]
     output = tmp_path / "heads.json"
     support = Path(__file__).parents[1] / "support"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --main_process_port"
     launched = subprocess.run(
-        [*launch, "--main_process_port", str(port), "-m", "dit_accel", *SEARCH, "-o", str(output), "--json"],
+        [sys.executable, *launch.split(), str(port), "-m", "dit_accel", *SEARCH, "-o", str(output), "--json"],
         env={**os.environ, "PYTHONPATH": str(support), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip

@@ -1,9 +1,7 @@
-"""Rotary positions of every family under their check, what is particular to some, and adapters that are wrong."""
+"""Rotary positions: what is particular to some families, against formulas, and adapters that are wrong."""
 
-import copy
 import dataclasses
 import inspect
-from dataclasses import dataclass
 
 import diffusers
 import pytest
@@ -14,42 +12,21 @@ from diffusers.models import embeddings
 from dit_accel_pipelines import ADAPTERS
 from tiny_inputs import ids, packed
 
-import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.rope_forms import change_rope
 from dit_accel.adapters.rotary import Rope, RopeChange, rope_of
-from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 from dit_accel.testing import rope_checks
 from dit_accel.testing.rope_checks import check_rope, replaced
 from dit_accel.testing.tiny_models import Case
 
 BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
-MODELS = [(name, number) for name, models in tiny_models.MODELS.items() for number in range(len(models))]
-WITHOUT = {("cogvideox", 0), ("cogvideox", 2), ("cogview", 0), ("sd3", 0), ("sd3", 1), ("aura-flow", 0), ("pixart", 0)}
 
 
 def tiny(name, number=0, inputs=None, **config):
     model = tiny_models.MODELS[name][number]
     changes = dict(config={**model.config, **config}, inputs=inputs or model.inputs)
     return Case(BY_NAME[name], dataclasses.replace(model, **changes))
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [pytest.param(*one, marks=pytest.mark.slow if index % 2 else ()) for index, one in enumerate(MODELS)],
-)
-def test_positions_move_as_the_adapter_says(name, number):
-    why = check_rope(tiny(name, number))
-    assert (why is not None) == ((name, number) in WITHOUT)
-
-
-@pytest.mark.parametrize(("name", "number"), sorted(WITHOUT))
-def test_a_model_without_rotary_positions_says_what_it_has(name, number):
-    case = tiny(name, number)
-    text = rf"{name}.*rotary positions.*(sinusoidal|learned)"
-    with pytest.raises(ConfigError, match=text):
-        rope_of(name, case.adapter.rope, case.transformer.config)
 
 
 def longcat(batch):
@@ -100,44 +77,37 @@ def test_what_is_particular_to_a_family(what):
     assert check_rope(tiny(name, number, inputs, **config)) is None
 
 
-@pytest.mark.parametrize("text", [None, lambda inputs: 5])
-def test_text_that_the_adapter_does_not_tell_is_found(text):
-    case = tiny("flux-kin", 1, longcat)
-    case.adapter = dataclasses.replace(case.adapter, rope=dataclasses.replace(case.adapter.rope, text=text))
-    with pytest.raises(AssertionError, match="text moves"):
-        check_rope(case)
+@pytest.mark.parametrize(("name", "kind"), [("pixart", "sinusoidal"), ("sd3", "sinusoidal|learned")])
+def test_a_model_without_rotary_positions_says_what_it_has(name, kind):
+    case = tiny(name)
+    with pytest.raises(ConfigError, match=rf"{name}.*rotary positions.*({kind})"):
+        rope_of(name, case.adapter.rope, case.transformer.config)
 
 
-def with_rope(name, number=0, **changes):
-    case = tiny(name, number)
-    case.adapter = dataclasses.replace(case.adapter, rope=dataclasses.replace(case.adapter.rope, **changes))
-    return case
+WRONG = [
+    ("wan", dict(axes=lambda c: even(("frames", "height", "width"), 4)), "frames: .*model.*frequencies"),
+    ("flux", dict(axes=lambda c: even(("height", "width", "frames"), 4)), "height: two neighbours"),
+    ("helios", dict(parts=("freqs_base_t", "freqs_base_x", "freqs_base_y")), "height: .*along width"),
+    ("kandinsky-5", dict(parts=("args_0", "args_2", "args_1")), "height: .*along width"),
+    ("hunyuan-video", dict(asks=(0, 2, 1)), "height: .*along width"),
+    ("hunyuan-video", dict(asks=(0, 1)), "width: nothing"),
+    ("qwen-image", dict(parts=()), "height: halved, its|two neighbours"),
+    ("qwen-image", dict(asks=(0, 1, 2)), "height: "),
+    ("ideogram4", dict(text=lambda inputs: 7), "frames: .*along height"),
+    ("flux-kin", dict(text=lambda inputs: 7), "tokens.*for text"),
+    ("longcat", dict(text=None), "text moves"),
+    ("longcat", dict(text=lambda inputs: 5), "text moves"),
+    ("anyflow", dict(caches=()), "every axis.*'theta'"),
+    ("wan", dict(owner="rope.nothing"), "'rope.nothing'.*WanTransformer3DModel"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("wan", dict(axes=lambda c: even(("frames", "height", "width"), 4)), r"frames: .*model.*frequencies"),
-        ("flux", dict(axes=lambda c: even(("height", "width", "frames"), 4)), "height: two neighbours"),
-        (
-            "helios",
-            dict(parts=("freqs_base_t", "freqs_base_x", "freqs_base_y")),
-            r"height: .*along width",
-        ),
-        ("kandinsky-5", dict(parts=("args_0", "args_2", "args_1")), r"height: .*along width"),
-        ("hunyuan-video", dict(asks=(0, 2, 1)), r"height: .*along width"),
-        ("hunyuan-video", dict(asks=(0, 1)), "width: nothing"),
-        ("qwen-image", dict(parts=()), r"height: halved, its|two neighbours"),
-        ("qwen-image", dict(asks=(0, 1, 2)), "height: "),
-        ("ideogram4", dict(text=lambda inputs: 7), r"frames: .*along height"),
-        ("flux-kin", dict(text=lambda inputs: 7), r"tokens.*for text"),
-        ("anyflow", dict(caches=()), r"every axis.*'theta'"),
-        ("wan", dict(owner="rope.nothing"), r"'rope.nothing'.*WanTransformer3DModel"),
-    ],
-)
+@pytest.mark.parametrize(("name", "changes", "message"), WRONG)
 def test_a_wrong_adapter_is_found(name, changes, message):
+    case = tiny("flux-kin", 1, longcat) if name == "longcat" else tiny(name)
+    case.adapter = dataclasses.replace(case.adapter, rope=dataclasses.replace(case.adapter.rope, **changes))
     with pytest.raises((AssertionError, ConfigError), match=message):
-        check_rope(with_rope(name, **changes))
+        check_rope(case)
 
 
 def test_a_change_of_a_class_is_found(monkeypatch):
@@ -150,56 +120,6 @@ def test_a_change_of_a_class_is_found(monkeypatch):
         check_rope(tiny("flux"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HalfRope(MethodConfig):
-    name = "half-rope"
-
-
-class HalfRopeHandler(Handler):
-    """Halves the frequencies along height, through the core's site alone."""
-
-    config_type = HalfRope
-    phase = Phase.POSITIONS
-    places = frozenset({Place.POSITIONS})
-
-    def install(self, site):
-        rope = rope_of(site.adapter.name, site.adapter.rope, site.transformer.config)
-        change = change_rope(rope, site.transformer, {"height": lambda own: own / 2})
-        for owner, name, value in change.attributes:
-            site.replace(owner, name, value)
-        if change.inputs is not None:
-            site.around_forward(lambda context, run: run(**change.inputs(context.inputs)))
-
-
-@pytest.mark.parametrize(
-    "name", ["wan", "flux", "flux-kin", "z-image", "qwen-image", "ideogram4", "hunyuan-dit", "sd3"]
-)
-def test_a_method_changes_positions_through_the_core(monkeypatch, name):
-    monkeypatch.setitem(registry.handlers(), HalfRope.name, HalfRopeHandler)
-    case = tiny(name)
-    inputs = case.inputs(1)
-    if name == "hunyuan-dit":
-        inputs["image_rotary_emb"] = embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (8, 10)), (8, 10))
-    if name == "sd3":
-        with pytest.raises(ConfigError, match=r"rotary positions.*sd3.*SD3"):
-            dit_accel.attach(case.transformer, HalfRope())
-        return
-    plain = case.run(inputs)
-    with replaced(case.transformer, change_rope(case.adapter.rope, case.transformer, {"height": lambda own: own / 2})):
-        expected = case.run(inputs)
-    for _ in range(2):
-        with dit_accel.attach(case.transformer, HalfRope()):
-            assert torch.equal(case.run(inputs), expected)
-        assert torch.equal(case.run(inputs), plain)
-    assert not torch.equal(expected, plain)
-
-
-def rope_outputs(case, frequencies, call):
-    rope = rope_of(case.adapter.name, case.adapter.rope, case.transformer.config)
-    with replaced(case.transformer, change_rope(rope, case.transformer, frequencies)):
-        return call()
-
-
 def test_one_frequency_moves_two_columns_to_the_formula():
     case = tiny("wan", attention_head_dim=128)
     latents = torch.zeros(1, 12, 21, 4, 4)
@@ -209,15 +129,17 @@ def test_one_frequency_moves_two_columns_to_the_formula():
         own[3] = 2 * torch.pi / 63
         return own
 
-    found = rope_outputs(case, {"frames": slower}, lambda: case.transformer.rope(latents))
+    rope = rope_of("wan", case.adapter.rope, case.transformer.config)
+    with replaced(case.transformer, change_rope(rope, case.transformer, {"frames": slower})):
+        tables = case.transformer.rope(latents)
     angles = torch.arange(21).double() * (2 * torch.pi / 63)
-    for now, before, expected in zip(found, plain, (angles.cos(), angles.sin()), strict=True):
+    for now, before, expected in zip(tables, plain, (angles.cos(), angles.sin()), strict=True):
         assert (now != before).flatten(0, 2).any(0).nonzero().flatten().tolist() == [6, 7]
         frames = now.reshape(21, 4, 128)[:, 0, 6:8]
         assert torch.equal(frames, expected.float()[:, None].expand(-1, 2))
 
 
-def given(name, value, frequencies, number=0, **config):
+def changed(name, value, frequencies, number=0, **config):
     case = tiny(name, number, **config)
     rope = rope_of(name, case.adapter.rope, case.transformer.config)
     inputs = change_rope(rope, case.transformer, frequencies).inputs
@@ -227,10 +149,10 @@ def given(name, value, frequencies, number=0, **config):
 def test_cogvideox_positions_between_whole_numbers():
     crop = ((2, 0), (28, 45))
     value = embeddings.get_3d_rotary_pos_embed(64, crop, (34, 60), 13)
-    found = given("cogvideox", value, {"height": lambda own: own / 3}, 1, attention_head_dim=64)
+    tables = changed("cogvideox", value, {"height": lambda own: own / 3}, 1, attention_head_dim=64)
     rows = torch.linspace(2, 28 * 33 / 34, 34, dtype=torch.float64) / 3
     expected = embeddings.get_1d_rotary_pos_embed(24, rows, use_real=True, freqs_dtype=torch.float64)
-    for now, before, height in zip(found, value, expected, strict=True):
+    for now, before, height in zip(tables, value, expected, strict=True):
         assert torch.equal(now[:, :16], before[:, :16])
         assert torch.equal(now[:, 40:], before[:, 40:])
         spread = height[None, :, None].expand(13, 34, 60, 24).reshape(-1, 24)
@@ -240,8 +162,8 @@ def test_cogvideox_positions_between_whole_numbers():
 def test_hunyuan_dit_lays_width_first():
     value = embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (32, 32)), (8, 10))
     for axis, columns, still in (("width", slice(0, 8), slice(8, 16)), ("height", slice(8, 16), slice(0, 8))):
-        found = given("hunyuan-dit", value, {axis: lambda own: own / 2})
-        for now, before in zip(found, value, strict=True):
+        tables = changed("hunyuan-dit", value, {axis: lambda own: own / 2})
+        for now, before in zip(tables, value, strict=True):
             assert torch.equal(now[:, still], before[:, still])
             assert not torch.equal(now[:, columns], before[:, columns])
 
@@ -251,11 +173,11 @@ def test_allegro_frames_as_its_own_interpolation():
         return embeddings.get_3d_rotary_pos_embed_allegro(18, ((0, 0), (4, 8)), (4, 8), 7, (scale, 2.0, 2.0))
 
     places = [torch.zeros(1, 3, dtype=torch.long)] * 3
-    (*found,), kept = given("allegro", (make(1.5)[:3], places), {"frames": lambda own: own / 2})
-    for now, expected in zip(found, make(3.0)[:3], strict=True):
+    (*tables,), grid = changed("allegro", (make(1.5)[:3], places), {"frames": lambda own: own / 2})
+    for now, expected in zip(tables, make(3.0)[:3], strict=True):
         for part, other in zip(now, expected, strict=True):
             torch.testing.assert_close(part, other, rtol=0, atol=1e-6)
-    assert kept is places
+    assert grid is places
 
 
 def test_lumina_next_changes_what_its_pipeline_scaled_already():
@@ -264,34 +186,10 @@ def test_lumina_next_changes_what_its_pipeline_scaled_already():
 
     for factor in (dict(linear_factor=2.0), dict(ntk_factor=1.7)):
         value = make(**factor)
-        assert torch.equal(given("lumina-next", value, {"height": lambda own: own}), value)
-        found = given("lumina-next", value, {"height": lambda own: own / 2, "width": lambda own: own / 2})
+        assert torch.equal(changed("lumina-next", value, {"height": lambda own: own}), value)
+        tables = changed("lumina-next", value, {"height": lambda own: own / 2, "width": lambda own: own / 2})
         for at in ((10, 0), (0, 310), (200, 142)):
-            torch.testing.assert_close(found[at], value[at[0] // 2, at[1] // 2], rtol=0, atol=2e-5)
-
-
-def test_a_copied_model_keeps_its_change():
-    for name in ("wan", "z-image", "qwen-image", "ideogram4"):
-        case = tiny(name)
-        rope, inputs = case.adapter.rope, case.inputs(1)
-        change = change_rope(rope, case.transformer, {"height": lambda own: own / 2})
-        with replaced(case.transformer, change):
-            expected = case.run(inputs)
-            twin = copy.deepcopy(case.transformer)
-        assert torch.equal(case.run(inputs, transformer=_Callable(twin)), expected)
-        assert not torch.equal(case.run(inputs), expected)
-
-
-class _Callable:
-    """A model that has no length, as a pipeline calls it."""
-
-    def __init__(self, model):
-        self.model = model
-        if hasattr(model, "cache_context"):
-            self.cache_context = model.cache_context
-
-    def __call__(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
+            torch.testing.assert_close(tables[at], value[at[0] // 2, at[1] // 2], rtol=0, atol=2e-5)
 
 
 def test_a_model_of_half_precision_keeps_its_own():
@@ -306,41 +204,36 @@ def test_a_model_of_half_precision_keeps_its_own():
         if change.inputs:
             change.inputs(inputs)
         with replaced(transformer, change):
-            found = [leaf for call in calls for leaf in rope_checks._leaves(call())]
-        assert [leaf.dtype for leaf in found] == [leaf.dtype for leaf in plain]
-        assert all(map(torch.equal, found, plain))
+            tables = [leaf for call in calls for leaf in rope_checks._leaves(call())]
+        assert [leaf.dtype for leaf in tables] == [leaf.dtype for leaf in plain]
+        assert all(map(torch.equal, tables, plain))
 
 
-@pytest.mark.parametrize(
-    ("name", "axis", "config"),
-    [
-        ("wan", "frames", {"rope_max_seq_len": 8}),
-        ("wan-animate", "frames", {"rope_max_seq_len": 9}),
-        ("skyreels-v2", "frames", {"rope_max_seq_len": 8}),
-        ("cosmos", "frames", {"max_size": (8, 8, 8)}),
-    ],
-)
-def test_tables_are_as_long_as_told(name, axis, config):
+TABLES = [
+    ("wan", {"rope_max_seq_len": 8}),
+    ("wan-animate", {"rope_max_seq_len": 9}),
+    ("skyreels-v2", {"rope_max_seq_len": 8}),
+    ("cosmos", {"max_size": (8, 8, 8)}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), TABLES)
+def test_tables_are_as_long_as_told(name, config):
     case = tiny(name, **config)
-    most = case.adapter.rope.max_positions(case.transformer.config)[axis]
-    for frames, fits in ((most, True), (most + 1, False)):
-        latents = torch.zeros(1, 4, frames, 4, 4)
-        if fits:
-            assert case.transformer.rope(latents)[0].numel() > 0
-        else:
-            with pytest.raises(RuntimeError):
-                case.transformer.rope(latents)
+    most = case.adapter.rope.max_positions(case.transformer.config)["frames"]
+    assert case.transformer.rope(torch.zeros(1, 4, most, 4, 4))[0].numel() > 0
+    with pytest.raises(RuntimeError):
+        case.transformer.rope(torch.zeros(1, 4, most + 1, 4, 4))
 
 
 LIMITED = [one for one in ADAPTERS if isinstance(one.rope, Rope) and one.rope.max_positions is not None]
 
 
-@pytest.mark.parametrize("adapter", LIMITED, ids=lambda adapter: adapter.name)
-def test_a_config_that_tells_nothing_means_the_classs_defaults(adapter):
-    for name in adapter.transformers:
+def test_a_config_that_tells_nothing_means_the_classs_defaults():
+    for adapter, name in [(one, name) for one in LIMITED for name in one.transformers]:
         parameters = inspect.signature(getattr(diffusers, name)).parameters
-        own = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
-        assert adapter.rope.max_positions({}) == adapter.rope.max_positions(own)
+        defaults = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
+        assert adapter.rope.max_positions({}) == adapter.rope.max_positions(defaults), name
 
 
 def test_limits_of_the_released_models():

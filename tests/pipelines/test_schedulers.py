@@ -210,6 +210,8 @@ def test_solvers_converge_on_a_schedule_of_betas(solver, shipped):
 
 
 def test_what_knows_neither_schedule_is_refused():
+    with pytest.raises(ConfigError, match=r"solver 'eulr'.*'euler'"):
+        make_scheduler(SHIPPED["euler"], "eulr")
     with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler.*betas"):
         scheduler_like(BETAS["cogvideox"], "FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ConfigError, match=r"DDIMScheduler.*flow"):
@@ -219,26 +221,15 @@ def test_what_knows_neither_schedule_is_refused():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_shift_that_grows_with_the_tokens_keeps_its_bounds(solver):
+def test_a_shift_that_grows_with_the_tokens_keeps_its_bounds_or_is_one_for_all(solver):
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.3)
     scheduler = make_scheduler(shipped, solver)
     assert (scheduler.config["base_shift"], scheduler.config["max_shift"]) == (0.7, 1.3)
     assert scheduler.config["use_dynamic_shifting"]
     scheduler.set_timesteps(4, mu=0.9)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_another_shift_where_it_grows_with_the_tokens_is_one_for_all(solver):
-    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.3)
     scheduler = make_scheduler(shipped, solver, 2.0)
-    bounds = (scheduler.config["base_shift"], scheduler.config["max_shift"])
-    assert bounds == (math.log(2), math.log(2))
-    scheduler.set_timesteps(3, mu=bounds[0])  # as pipelines do along the line between the bounds
+    assert scheduler.config["base_shift"] == scheduler.config["max_shift"] == math.log(2)
+    scheduler.set_timesteps(3, mu=math.log(2))  # as pipelines do along the line between the bounds
     usual = make_scheduler(SHIPPED["euler"], solver, 2.0)
     usual.set_timesteps(3)
     assert float(scheduler.sigmas[1]) == pytest.approx(float(usual.sigmas[1]), abs=0.01)
-
-
-def test_an_unknown_solver_is_refused():
-    with pytest.raises(ConfigError, match=r"solver 'eulr'.*'euler'"):
-        make_scheduler(SHIPPED["euler"], "eulr")

@@ -1,4 +1,4 @@
-"""Requests through the servers' diffusers backends with methods attached by our plugins."""
+"""Requests through the servers' diffusers backends, and modular pipelines, with methods attached by our plugins."""
 
 import ast
 import gc
@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 from dit_accel_kernels import api
 from matrix_runs import twin
 from servers import SERVERS, STAND_INS, importable, prompted_wan, their_files
+from tiny_stock import stock_pipeline
 
 import dit_accel
+from dit_accel import AttachError, ConfigError, EasyCache
 from dit_accel.serving import vllm_omni
+from dit_accel.serving.modular import AttachMethods
 from dit_accel.serving.requests import answer, attach_requested
 from dit_accel.serving.settings import VARIABLE
 
@@ -36,7 +40,6 @@ threshold = 1e9
 warmup_steps = 1
 max_consecutive = 1
 """
-LISTED = "[staticcache]\nsteps = [1, 0, 1, 0, 1, 1]\n"
 
 
 class CancelledError(Exception):
@@ -94,7 +97,7 @@ def start(request, caplog):
 @pytest.fixture
 def plain(start, monkeypatch):
     """Sends requests to a server without methods."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, " ")  # as if it were not set
     pipe = prompted_wan()
     server = start(pipe)
     assert dit_accel.attachment_of(pipe) is None
@@ -123,34 +126,22 @@ def test_requests_are_those_of_a_server_of_their_own(start, setting, caplog, pla
     assert torch.equal(both, fresh(start, ["a kite", "a dog"], 3, **other))
 
 
-def test_what_the_methods_refuse_runs_plain_with_the_reason(start, setting, caplog, plain):
-    call = {**SIZE, "num_inference_steps": 4}
+@pytest.mark.parametrize("why", ["a step list of another length", "a kernel that fails"])
+def test_what_the_methods_cannot_do_runs_plain_with_the_reason(start, setting, caplog, plain, monkeypatch, why):
+    listed = why.startswith("a step")
+    call = {**SIZE, "num_inference_steps": 4} if listed else SIZE
     dense = plain(["a kite"], seeded(), **call)
-    setting(LISTED)  # of six steps
+    setting("[staticcache]\nsteps = [1, 0, 1, 0, 1, 1]\n" if listed else METHODS.split("[easycache]")[0])
     server = start(prompted_wan())
     first = server.request(["a kite"], seeded(), **SIZE)
     logged(caplog)
-    assert torch.equal(server.request(["a kite"], seeded(), **call), dense)
-    (line,) = logged(caplog)
-    assert "without methods" in line
-    assert "6" in line
-    assert "4" in line
-    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
-
-
-def test_a_kernel_that_fails_does_not_fail_the_request(start, setting, caplog, plain, monkeypatch):
-    dense = plain(["a kite"], seeded(), **SIZE)
-    setting(METHODS.split("[easycache]")[0])
-    server = start(prompted_wan())
-    sparse = server.request(["a kite"], seeded(), **SIZE)
-    logged(caplog)
     with monkeypatch.context() as patch:
-        patch.setattr(api, "_run", torch.ones(2).reshape)  # which takes no problem
-        assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
+        if not listed:
+            patch.setattr(api, "_run", torch.ones(2).reshape)  # which takes no problem
+        assert torch.equal(server.request(["a kite"], seeded(), **call), dense)
     (line,) = logged(caplog)
-    assert "without methods" in line
-    assert "reshape" in line
-    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), sparse)
+    assert all(word in line for word in ("without methods", *(("6", "4") if listed else ("reshape",))))
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
 
 
 def test_an_error_of_the_model_is_raised_at_once(start, setting, monkeypatch):
@@ -169,13 +160,7 @@ def test_an_error_of_the_model_is_raised_at_once(start, setting, monkeypatch):
 
 def test_a_refused_setting_leaves_the_server_plain_with_the_reason(start, setting, caplog, plain):
     dense = plain(["a kite"], seeded(), **SIZE)
-    for text, reason in (
-        ("swift", "'swift'"),
-        ("/nowhere/serve.toml", "/nowhere/serve.toml"),
-        ("[easycache]\nthreshhold = 1.0\n", "threshhold"),
-        ("[run]\nnum_inference_steps = 8\n", "method"),
-        ("[slg]\nlayers = [99]\n", "99"),
-    ):
+    for text, reason in (("swift", "'swift'"), ("[slg]\nlayers = [99]\n", "99")):
         setting(text)
         pipe = prompted_wan()
         server = start(pipe)
@@ -189,32 +174,22 @@ def test_a_refused_setting_leaves_the_server_plain_with_the_reason(start, settin
 
 def test_a_second_pipeline_around_the_transformer_waits(setting):
     setting(METHODS)
-    pipe, results = prompted_wan(), []
+    pipe, results, call = prompted_wan(), [], dict(SIZE, output_type="latent")
     attach_requested(pipe)
-    other = twin(pipe)
 
-    def send(pipe, **call):
-        made = answer(pipe, lambda: pipe("a kite", generator=seeded(), output_type="latent", **SIZE, **call).frames)
-        results.append(made)
+    def send(pipe, **more):
+        results.append(answer(pipe, lambda: pipe("a kite", generator=seeded(), **call, **more).frames))
 
     def meet(pipe, index, timestep, kwargs):
         if index == 1:
             second.start()
-            second.join(0.5)  # in which it would run into this run
+            second.join(0.2)  # in which it would run into this run
         return {}
 
-    second = threading.Thread(target=send, args=(other,))
+    second = threading.Thread(target=send, args=(twin(pipe),))
     send(pipe, callback_on_step_end=meet)
     second.join()
     assert torch.equal(*results)
-
-
-def test_an_unset_variable_touches_no_server(start, monkeypatch):
-    monkeypatch.setenv(VARIABLE, " ")
-    pipe = prompted_wan()
-    server = start(pipe)
-    assert dit_accel.attachment_of(pipe) is None
-    assert server.request(["a kite"], seeded(), **SIZE).isfinite().all()
 
 
 def test_a_server_whose_parts_moved_goes_on(monkeypatch, caplog):
@@ -252,13 +227,12 @@ def signatures(path):
     }
 
 
-def requests(count):
-    """Draw requests of several kinds: prompts, sizes and steps, cancelled ones and ones that fail."""
-    drawn = random.Random(0)
-    for _ in range(count):
-        prompts = drawn.choice([["a kite"], ["a dog"], ["a kite", "a dog"]])
-        end = drawn.choice(["", "", "", "cancelled", "interrupted", "wrong size"])
-        yield tuple(prompts), drawn.choice([9, 17]), drawn.choice([4, 6]), end
+KITE, BOTH = ("a kite",), ("a kite", "a dog")
+KINDS = [
+    (KITE, 17, 4, ""), (BOTH, 9, 3, "cancelled"), (BOTH, 17, 3, ""), (KITE, 9, 4, "wrong size"),
+    (KITE, 17, 3, "interrupted"), (("a dog",), 9, 6, ""), (BOTH, 9, 6, "interrupted"), (KITE, 9, 3, "cancelled"),
+]  # fmt: skip
+"""Requests of several kinds: prompts, frames and steps, and how they end."""
 
 
 def send(server, prompts, frames, steps, end):
@@ -290,30 +264,23 @@ def held():
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
-def test_many_requests_at_once_are_as_if_alone(count, start, setting, record_property):
+@pytest.mark.parametrize(
+    "kinds", [KINDS[:5], pytest.param(random.Random(0).choices(KINDS, k=200), marks=pytest.mark.slow)], ids=len
+)
+def test_many_requests_at_once_are_as_if_alone(kinds, start, setting):
     setting(METHODS)
-    kinds = list(requests(count))
     alone = {kind: send(start(prompted_wan()), *kind) for kind in dict.fromkeys(kinds)}
     pipe = prompted_wan()
     server = start(pipe)
     before, resident = held(), resident_mib()
     one = send(server, *kinds[0])
     beside = 0 if isinstance(one, str) else one.untyped_storage().nbytes()
-    assert held() - before <= beside + 1024  # nothing waits for the next request
     with ThreadPoolExecutor(8) as pool:
-        wrong = [
-            kind
-            for kind, out in zip(kinds, pool.map(lambda kind: send(server, *kind), kinds), strict=True)
-            if not same(out, alone[kind])
-        ]
-    assert not wrong
+        outputs = [*pool.map(lambda kind: send(server, *kind), kinds)]
+    assert not [kind for kind, out in zip(kinds, outputs, strict=True) if not same(out, alone[kind])]
     assert {"CancelledError", "ValueError"} <= {one for one in alone.values() if isinstance(one, str)}
-    grown = held() - before - beside
-    record_property("tensor bytes", (before, grown))
-    record_property("resident MiB", (resident, resident_mib()))
-    assert same(one, alone[kinds[0]])
-    assert grown <= 1024
+    del outputs
+    assert held() - before <= beside + 1024  # nothing waits for the next request
     assert resident_mib() - resident < 64
 
 
@@ -324,3 +291,58 @@ def same(one, other):
 def resident_mib():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
+
+
+# The block of modular pipelines
+
+SETTING = "[easycache]\nthreshold = 1e9\nwarmup_steps = 1\nmax_consecutive = 1\n"
+
+
+@pytest.fixture(params=["WanModularPipeline", "FluxModularPipeline"])
+def made(request, tmp_path):
+    """A pipeline with the block in front, its call without the setting, and the path of a setting."""
+    (tmp_path / "cache.toml").write_text(SETTING)
+    pipe, call = stock_pipeline(request.param)
+    blocks = pipe.blocks
+    blocks.sub_blocks.insert("dit_accel", AttachMethods("none"), 0)
+    with_block = type(pipe)(blocks=blocks)
+    with_block.update_components(**{name: part for name, part in pipe.components.items() if part is not None})
+    if not hasattr(with_block, "vae"):
+        with_block.vae = pipe.vae  # which tells the latents' scale
+    call = {**call, "num_inference_steps": 4}
+    return with_block, lambda **more: with_block(**call, **more, generator=torch.Generator().manual_seed(0)), tmp_path
+
+
+def test_each_call_has_the_setting_that_it_names_and_what_others_attached_stays(made):
+    pipe, run, folder = made
+    path, plain = str(folder / "cache.toml"), run()
+    assert dit_accel.attachment_of(pipe) is None
+    cached = run(dit_accel=path)
+    attachment = dit_accel.attachment_of(pipe)
+    assert list(attachment.report().methods) == ["easycache"]
+    assert not torch.equal(cached, plain)
+    assert torch.equal(run(dit_accel=path), cached)
+    assert dit_accel.attachment_of(pipe) is attachment
+    run(dit_accel="careful")
+    assert dit_accel.attachment_of(pipe) is not attachment
+    assert torch.equal(run(dit_accel="none"), plain)
+    assert dit_accel.attachment_of(pipe) is None
+    with dit_accel.attach(pipe, EasyCache()) as others:
+        with pytest.raises(AttachError, match="transformer"):
+            run(dit_accel="careful")
+        assert dit_accel.attachment_of(pipe) is others
+    with pytest.raises(ConfigError, match="'swift'"):
+        run(dit_accel="swift")
+
+
+def test_alone_it_expects_the_transformers_that_it_is_told():
+    class Attaching(SequentialPipelineBlocks):
+        model_name = "wan"
+        block_classes = (AttachMethods,)
+        block_names = ("dit_accel",)
+
+    assert not Attaching().expected_components
+    named = AttachMethods("fast", ("transformer", "transformer_2"))
+    assert [one.name for one in named.expected_components] == ["transformer", "transformer_2"]
+    assert [one.name for one in named.inputs] == ["dit_accel"]
+    assert "transformers" in named.description

@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,46 +37,49 @@ def watched(told: list[Any] | None = None) -> Watched:
 
 
 def compare(comparing: Comparing, folder: Path, **changes: Any) -> SideBySide:
-    given = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, "stages": watched(), **changes}
+    given = {"model": None, "preset": "fast", "config": "", "steps": 4, "seed": 0, "stages": watched(), **changes}
     return comparing(given.pop("prompt", PROMPT), folder, **given)
 
 
-def test_both_runs_and_their_difference_become_clips(tmp_path):
-    told: list[Any] = []
-    made = compare(Comparing(**SMALL), tmp_path, stages=watched(told))
-    assert [one.name for one in (made.dense, made.accelerated, made.difference)] == [
-        "dense.mp4", "accelerated.mp4", "difference.mp4",
-    ]  # fmt: skip
-    assert imageio.imread(made.dense).shape == (5, 256, 256, 3)
-    assert imageio.imread(made.difference).mean() < imageio.imread(made.dense).mean()
-    assert made.check.metrics["psnr"] > 20
-    assert min(made.check.dense_seconds, made.check.accelerated_seconds) > 0  # which is less is the machine's affair
-    assert "measured speed-up" in made.report
-    assert [now for now in told if now[0] == "with methods: denoising"][-1] == ("with methods: denoising", 10, 10)
-    assert {now[0] for now in told} >= {"loading the model", "trying: denoising", "dense: denoising"}
+@pytest.fixture(scope="module")
+def comparing() -> Comparing:
+    """Holds the model that was loaded for the first run."""
+    return Comparing(**SMALL)
 
 
-def test_the_model_is_loaded_once_and_methods_leave_nothing_on_it(tmp_path):
-    comparing, told = Comparing(**SMALL), list[Any]()
-    first = compare(comparing, tmp_path)
-    second = compare(comparing, tmp_path, preset="none", config=to_toml([EasyCache(threshold=0)]), stages=watched(told))
-    assert "loading the model" not in {now[0] for now in told}
-    assert second.check.metrics["psnr"] == 100  # a threshold of 0 skips nothing
+def test_both_runs_and_their_difference_become_clips_and_the_model_is_loaded_once(comparing, tmp_path):
+    stages: list[Any] = []
+    result = compare(Comparing(**SMALL), tmp_path, stages=watched(stages))
+    paths = (result.dense, result.accelerated, result.difference)
+    assert [path.name for path in paths] == ["dense.mp4", "accelerated.mp4", "difference.mp4"]
+    assert imageio.imread(result.dense).shape == (5, 256, 256, 3)
+    assert imageio.imread(result.difference).mean() < imageio.imread(result.dense).mean()
+    assert result.check.metrics["psnr"] > 20
+    # which run took less is the machine's affair
+    assert min(result.check.dense_seconds, result.check.accelerated_seconds) > 0
+    assert "measured speed-up" in result.report
+    assert [now for now in stages if now[0] == "with methods: denoising"][-1] == ("with methods: denoising", 4, 4)
+    assert {now[0] for now in stages} >= {"loading the model", "trying: denoising", "dense: denoising"}
+    first, stages = compare(comparing, tmp_path), []
+    nothing = to_toml([EasyCache(threshold=0)])
+    second = compare(comparing, tmp_path, preset="none", config=nothing, stages=watched(stages))
+    assert "loading the model" not in {now[0] for now in stages}
+    assert second.check.metrics["psnr"] == 100  # a threshold of 0 skips nothing, and the first left nothing behind
     assert (second.check.dense == first.check.dense).all()
 
 
 def test_a_picture_becomes_a_png(tmp_path):
-    made = compare(Comparing(height=64, width=64, device="cpu"), tmp_path, model="flux-tiny")
-    assert made.difference.name == "difference.png"
-    assert imageio.imread(made.accelerated).shape == (256, 256, 3)
+    result = compare(Comparing(height=64, width=64, device="cpu"), tmp_path, model="flux-tiny", steps=2)
+    assert result.difference.name == "difference.png"
+    assert imageio.imread(result.accelerated).shape == (256, 256, 3)
 
 
-def test_what_can_t_be_met_is_one_sentence(tmp_path, capsys):
+def test_what_can_t_be_met_is_one_sentence(comparing, tmp_path, capsys):
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate\nmore")
 
-    video, picture = Comparing(**SMALL), Comparing(device="cpu")
-    for comparing, changes, message in (
+    video, picture = comparing, Comparing(device="cpu")
+    for runs, changes, message in (
         (video, {"prompt": " "}, "prompt"),
         (video, {"prompt": "a purple elephant"}, "elephant"),
         (video, {"preset": "none"}, "none"),
@@ -88,7 +92,7 @@ def test_what_can_t_be_met_is_one_sentence(tmp_path, capsys):
         (video, {"model": "no-such-model"}, "no-such-model"),
         (fails, {}, "the run failed: RuntimeError: CUDA out of memory. Tried to allocate"),
     ):
-        error = told_error(comparing, tmp_path, **changes)
+        error = told_error(runs, tmp_path, **changes)
         assert message in error
         assert "\n" not in error
         assert "--" not in error.split(";")[0]
@@ -113,12 +117,12 @@ def test_what_names_a_file_or_a_model_is_refused_before_anything_is_loaded(monke
 
 def told_error(comparing: Any, folder: Path, **changes: Any) -> str:
     """What the page shows of an error, where the next result stands."""
-    given = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, **changes}
-    prompt = given.pop("prompt", PROMPT)
-    made = ui._run(comparing, lambda *_, **__: None, threading.Event(), folder, prompt, given)
-    told, *others = ui._shown(SimpleNamespace(skip=lambda: "as it was"), made)
+    options = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, **changes}
+    prompt = options.pop("prompt", PROMPT)
+    result = ui._run(comparing, lambda *_, **__: None, threading.Event(), folder, prompt, options)
+    message, *others = ui._shown(SimpleNamespace(skip=lambda: "as it was"), result)
     assert set(others) == {"as it was"}
-    return told
+    return message
 
 
 def test_the_embedded_models_know_the_examples():
@@ -126,41 +130,37 @@ def test_the_embedded_models_know_the_examples():
         check_words(prompt, model)
 
 
-def test_a_run_that_is_stopped_ends_before_its_next_step_and_the_next_one_goes(tmp_path):
-    comparing, stop, seen = Comparing(**SMALL), threading.Event(), list[str]()
+def test_a_run_that_is_stopped_ends_before_its_next_step_and_the_next_one_goes(comparing, tmp_path):
+    stop, seen = threading.Event(), list[str]()
 
     def tell(what: str, done: int, total: int | None) -> None:
         seen.append(what)
-        if (what, done) == ("with methods: denoising", 3):
+        if (what, done) == ("with methods: denoising", 2):
             stop.set()
 
     with pytest.raises(Stopped):
         compare(comparing, tmp_path, stages=Watched(tell, stop))
-    assert seen.count("with methods: denoising") == 4
+    assert seen.count("with methods: denoising") == 3
     assert compare(comparing, tmp_path).check.metrics["psnr"] > 20
 
 
-def test_runs_wait_for_each_other(tmp_path):
-    comparing, order = Comparing(**SMALL), list[str]()
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
+def test_runs_wait_for_each_other(comparing, tmp_path):
+    order = list[str]()
 
     def one(name: str) -> None:
         stages = Watched(lambda what, *_: order.append(name) if "denoising" in what else None, threading.Event())
-        compare(comparing, tmp_path / name, stages=stages)
+        (tmp_path / name).mkdir()
+        compare(comparing, tmp_path / name, stages=stages, steps=2)
 
-    threads = [threading.Thread(target=one, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(one, "ab")] == [None, None]
     assert sum(first != second for first, second in itertools.pairwise(order)) == 1
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [(None, "pip install ./kernels ./assets '.[ui]'"), (SimpleNamespace(__version__="4.44.1"), "found 4.44.1")],
-)
+LACKING = [(None, "pip install ./kernels ./assets '.[ui]'"), (SimpleNamespace(__version__="4.44.1"), "found 4.44.1")]
+
+
+@pytest.mark.parametrize(("module", "message"), LACKING)
 def test_a_gradio_that_lacks_or_is_too_old_is_named(monkeypatch, module, message):
     monkeypatch.setitem(sys.modules, "gradio", module)
     result = CliRunner().invoke(app, ["ui"])

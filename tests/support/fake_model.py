@@ -16,6 +16,11 @@ from dit_accel.cli.app import app
 
 HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
 ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
+LADDER = (
+    'version = 1\nmodel = "wan-plain"\nfirst_clip = 0\nclips = 4\n'
+    '[[rung]]\nnum_inference_steps = 3\nsolver = "dpm++"\nflow_shift = 8.0\npsnr = 20.0\n'
+    '[[rung]]\nnum_inference_steps = 7\nsolver = "unipc"\npsnr = 30.0\n'
+)
 THIN = '[[arm]]\nname = "thin"\nnum_inference_steps = 10\nsol = {}\n'
 
 

@@ -42,20 +42,18 @@ def drifting(
 
 
 class Calls:
-    """Successive calls of one handler; ``config`` None: plain dense plans."""
+    """Successive calls of one handler."""
 
     def __init__(
-        self, config: LiteAttention | None, *, tokens: int = 80, text: int = 0, steps: int | None = 50,
+        self, config: LiteAttention, *, tokens: int = 80, text: int = 0, steps: int | None = 50,
         backend: str = "reference",
     ) -> None:  # fmt: skip
-        options = {} if config is None else config.to_dict()
-        options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.to_dict().items()}
         options.setdefault("dense_steps", 0)
         self.handler: Any = LiteHandler(LiteAttention(**options), MODEL)
-        self.dense, self.steps, self.backend, self.text = config is None, steps, backend, text
+        self.steps, self.backend, self.text = steps, backend, text
         self.step = 0
-        self.reversed: list[bool] = []
-        self.found: Tensor | None = None
+        self.tiles_run: Tensor | None = None
         self.resize(tokens)
 
     def resize(self, tokens: int) -> None:
@@ -71,8 +69,6 @@ class Calls:
         """Return the plan of the next call and its context."""
         when = self.context(step, batch, layer=layer, depth=layer, branch=branch, row=row, **context)
         base = base or AttentionPlan()
-        if self.dense:
-            return base.with_tiles(*Tiling(BLOCK).full(self.layout)), when
         if call is None:
             nothing = torch.zeros(batch, MODEL.heads, self.tokens, 8)
             call = Call(q=nothing, k=nothing, v=nothing, backend=self.backend)
@@ -80,20 +76,17 @@ class Calls:
 
     def finish(self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, when: CallContext | None = None) -> Tensor:
         """Run a plan and let the handler learn from it."""
-        selection = plan.selection
-        options = dict(layout="bhsd", selection=selection, return_tiles=selection is not None, backend=self.backend)
-        found = block_sparse_attention_eager(q, k, v, plan.tiles, **options)  # type: ignore[arg-type]
+        assert plan.selection is not None
+        ran = block_sparse_attention_eager(
+            q, k, v, plan.tiles, layout="bhsd", selection=plan.selection, return_tiles=True, backend=self.backend
+        )
+        self.tiles_run = ran[1]
         when = when or self.context(batch=len(q))
         self.step += 1
-        if isinstance(found, Tensor):
-            return found
-        assert selection is not None
-        self.reversed.append(selection.reverse)
-        self.found = found[1]
-        if selection.vote is not None:
+        if plan.selection.vote is not None:
             call = Call(q=q, k=k, v=v, backend=self.backend)
-            self.handler.after(plan, call, when, KernelResult(found[0], found[1], found[2]))
-        return found[0]
+            self.handler.after(plan, call, when, KernelResult(*ran))
+        return ran[0]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, **key: Any) -> Tensor:
         """Make the next call of a key."""
@@ -103,8 +96,8 @@ class Calls:
 
     def exact(self) -> Tensor:
         """Return the exact tiles of the last call, bool [B, H, N, N]."""
-        assert self.found is not None
-        return unpack_bits(self.found, self.tiles)
+        assert self.tiles_run is not None
+        return unpack_bits(self.tiles_run, self.tiles)
 
     def bits(self, branch: str = "cond", layer: int = 0, row: int = 0) -> Any:
         """Return the bits of a key's next call, int32 [B, H, N, W], or None."""

@@ -12,6 +12,9 @@ from tiny_stock import PIPELINES
 
 from dit_accel import ConfigError
 
+LONG = ("HeliosPipeline", "EasyAnimateInpaintPipeline", "SkyReelsV2DiffusionForcingPipeline")
+"""Pipelines whose runs take seconds: `make test` has others."""
+
 EACH = 1
 """Situations of every pair of a pipeline and a method that `make test-slow` runs."""
 
@@ -86,7 +89,7 @@ def few() -> dict[str, Case]:
 def quick() -> tuple[str, ...]:
     """Pipelines of all kinds, as few as have among their one case every method and every situation."""
     chosen, seen = [], set()
-    names = list(few())
+    names = [name for name in few() if name not in LONG]
     for name in (*names[::3], *names[1::3], *names[2::3]):
         if not set(few()[name]) <= seen:
             chosen.append(name)

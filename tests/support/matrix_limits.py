@@ -10,12 +10,10 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from matrix_methods import METHODS
 from matrix_refusals import declared
-from matrix_runs import run
-from matrix_situations import SITUATIONS, Plain, Trial, plain_of, transformer_of
+from matrix_situations import SITUATIONS, Plain, Trial, plain_of
 from tiny_stock import PIPELINES
 
 FILE = Path(__file__).with_suffix(".json")
@@ -59,22 +57,6 @@ def refused_of(plain: Plain) -> tuple[str, ...]:
 def limits() -> dict[str, Limits]:
     """Return pipeline -> its limits, as they were found last."""
     return {name: Limits(one["cannot"], tuple(one["refused"])) for name, one in json.loads(FILE.read_text()).items()}
-
-
-def forwards_of(plain: Plain) -> tuple[int, int]:
-    """Return how many forwards a plain pipeline makes in a step, and of how many rows for one prompt."""
-    seen: list[int] = []
-    transformer = transformer_of(plain.pipe)
-
-    def count(module: Any, args: Any, kwargs: Any) -> None:
-        seen.append(len(kwargs.get("hidden_states", args[0] if args else ())))
-
-    hook = transformer.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        run(plain.pipe, plain.call)
-    finally:
-        hook.remove()
-    return len(seen) // plain.call["num_inference_steps"], seen[0]
 
 
 def write(pattern: str) -> None:

@@ -13,18 +13,11 @@ NEEDED = {"neutral": "compared", "keep-all": "planned", "active": "planned"}
 
 @dataclass(frozen=True)
 class Expected:
-    """A test that ends otherwise in a mode than plain, and why that is right.
+    """A test that ends otherwise in a mode than plain, and why that is right."""
 
-    Attributes:
-        mode: one of `MODES`.
-        test: the test's id, from the checkout's root.
-        outcome: how it ends in that mode: passed, skipped, xfailed, xpassed, failed or error.
-        reason: why.
-    """
-
-    mode: str
-    test: str
-    outcome: str
+    mode: str  # one of `MODES`
+    test: str  # its id, from the checkout's root
+    outcome: str  # passed, skipped, xfailed, xpassed, failed or error
     reason: str
 
 
@@ -55,14 +48,9 @@ def read_expected(path: Path) -> list[Expected]:
 def problems(
     mode: str, plain: Mapping[str, Any], attached: Mapping[str, Any], expected: Sequence[Expected], whole: bool
 ) -> list[str]:
-    """Return what is wrong with a mode's run.
+    """Return what is wrong with a mode's run, from what `upstream_plugin.UpstreamPlugin` wrote down.
 
-    Args:
-        mode: the mode.
-        plain: what the plain run wrote down (`upstream_plugin.UpstreamPlugin`).
-        attached: what the mode's run wrote down.
-        expected: the differences of all modes that are right.
-        whole: no tests were picked out, so that every listed one must be there.
+    If the run is `whole`, no tests were picked out, and every one of the `expected` differences must be there.
     """
     before, after = plain["tests"], attached["tests"]
     listed = {one.test: one for one in expected if one.mode == mode}

@@ -47,15 +47,9 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DIFFUSERS_TEST_DE
 
 
 def checkout(work: Path, repository: str, release: str) -> Path | str:
-    """Return the root of the checkout whose tests to run, cloned if need be, or why there is none.
+    """Return the root of the checkout whose tests to run, cloned into `work` if need be, or why there is none.
 
-    Args:
-        work: the folder for clones.
-        repository: where to clone from.
-        release: diffusers' installed version.
-
-    Raises:
-        ValueError: if ``DIFFUSERS_TESTS`` names no checkout, or the release has no tag.
+    Raises ValueError if ``DIFFUSERS_TESTS`` names no checkout, or diffusers' installed `release` has no tag.
     """
     if given := os.environ.get("DIFFUSERS_TESTS"):
         path = Path(given).expanduser().resolve()
@@ -88,19 +82,13 @@ def checkout(work: Path, repository: str, release: str) -> Path | str:
 
 
 def run_tests(mode: str, root: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run the tests in one mode, in a process of its own, and return what the plugin wrote down.
-
-    Raises:
-        RuntimeError: if pytest did not come to its end.
-    """
+    """Run the tests in one mode, in a process of its own, and return what the plugin wrote down."""
     WORK.mkdir(exist_ok=True)
     out, log = WORK / f"{mode}.json", WORK / f"{mode}.log"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", mode, str(out), str(root), *arguments]
     with log.open("w") as stream:
-        done = subprocess.run(
-            command, cwd=root, stdout=stream, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **os.environ}, check=False
-        )
+        done = subprocess.run(command, cwd=root, stdout=stream, stderr=stream, env={**ENVIRONMENT, **os.environ})
     if done.returncode not in (0, 1) or not out.exists():  # 1: tests failed, which is to be judged
         raise RuntimeError(f"{mode}: pytest ended with {done.returncode}; see {log}")
     return json.loads(out.read_text())

@@ -1,0 +1,183 @@
+"""What a run took: blocks and attention counted where they ran, work in dense steps, stages timed, and the report."""
+
+import json
+import mmap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from dit_accel_eval.report.charts import costs, step_map
+from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.report.page import page
+from dit_accel_eval.report.report import suite_report
+from dit_accel_eval.report.writing import data_of
+from dit_accel_eval.runs.counting import Counter, Counts, attended_share, work
+from dit_accel_eval.runs.loaded import EmbeddedModel
+from dit_accel_eval.suites.measuring import _cost
+from dit_accel_eval.suites.reference import dense_run
+from dit_accel_pipelines.families.wan import WAN
+from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.timing import timed_steps
+from fake_model import written
+from wan_tiny import denoise, tiny_transformer
+
+import dit_accel
+from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD, StaticCache
+
+NOTHING = Counts(blocks=0, attention=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return EmbeddedModel("wan-plain", dict(num_frames=5, height=32, width=32))
+
+
+def forward(transformer, rows: int = 1) -> None:
+    with torch.no_grad(), transformer.cache_context("cond"):
+        transformer(torch.ones(rows, 12, 5, 8, 8), torch.full((rows,), 500.0), torch.ones(rows, 6, 64))
+
+
+def test_blocks_and_attention_that_ran_are_counted_by_rows_whoever_skips_others():
+    transformer = tiny_transformer()
+    counter, layers = Counter([transformer], WAN), transformer.config.num_layers
+    forward(transformer)
+    forward(transformer, rows=2)
+    assert counter.take() == Counts(blocks=3 * layers, attention=3 * layers)
+    assert counter.take() == NOTHING
+    with dit_accel.attach(transformer, RadialAttention(block_size=16, dense_steps=0, dense_layers=0)):
+        ours = transformer.__dict__["_compiled_call_impl"]  # a step cache of ours never reaches the forward
+        transformer.__dict__["_compiled_call_impl"] = lambda *args, **kwargs: None
+        forward(transformer)
+        transformer.__dict__["_compiled_call_impl"] = ours
+        assert counter.take() == NOTHING
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    forward(transformer)
+    forward(transformer)
+    assert counter.take() == Counts(blocks=layers + 1, attention=layers + 1)
+
+
+def test_a_pooled_tile_is_one_key_and_probes_are_rows():
+    transformer, call = tiny_transformer(), {"height": 32, "width": 32, "num_frames": 9}
+    options = {"block_size": 16, "density": 0.5, "dense_steps": 0, "dense_layers": 0}
+
+    def run(*methods):
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment:
+            denoise(transformer)
+            report = attachment.report()
+        return report, attended_share(report, WAN, WAN.families[-1], call, methods)[0]
+
+    report, skipped = run(SparseD(**options))
+    assert skipped == pytest.approx(report.density)
+    assert skipped < 1
+    report, pooled = run(SparseD(**options, rest="pooled"))
+    shares = [step.pooled / 16 * step.sparse_layers / 3 for step in report.steps]
+    assert pooled == pytest.approx(report.density + sum(shares) / len(shares))
+    assert pooled > report.density
+    report, probed = run(SparseD(**options), DeltaAttention(stride=16))
+    sparse = sum(step.sparse_layers for step in report.steps) / (3 * len(report.steps))
+    assert probed == pytest.approx(report.density + 5 / 80 * sparse)  # 5 rows of 80
+    assert attended_share(None, WAN, WAN.families[-1], call, []) == (1.0, {})
+
+
+def test_work_is_in_steps_of_the_dense_model():
+    step = Counts(blocks=12, attention=24)
+    for blocks, attended, expected in ((120, 1.0, 10), (120, 0.5, 10 * (0.28 + 0.36)), (60, 1.0, 10 * (0.14 + 0.72))):
+        assert work(Counts(blocks=blocks, attention=240), step, attended, 0.72) == pytest.approx(expected)
+    assert Counts(blocks=120, attention=240) / 10 == step
+
+
+def test_stages_are_timed_apart():
+    class Pipe:
+        def __call__(self):
+            time.sleep(0.03)
+            for _ in self.progress_bar([0, 1]):
+                time.sleep(0.01)
+            time.sleep(0.02)
+
+    pipe, after = Pipe(), []
+    with timed_steps(pipe, Stages(quiet=True), lambda: after.append(time.sleep(0.2))) as timings:
+        pipe()
+    assert len(after) == len(timings.steps) == 2
+    assert 0.03 <= timings.text < 0.2
+    assert timings.denoise == sum(timings.steps) < 0.2  # what is done after a step is none of it
+    assert 0.02 <= timings.decode < 0.2
+
+
+def test_the_peak_is_of_what_was_held_since_it_was_begun():
+    if not begin_peak():
+        pytest.skip("the system does not let a process reset its peak")
+    with mmap.mmap(-1, 64 << 20) as held:  # an array may come to lie in memory that was freed, but is still held
+        held.write(b"1" * (64 << 20))
+        large = peak_memory()["host"]
+    begin_peak()
+    assert peak_memory()["host"] < large - (32 << 20)
+
+
+def test_every_step_is_counted_where_it_ran_and_adds_up_to_the_runs_work(model):
+    cache = StaticCache(every=2, warmup_steps=1, last_steps=1)
+    whole = model.run(0, steps=5, solver="unipc").counts / 5
+    made = model.run(0, steps=5, solver="unipc", methods=(cache,))
+    assert [counts.blocks / whole.blocks for counts, _ in made.by_step] == [1, 0, 1, 0, 1]
+    assert sum((counts for counts, _ in made.by_step), NOTHING) == made.counts
+    line = _cost(made, whole, model.own_share)
+    assert line["step_work"] == [1, 0, 1, 0, 1]
+    assert set(line["times"]) == {"threads", "text", "denoise", "decode", "processor", "steps"}
+    sparse = SolAttention(beta=0.4, block_size=16, dense_steps=2, dense_layers=0)
+    made = model.run(0, steps=4, solver="unipc", methods=(sparse,))
+    line = _cost(made, whole, model.own_share)
+    assert line["step_work"][:2] == [1, 1] > line["step_work"][2:]
+    assert sum(line["step_work"]) == pytest.approx(work(made.counts, whole, made.attended, model.own_share), abs=1e-3)
+    density = np.array(line["density"], dtype=float)  # nan where a call was dense
+    assert density.shape == (4, 6)
+    assert np.isnan(density[:2]).all()
+    assert ((density[2:] > 0) & (density[2:] <= 1)).all()
+    assert density[2:].min() < 1
+
+
+def test_dense_runs_keep_their_times_and_earlier_ones_have_none(model, tmp_path):
+    first, again = (dense_run(model, 0, 2, tmp_path) for _ in range(2))
+    assert first.times == again.times is not None
+    assert [share for _, share in first.by_step] == [1.0, 1.0]
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as saved:
+        frames, meta = saved["frames"], json.loads(str(saved["meta"]))
+    np.savez(path, frames=frames, meta=json.dumps({key: meta[key] for key in ("setting", "counts")}))
+    old = dense_run(model, 0, 2, tmp_path)
+    assert (old.times, old.memory, old.counts) == (None, None, first.counts)
+    assert "times" not in _cost(old, old.counts / 2, 0.5)
+
+
+def test_the_report_shows_steps_and_stages(tmp_path: Path):
+    known = {
+        "model": "wan-plain", "weights": "w", "call": {}, "reference": "r", "reference_steps": 32, "psnr": 30.0,
+        "reference_agreement": 50.0, "num_inference_steps": 4, "flow_shift": None, "methods": {}, "ssim": 0.9,
+        "score": 1.0, "work": 4.0, "work_real": 4.0, "attended": 1.0,
+    }  # fmt: skip
+    times = {"threads": 1, "text": 0.5, "denoise": 4.0, "decode": 0.25, "steps": [1.0, 1.0, 0.5, 1.5]}
+    lines = []
+    for clip in range(2):
+        here = {**known, "clip": clip, "prompt": f"prompt {clip}"}
+        for arm, took in (("whole 4", [1, 1, 1, 1]), ("skips 4", [1, 0, clip, 1])):
+            more = {"step_work": took, "times": times, "peak_memory_bytes": {"host": (300 + clip) << 20}}
+            lines.append({**here, "arm": arm, "solver": "euler", **more})
+        lines.append({**here, "arm": "unipc 4", "solver": "unipc"})
+    report = suite_report(read_results(written(tmp_path / "r.jsonl", lines)))
+    shown = step_map(report)
+    assert shown.rows == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
+    assert (shown.ends, shown.share(0.5)) == ((0, 1), 0.5)
+    stages = {"text": 0.5, "denoise": 4.0, "decode": 0.25, "step": 1.0, "memory": 301.0}
+    assert costs(report) == {"whole 4": stages, "skips 4": stages}
+    text = page(report)
+    assert "Step by step" in text
+    assert "on 1 thread, beside whatever" in text
+    assert "<td>0.500</td>\n<td>4.00</td>\n<td>1.000</td>\n<td>0.25</td>\n<td>301</td>" in text
+    (run, *_) = data_of(report)["arms"][1]["runs"]
+    assert (run["step_work"], run["times"]["text"]) == ([1, 1, 1, 1], 0.5)
+    plain = [{key: value for key, value in line.items() if key not in ("step_work", "times")} for line in lines]
+    text = page(suite_report(read_results(written(tmp_path / "r.jsonl", plain))))
+    assert "Step by step" not in text
+    assert "decoding, s" not in text
