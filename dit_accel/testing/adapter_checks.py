@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection
 
 from ..adapters.adapter import Adapter
 from . import method_checks, model_checks
-from .block_cache_checks import check_block_caches
 from .block_checks import check_blocks
-from .cache_checks import check_caches
+from .cache_checks import check_block_caches, check_caches
 from .guidance_checks import check_guidance
 from .recording import require
 from .rope_checks import check_rope
@@ -56,9 +55,8 @@ def check_adapter(
             try:
                 results[name] = check(case) or "passed"
             except Exception as error:
-                raise AssertionError(
-                    f"{model.transformer.__name__} {number}: check {name!r} failed: {error}"
-                ) from error
+                description = f"{model.transformer.__name__} {number}: check {name!r} failed: {error}"
+                raise AssertionError(description) from error
     return verdicts
 
 
