@@ -4,9 +4,8 @@ import zlib
 from collections import Counter
 from functools import cache
 
-from matrix_limits import limits
+from matrix_limits import declared, limits
 from matrix_methods import METHODS
-from matrix_refusals import declared
 from matrix_situations import SITUATIONS, Plain, Trial, prepare
 from tiny_stock import PIPELINES
 
