@@ -61,21 +61,11 @@ def check_adapter(
 
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {
-    "places": model_checks.check_places,
-    "neutral": method_checks.check_neutral,
-    "full": model_checks.check_full,
-    "layout": model_checks.check_layout,
-    "blocks": check_blocks,
-    "rope": check_rope,
-    "signal": model_checks.check_signal,
-    "caches": check_caches,
-    "block caches": check_block_caches,
-    "active": method_checks.check_active,
-    "batch": method_checks.check_batch,
-    "padding": method_checks.check_padding,
-    "pairs": method_checks.check_pairs,
-    "guidance": check_guidance,
-    "refused": model_checks.check_refused,
+    "places": model_checks.check_places, "neutral": method_checks.check_neutral, "full": model_checks.check_full,
+    "layout": model_checks.check_layout, "blocks": check_blocks, "rope": check_rope,
+    "signal": model_checks.check_signal, "caches": check_caches, "block caches": check_block_caches,
+    "active": method_checks.check_active, "batch": method_checks.check_batch, "padding": method_checks.check_padding,
+    "pairs": method_checks.check_pairs, "guidance": check_guidance, "refused": model_checks.check_refused,
     "compile": model_checks.check_compile,
-}
+}  # fmt: skip
 """Name -> check, in the order in which they run; each raises `AssertionError`, or tells why it does not apply."""

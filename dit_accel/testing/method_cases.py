@@ -81,9 +81,8 @@ _SPARSED, _SPARSED_NEUTRAL, _DELTA = SparseD(density=0.5, **_SPARSE), SparseD(**
 
 METHOD_CASES: dict[str, MethodCase] = {
     "lite": MethodCase(
-        neutral=LiteAttention(**_WAITING),
+        neutral=LiteAttention(**_WAITING), warm=1,
         active=LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True),
-        warm=1,
     ),
     "lvsa": MethodCase(neutral=LVSA(trained_frames=1000), active=LVSA(block_size=16, trained_frames=2, window=0)),
     "radial": MethodCase(
@@ -94,22 +93,18 @@ METHOD_CASES: dict[str, MethodCase] = {
     "delta": MethodCase(neutral=(_DELTA, _SPARSED_NEUTRAL), active=(_DELTA, _SPARSED)),
     "sol": MethodCase(neutral=SolAttention(**_WAITING), active=SolAttention(**_SPARSE)),
     "rope": MethodCase(
-        neutral=RoPE(kind="pi", trained_frames=1000, trained_height=1000, trained_width=1000),
+        neutral=RoPE(kind="pi", trained_frames=1000, trained_height=1000, trained_width=1000), thins=False,
         active=RoPE(kind="pi", trained_frames=2, trained_height=2, trained_width=2),
-        thins=False,
     ),
     "ultraimage": MethodCase(
-        neutral=UltraImage(correct=False, trained_height=1000, trained_width=1000),
+        neutral=UltraImage(correct=False, trained_height=1000, trained_width=1000), warm=1, thins=False,
         active=UltraImage(correct=False, trained_height=2, trained_width=2, focus_max=2.0, rows=16),
-        warm=1,
-        thins=False,
     ),
     "ultravico": MethodCase(
-        neutral=UltraViCo(trained_frames=1000),
+        neutral=UltraViCo(trained_frames=1000), thins=False,
         active=UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5, first_frame=True),
-        thins=False,
     ),
-}
+}  # fmt: skip
 """Method name -> the configs that `check_adapter` tries; open to every package."""
 
 

@@ -87,12 +87,13 @@ def few() -> dict[str, Case]:
 @cache
 def quick() -> tuple[str, ...]:
     """Pipelines of all kinds, as few as have among their one case every method and every situation."""
-    chosen, seen = [], set()
-    names = [name for name in few() if name not in LONG]
-    for name in (*names[::3], *names[1::3], *names[2::3]):
-        if not set(few()[name]) <= seen:
-            chosen.append(name)
-            seen |= set(few()[name])
+    names, seen = list(few()), set[str]()
+    spread, chosen = [*names[::3], *names[1::3], *names[2::3]], []
+    for new in (2, 1):  # first those whose method and situation are both not yet had
+        for name in spread:
+            if len(set(few()[name]) - seen) >= new:
+                chosen.append(name)
+                seen |= set(few()[name])
     return tuple(chosen)
 
 
