@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from dit_accel_pipelines import ADAPTERS as PACKAGED
-from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.all_families import IMAGES
 from dit_accel_pipelines.families.wan import WAN
 from shallow_models import shallow
 from some_cases import some
@@ -58,7 +58,7 @@ FEED_FORWARD = re.compile(
 
 def check(name, models, only):
     """Check some models of an adapter, and that what passes is what applies."""
-    adapter, image = ADAPTERS[name], ADAPTERS[name] in IMAGE_ADAPTERS
+    adapter, image = ADAPTERS[name], ADAPTERS[name] in IMAGES
     verdicts = check_adapter(adapter, *models, only=only)
     assert len(verdicts) == len(models)
     applying = set(METHOD_CASES) - set(adapter.refused)

@@ -9,7 +9,7 @@ import pytest
 import tiny_image_models as tiny
 import tiny_models
 import torch
-from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.all_families import IMAGES
 from torch import Tensor
 
 import dit_accel
@@ -20,7 +20,7 @@ from dit_accel.testing.method_cases import METHOD_CASES
 from dit_accel.testing.recording import recorded, require_same, require_text_exact
 
 SOL = METHOD_CASES["sol"]
-ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
+ADAPTERS = {adapter.name: adapter for adapter in IMAGES}
 Grids = list[tuple[int, ...]]
 
 
