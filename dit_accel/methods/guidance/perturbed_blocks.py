@@ -48,9 +48,7 @@ class PerturbedBlocks:
     def perturbing(self, rows: Rows = None, taken: Rows = None) -> Iterator[bool]:
         """Perturb what runs inside; tell whether it begins at the first perturbed block.
 
-        Args:
-            rows: the rows of the forward that are perturbed.
-            taken: which rows of the recorded forward this one has.
+        ``taken``: which rows of the recorded forward this one has.
         """
         begun = self._taken(taken)
         self._begun, self._saved, self.rows = begun, None, rows  # a reset inside the pass must not take it away

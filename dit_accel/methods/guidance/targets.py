@@ -51,7 +51,6 @@ def put_in_place(
     """Return a plan whose heads give something else in the place of a share of their attention.
 
     Args:
-        share: of each head, [H] or [B, H].
         tokens: bool [S], the rows that change; None: all.
         whole: nothing is left of the attention, so that none need be computed.
     """
@@ -114,7 +113,6 @@ def attended(call: Call, q: Tensor) -> Tensor:
 
 
 def _valid(call: Call) -> Tensor:
-    """Return which keys are valid, bool [B or 1, 1, S, 1]."""
     mask = call.key_mask()
     mask = torch.ones(1, call.tokens, dtype=torch.bool, device=call.k.device) if mask is None else mask
     return mask[:, None, :, None]

@@ -19,7 +19,6 @@ def token_entropy(
     Args:
         q: the rows, [B, H, R, D].
         k: all keys, [B, H or a divisor of it, S, D].
-        scale: factor on the logits; None: 1 / sqrt(D).
         mask: key validity, bool [B, S]; None: all are valid. Every row needs a valid key.
         keys_at_once: keys whose logits are held at a time; the result does not depend on it but for rounding.
     """

@@ -23,7 +23,6 @@ def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
 
     Args:
         transformer: a diffusers transformer, the same on every process; ``torch.distributed`` is set up.
-        degree: how many processes share it.
         options: further options of ``ContextParallelConfig``, such as ``ulysses_anything``, or a ``mesh`` of
             `ulysses_mesh`, by which a group may go on while others do not.
 
