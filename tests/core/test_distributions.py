@@ -169,21 +169,16 @@ def test_metadata_and_entry_points_lead_to_what_the_files_hold(files):
     for name, pair in files.items():
         for metadata in map(release_run.read_metadata, pair):
             assert (metadata["Name"], metadata["License-Expression"]) == (name, "Apache-2.0")
-            assert metadata["Description-Content-Type"] == "text/markdown"
             assert len(str(metadata.get_payload())) > 1000
-    wheel, source = files["dit-accel"]
-    metadata = release_run.read_metadata(wheel)
-    assert {*metadata.get_all("Provides-Extra")} >= {*EXTRAS} >= {"triton", "finetune", "eval", "docs", "dev", "all"}
-    assert not [need for need in metadata.get_all("Requires-Dist") if "assets" in need and "extra ==" not in need]
+    wheel = files["dit-accel"][0]
+    needs = release_run.read_metadata(wheel).get_all("Requires-Dist")
+    assert not [need for need in needs if "assets" in need and "extra ==" not in need]
     with zipfile.ZipFile(wheel) as opened:
         text = opened.read(f"dit_accel-{NUMBER}.dist-info/entry_points.txt").decode()
     targets, paths = re.findall(r"^[\w-]+ = ([\w.]+):\w+$", text, re.MULTILINE), members(wheel)
     assert len(targets) > 25
     for path in (target.replace(".", "/") for target in targets):
         assert {f"{path}.py", f"{path}/__init__.py"} & paths, path
-    with tarfile.open(source) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"AGENTS.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "kernels/VERSION"} <= names
 
 
 def fake(folder: Path, name: str, number: str, needs: str = "") -> Path:

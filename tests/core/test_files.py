@@ -200,23 +200,6 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path):
         assert names(tmp_path) == []
 
 
-def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch):
-    import fcntl
-
-    flock, opened = fcntl.flock, []
-
-    def late(handle: int, how: int) -> None:
-        flock(handle, how)
-        opened.append(handle)
-        if len(opened) == 1:
-            (tmp_path / ".a.txt.lock").unlink()
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with held(tmp_path / "a.txt"):
-        assert len(opened) == 2
-        assert names(tmp_path) == [".a.txt.lock"]
-
-
 def test_a_new_folder_goes_again_if_nothing_is_written(tmp_path: Path):
     folder = tmp_path / "a" / "b"
 
