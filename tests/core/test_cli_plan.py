@@ -97,15 +97,6 @@ def test_a_third_forward_is_counted_less_what_its_prefix_saves():
     assert "guidance is distilled into flux.1-dev" in notes("flux.1-dev --set pag.layers=L9")
 
 
-def test_blocks_that_a_list_skips():
-    plan = planned("wan2.1-14b --profilingcache")
-    assert plan["computed_blocks"] == plan["forward_share"] == pytest.approx(0.496, abs=1e-12)
-    assert plan["predicted_speedup"] == pytest.approx(1 / 0.496)
-    assert "blocks computed 49.6% of the dense run's" in shown("wan2.1-14b --profilingcache")
-    plan = planned("wan2.1-14b --staticcache --set staticcache.every=2")
-    assert plan["computed_blocks"] == plan["forward_share"] < 1
-
-
 def test_rows_that_only_the_foreground_computes():
     wan = "wan2.1-14b --set dfa.warmup_steps=10 --set dfa.last_steps=0"
     radial = "--radial --set radial.dense_steps=0 --set radial.dense_layers=0"
@@ -236,34 +227,27 @@ def test_a_longer_clip_is_held_against_the_trained_length():
 
 def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it():
     for words, advice in (
-        ("wan2.1-1.3b --num-frames 321",
-         "81 latent frames are 3.86 times the 21 that wan2.1-1.3b was trained on, beyond which clips repeat themselves "
-         "or fall apart; attach --ultravico or --lvsa"),
         ("wan2.1-1.3b --num-frames 321 --radial", "attach --ultravico or --lvsa"),
         ("wan2.1-1.3b --num-frames 321 --lvsa", ""),
         ("hunyuan-video --num-frames 257", "attach --ultravico or --lvsa or --rope"),
-        ("flux.1-dev --height 4096 --width 4096",
-         "256 rows of tokens are 2.00 times the 128 that flux.1-dev was trained on, beyond which pictures repeat "
-         "themselves; attach --ultraimage or --rope"),
+        ("flux.1-dev --height 4096 --width 4096", "256 rows of tokens are 2.00 times the 128 that flux.1-dev was"),
         ("flux.1-dev --width 4096", "256 columns of tokens are 2.00 times the 128"),
         ("flux.1-dev --height 4096 --width 4096 --ultraimage", ""),
-    ):  # fmt: skip
+    ):
         text = notes(words)
         assert advice in text
         assert text.count("beyond which") == bool(advice)
 
 
 def test_lengths_beyond_the_tables_are_refused():
-    for words, shorter, message in (
-        ("wan2.1-14b --num-frames", 4081, "wan has rotary positions for 1024 tokens along frames"),
-        ("wan-plain --num-frames", 497, "wan has rotary positions for 256 tokens along frames, got 257"),
+    for words, longest, message in (
+        ("wan-plain --num-frames", 509, "wan has rotary positions for 256 tokens along frames, got 257"),
         ("cosmos-1-7b --width", 1920, "cosmos has rotary positions for 120 tokens along width, got 121"),
         ("z-image-turbo --height", 8192, "z-image has rotary positions for 512 tokens along height, got 513"),
     ):
-        result = run(words, str(shorter + 16))
-        assert result.exit_code == 2
-        assert message in result.stderr
-        assert run(words, str(shorter)).exit_code == 0
+        result = run(words, str(longest + (4 if "frames" in words else 16)))
+        assert (result.exit_code, message in result.stderr) == (2, True)
+        assert run(words, str(longest)).exit_code == 0
 
 
 def test_a_preset_is_planned_and_named_methods_win():

@@ -60,7 +60,7 @@ FULL = r"a\.txt.*\(.*\).*free"
         *((OSError(code, os.strerror(code)), 1, ConfigError, FULL) for code in (errno.ENOSPC, errno.EDQUOT)),
         (RuntimeError("ffmpeg: No space left on device"), 1, ConfigError, FULL),
         (RuntimeError("failed writing file data/0"), 1, RuntimeError, "failed writing"),
-        (RuntimeError("failed writing file data/0"), 1e-6, ConfigError, r"a\.txt.*\(No space left"),
+        (RuntimeError("failed writing file data/0"), 4e-9, ConfigError, r"a\.txt.*\(No space left"),
     ],
 )
 def test_an_error_leaves_no_half_of_a_file_and_a_full_disk_is_one_sentence(

@@ -159,19 +159,13 @@ def test_cards_by_their_names(monkeypatch):
 
 def test_the_command_prints_each_factor():
     words = "--family wan2.1-14b --radial --staticcache --set staticcache.every=2 --linears fp8"
-    wan = ["plan", *words.split()]
-    result = CliRunner().invoke(app, wan)
+    result = CliRunner().invoke(app, ["plan", *words.split()])
     text = " ".join(result.stdout.split())
-    factors = json.loads(CliRunner().invoke(app, [*wan, "--json"]).stdout)["factors"]
-    for part in (
-        f"= {factors['forwards']:.2f} by computed forwards and blocks x {factors['attention']:.2f} by sparse attention "
-        f"x {factors['linears']:.2f} by 8-bit linear layers",
-        "27.7% of the time in 16 bits", "fp8 on h100 takes 0.66", "13.1 GiB or more, 26.2 GiB in 16 bits",
-        "b = 0.277 the linear layers' share",
-    ):  # fmt: skip
+    for part in ("by computed forwards and blocks x", "by sparse attention x", "by 8-bit linear layers", "27.7% of the",
+                 "fp8 on h100 takes 0.66", "13.1 GiB or more, 26.2 GiB in 16 bits"):  # fmt: skip
         assert part in text
     assert "without torch.compile" in " ".join(result.stderr.split())
-    weights = CliRunner().invoke(app, ["plan", "--family", "wan2.1-14b", "--linears", "weight-only"])
+    weights = CliRunner().invoke(app, ["plan", *words.split()[:2], "--linears", "weight-only"])
     assert "predicted speed-up" not in weights.stdout
 
 

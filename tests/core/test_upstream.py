@@ -59,23 +59,6 @@ def fails():
     raise ValueError("no")
 
 
-@pytest.mark.parametrize(("mode", "compared", "planned"), [("neutral", 2, 0), ("keep-all", 2, 6), ("active", 0, 6)])
-def test_a_model_is_attached_until_its_test_ends(mode, compared, planned):
-    watch, cls, model = watched(mode)
-    assert model.config.num_layers == TINY["num_layers"]
-    places = {"_compiled_call_impl", "cache_context", "compile"}
-    assert places <= vars(model).keys()
-    assert leftovers(type("Derived", (cls,), {})(**TINY)) == []  # whose class is not followed
-    forward(model)
-    forward(model, 400.0)
-    assert watch.end() == leftovers(model) == []
-    assert places.isdisjoint(vars(model))
-    assert watch.counts == dict(models=1, forwards=2, compared=compared, planned=planned)
-    assert watch.built == {"WanTransformer3DModel"}
-    forward(model)
-    assert watch.counts["forwards"] == 2  # it is no longer watched
-
-
 def test_what_is_left_after_detach_is_found():
     model, other = toy_class()(**TINY), toy_class()(**TINY)
     attach(other, preset="none")
@@ -144,7 +127,9 @@ def test_a_forward_raises_attached_where_it_does_plain():
     with pytest.raises(ValueError, match="no"):
         watch.run(model, fails, ones())
     watch.run(model, ones(), fails)
-    assert all(f"the {one} forward alone raised" in text for one, text in zip(("attached", "plain"), watch.end()))
+    attached, plain = watch.end()
+    assert "the attached forward alone raised" in attached
+    assert "the plain forward alone raised" in plain
 
 
 def test_a_plain_forward_runs_nothing_of_ours():
@@ -171,7 +156,7 @@ def test_keep_all_must_keep_all(monkeypatch):
 
 
 TOY_TESTS = """
-import diffusers, pytest
+import diffusers, pytest, torch
 from wan_tiny import TINY
 
 class WanTransformer3DModel(diffusers.WanTransformer3DModel):
@@ -181,7 +166,8 @@ class TestCovered:
     model_class = WanTransformer3DModel
 
     def test_alike(self):
-        self.model_class(**TINY)
+        model = self.model_class(**TINY)
+        model(torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64))
 
     def test_sees_us(self):
         assert "compile" not in vars(self.model_class(**TINY))
@@ -243,7 +229,8 @@ def test_the_plugin_writes_down_how_tests_end(tmp_path, monkeypatch):
     changed = {test: end for test, (end, _) in now.items() if end != ends[test]}
     assert changed == {"test_sees_us": "failed", "test_leaves_us": "error"}
     assert "extra is left after detach" in now["test_leaves_us"][1]
-    assert (attached["counts"]["models"], attached["built"]) == (3, ["WanTransformer3DModel"])
+    assert attached["built"] == ["WanTransformer3DModel"]
+    assert attached["counts"] == dict(models=3, forwards=1, compared=1, planned=0)
 
 
 def ended(compared=1, **tests):
