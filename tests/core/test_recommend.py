@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, EasyCache, recommend
+from dit_accel import ConfigError, EasyCache, SolAttention, recommend
 from dit_accel.adapters.installed import described
 from dit_accel.cli.app import app
 from dit_accel.estimate import tuned
