@@ -110,14 +110,12 @@ def test_thirty_times_on_and_off_leave_nothing_behind():
     transformer = tiny_transformer(num_layers=2)
     before, held = {name: id(one) for name, one in transformer.attn_processors.items()}, []
     lite, cache = dit_accel.LiteAttention(block_size=16, dense_steps=0), dit_accel.EasyCache(threshold=0.1)
-    gc.freeze()  # what was there before is neither collected nor counted
     for time in range(30):
         with dit_accel.attach(transformer, lite, *((cache, RADIAL) if time % 2 else (dit_accel.SLG(layers="L0"),))):
             denoise(transformer, 1, branches=("cond",))
         if time in (9, 19, 29):
             gc.collect()
             held.append(sum(type(one) is torch.Tensor for one in gc.get_objects()))
-    gc.unfreeze()
     assert max(held) == held[0] > 0, held
     assert {name: id(one) for name, one in transformer.attn_processors.items()} == before
     assert not [name for name in transformer.__dict__ if "dit_accel" in name]

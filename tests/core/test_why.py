@@ -220,18 +220,20 @@ def test_nothing_is_said_where_no_method_is_attached():
 
 
 def test_no_further_cache_is_advised_beside_one_of_diffusers():
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, diffusers.FirstBlockCacheConfig(threshold=0.4), backend="torch") as attachment:
-        denoise(transformer, 12)
-        report = attachment.report()
-    assert {"dense", "reduced"} == {one.kind for one in report.timing.forwards}
-    assert "step cache" not in " ".join(report.why_not_faster())
-    transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.4))
-    with dit_accel.attach(transformer, SolAttention(block_size=16, min_tokens=1000), backend="torch") as attachment:
-        denoise(transformer, 12)
-        lines = " ".join(attachment.report().why_not_faster())
-    assert ("step cache" in lines, "no method acted" in lines) == (False, False)
-    assert "diffusers' FirstBlockCacheConfig computed; loosen its options" in lines
+    cache, sol = diffusers.FirstBlockCacheConfig(threshold=0.4), SolAttention(block_size=16, min_tokens=1000)
+    for method, enabled in ((cache, False), (sol, True)):
+        transformer = tiny_transformer()
+        if enabled:
+            transformer.enable_cache(cache)
+        with dit_accel.attach(transformer, method, backend="torch") as attachment:
+            denoise(transformer, 12)
+            report = attachment.report()
+        assert {"dense", "reduced"} == {one.kind for one in report.timing.forwards}
+        lines = " ".join(report.why_not_faster())
+        assert "step cache" not in lines
+        if not enabled:
+            assert "no method acted" not in lines
+            assert "diffusers' FirstBlockCacheConfig computed; loosen its options" in lines
 
 
 def test_a_defect_is_the_advice_where_there_is_one():
