@@ -125,8 +125,7 @@ def report_results(
         ),
     ] = None,
     clips: Annotated[
-        int | None,
-        typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0),
+        int | None, typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0)
     ] = None,
 ) -> None:
     """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.

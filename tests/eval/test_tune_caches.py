@@ -2,14 +2,12 @@
 
 import itertools
 
-import dit_accel_eval.tune.base as base
 import numpy as np
 import pytest
 from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.tune.caches import tune_magcache, tune_teacache
 from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
-from dit_accel_pipelines.generation.request import resolve
-from tuning import PROMPTS, loaded, one_pipeline, request
+from tuning import PROMPTS, conditional_forwards, loaded, one_pipeline, request
 
 from dit_accel import ConfigError, LiteAttention, MagCache, TeaCache
 from dit_accel.cli.method_options import select_methods
@@ -26,18 +24,12 @@ def asked(*methods, **changes):
 @pytest.fixture(scope="module")
 def untouched():
     """What goes in and comes out of the conditional forwards of untouched runs, and the signals."""
-    pipe, every = loaded("wan-plain"), []
-
-    def note(module, args, kwargs, output):
-        time = module.condition_embedder.time_embedder(module.condition_embedder.timesteps_proj(kwargs["timestep"]))
-        seen.append((kwargs["hidden_states"].numpy().copy(), output[0].numpy().copy(), time.detach().numpy()))
-
-    hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
+    embedder, every = loaded("wan-plain").transformer.condition_embedder, []
     for prompt in PROMPTS:
-        seen: list = []
-        base.run(pipe, prompt, resolve(asked(prompts=(prompt,)))[0])
-        every.append(seen[::2])
-    hook.remove()
+        seen = conditional_forwards(asked(prompts=(prompt,)))
+        for one in seen:
+            one["time"] = embedder.time_embedder(embedder.timesteps_proj(one["kwargs"]["timestep"])).detach()
+        every.append([tuple(one[name].numpy() for name in ("x", "v", "time")) for one in seen])
     return every
 
 

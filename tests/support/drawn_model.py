@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.suites import running
@@ -15,6 +16,12 @@ from dit_accel.cli.app import app
 
 STUDIES = Path(__file__).parents[2] / "eval" / "studies"
 """Where this repository's judges of suites lie, ``judge_NAME.py``."""
+
+
+def drawn(seed: int = 3, frames: int = 9) -> np.ndarray:
+    """Return a drawn held-out clip of wan-plain's world, uint8; of any number of frames."""
+    _, scene, _ = clip_of(seed, frames=1, held_out=True)
+    return draw_plain(scene, 4 * -(-frames // 4) + 1)[:frames]
 
 
 class DrawnModel:

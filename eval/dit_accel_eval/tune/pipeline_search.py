@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -188,7 +189,9 @@ class Search:
         """
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
-        optuna, kinds = _optuna(), _by_kind(arms)
+        optuna, kinds = _optuna(), defaultdict[str, dict[int, Arm]](dict)
+        for arm in arms:
+            kinds[_kind(arm)][arm.num_inference_steps] = arm
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=KEPT)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0), pruner=pruner)
         for arm in sorted({arm.name: arm for arm in first}.values(), key=least_work):
@@ -309,15 +312,8 @@ def _optuna() -> Any:
     return optuna
 
 
-def _by_kind(arms: Sequence[Arm]) -> dict[str, dict[int, Arm]]:
-    """Return what settings have in common that differ in their steps alone -> steps -> the setting."""
-    kinds: dict[str, dict[int, Arm]] = {}
-    for arm in arms:
-        kinds.setdefault(_kind(arm), {})[arm.num_inference_steps] = arm
-    return kinds
-
-
 def _kind(arm: Arm) -> str:
+    """Return what settings have in common that differ in their steps alone."""
     return json.dumps({**arm.to_dict(), "num_inference_steps": None}, sort_keys=True)
 
 
