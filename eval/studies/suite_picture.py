@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel_eval.runs.results import TUNED, WORKS, result_lines
+from dit_accel_eval.statistics import frontier
 from dit_accel_eval.suites.figures import ArmFigures, suite_figures
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.generation.solvers import BEST
@@ -65,19 +66,11 @@ def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
             else:
                 colour, mark = looks[group]
                 panel.plot(across, up, f"{mark}-", color=colour, label=label, markersize=4, linewidth=0.7)
-    best = [arm for arm in frontier(arms, key) if _series(arm) not in RIVALS]
+    best = frontier(arms, lambda arm: (arm.means[key], arm.psnr.mean))
+    best = [arm for arm in best if _series(arm) not in RIVALS]
     panel.plot([arm.means[key] for arm in best], [arm.psnr.mean for arm in best], "ko", markersize=8, fillstyle="none")
     panel.set_xlabel(f"{WORKS[key]}, in dense steps")
     panel.grid(alpha=0.3)
-
-
-def frontier(arms: Sequence[ArmFigures], key: str) -> list[ArmFigures]:
-    """Return the arms that none surpasses at as little work, by work."""
-    found: list[ArmFigures] = []
-    for arm in sorted(arms, key=lambda one: (one.means[key], -one.psnr.mean)):
-        if not found or arm.psnr.mean > found[-1].psnr.mean:
-            found.append(arm)
-    return found
 
 
 def _series(arm: ArmFigures) -> str:

@@ -80,10 +80,8 @@ def test_numbers_that_are_there_and_too_few_steps_are_refused(tmp_path):
 def test_another_method_may_be_attached(tmp_path):
     lite = LiteAttention(block_size=16, dense_steps=0, threshold=-1.0)
     sizes = dict(num_frames=9, height=32, width=32, prompts=PROMPTS[:1])
-    alone, beside = (
-        tune_magcache(asked(*methods, **sizes), tmp_path / f"{len(methods)}.toml").found["ratios"]
-        for methods in ((), (lite,))
-    )
+    runs = (tune_magcache(asked(*some, **sizes), tmp_path / f"{len(some)}.toml") for some in ((), (lite,)))
+    alone, beside = (one.found["ratios"] for one in runs)
     assert beside != alone
     assert beside == pytest.approx(alone, rel=0.1)
 

@@ -199,7 +199,7 @@ def run_bench(
         attempt(arm, min(WARM, steps))
     takes = {arm.name: partial(attempt, arm, steps) for arm in arms if arm.name not in failed}
     runs: dict[str, list[ArmRun]] = {name: [] for name in takes}
-    for number, made in enumerate(in_turn(takes, rounds, warm_up=0, deadline=deadline) if takes else (), 1):
+    for number, made in enumerate(in_turn(takes, rounds, deadline=deadline) if takes else (), 1):
         say(f"round {number} of {rounds} is done")
         for name, ran in made.items():
             runs[name] += [ran] if ran is not None else []

@@ -191,10 +191,8 @@ def _options(line: ResultLine) -> list[tuple[str, str]]:
     ran |= {f"scheduler {line.solver}": line.raw["scheduler"]} if "scheduler" in line.raw else {}
     ran |= {"call": line.raw["arm_call"]} if "arm_call" in line.raw else {}
     ran |= {**line.raw.get("guider", {}), **line.rival}
-    return [
-        (method, ", ".join(f"{key} = {_short(value)}" for key, value in options.items() if value is not None))
-        for method, options in ran.items()
-    ]
+    return [(method, ", ".join(f"{key} = {_short(one)}" for key, one in options.items() if one is not None))
+            for method, options in ran.items()]  # fmt: skip
 
 
 def _short(value: Any) -> str:

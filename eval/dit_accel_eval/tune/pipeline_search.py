@@ -326,12 +326,3 @@ def known_work(arm: Arm, points: Sequence[Measurement]) -> float:
     """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
     same = (one for one in points if one.arm.methods == arm.methods)
     return max((one.work for one in same if one.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)
-
-
-def pareto(points: Sequence[Measurement], sign: int) -> list[Measurement]:
-    """Return the points that none surpasses at as little work, cheapest first."""
-    found: list[Measurement] = []
-    for point in sorted(points, key=lambda p: (p.work, -sign * p.quality)):
-        if not found or sign * point.quality > sign * found[-1].quality:
-            found.append(point)
-    return found
