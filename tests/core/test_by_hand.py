@@ -132,16 +132,10 @@ def test_a_loop_broken_off_in_its_first_step_is_told_of_where_calls_have_no_name
         loop(transformer, stop=1)
         with pytest.warns(UserWarning, match=r"transformer.*first step.*attachment\.reset\(\)"):
             loop(transformer, seed=1, steps=1)
-
-
-def test_two_calls_with_one_text_and_one_noise_are_no_cause_to_warn(transformer):
-    with dit_accel.attach(transformer, LITE), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        x, prompt = noise(), text("cond")
-        for step in range(2):
-            for _ in range(2):
-                with torch.no_grad():
-                    transformer(x + step, torch.tensor([900.0 - step]), prompt)
+    with dit_accel.attach(transformer, LITE), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # two calls with one text and one noise are no cause to warn
+        for step in (0, 0, 1, 1):
+            transformer(noise() + step, torch.tensor([900.0 - step]), text("cond"))
 
 
 class Loop:
@@ -204,10 +198,7 @@ def test_what_a_context_tells_is_believed_and_what_it_leaves_open_inferred(trans
         with transformer.cache_context("cond", num_inference_steps=9, sigma=0.5, timestep=None):
             transformer(noise(), torch.tensor([500.0]), text("cond"))
         assert (state.step_index, state.num_inference_steps, state.sigma) == (0, 9, 0.5)
-
-
-def test_a_stand_in_for_a_pipeline_without_a_scheduler_has_no_steps(transformer):
-    pipe = SimpleNamespace(components={"transformer": transformer}, transformer=transformer)
+    pipe = SimpleNamespace(components={"transformer": transformer}, transformer=transformer)  # without a scheduler
     with dit_accel.attach(pipe, preset="none") as attachment:
         loop(transformer, steps=2)
         assert attachment.denoising.num_inference_steps is None

@@ -1,4 +1,4 @@
-"""`dit-accel plan`: the note's figures, its JSON, its models and its words."""
+"""`dit-accel plan`: published figures, what each method saves, models read off their configs, and its words."""
 
 import json
 from pathlib import Path
@@ -23,130 +23,115 @@ KEYS = {
     "uncounted_methods", "computed_blocks", "times_trained", "linears", "linear_share", "linear_time", "weight_bytes",
     "factors", "speedup_of_methods",
 }  # fmt: skip
-WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
-NAMED = {"seg": "layers", "softpag": "heads", "pag": "layers"}
-"""Methods for which nothing is published on Wan."""
-PUBLISHED = ["--radial", "--set", "radial.boundary=published"]
+WAN_69 = "wan2.1-14b --height 768 --width 1280 --num-frames 69"
+PUBLISHED = "--radial --set radial.boundary=published"
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, ["plan", *arguments])
+def run(*words: str):
+    """Run the command on a family and what else some words say."""
+    family, *rest = " ".join(words).split()
+    return CliRunner().invoke(app, ["plan", "--family", family, *rest])
 
 
-def planned(*arguments: str) -> dict:
-    result = run(*arguments, "--json")
+def planned(*words: str) -> dict:
+    result = run(*words, "--json")
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
 
+def shown(*words: str) -> str:
+    return " ".join(run(*words).stdout.split())
+
+
+def notes(*words: str) -> str:
+    return " ".join(run(*words).stderr.split())
+
+
 def test_the_published_counts():
-    found = planned(*WAN_69, *PUBLISHED, "--set", "radial.decay_factor=0.2", "--set", "radial.near=half")
-    assert set(found) == KEYS
-    assert (found["frames"], found["tokens_per_frame"], found["tokens"]) == (18, 3840, 69120)
-    assert (found["tiles_total"], found["tiles_kept"]) == (291600, 76798)
-    assert 1 - found["density"] == pytest.approx(0.7366324, abs=1e-7)
-    assert found["planned_total_flops"] < found["total_flops"] == pytest.approx(560e15, rel=0.01)
-    assert found["methods"]["radial"]["near"] == "half"
-    assert planned(*WAN_69, *PUBLISHED, "--set", "radial.near=full")["tiles_kept"] == 83728
-    hunyuan = ["--family", "hunyuan-video", "--height", "768", "--width", "1280", "--num-frames", "117"]
-    assert 1 - planned(*hunyuan, *PUBLISHED)["density"] == pytest.approx(0.7254, abs=5e-5)
-    assert 1 - planned(*hunyuan, *PUBLISHED, "--set", "radial.sink=true")["density"] == pytest.approx(0.6992, abs=5e-5)
-    dense = planned("--family", "wan2.1-1.3b")
+    plan = planned(WAN_69, PUBLISHED, "--set radial.decay_factor=0.2 --set radial.near=half")
+    assert set(plan) == KEYS
+    assert (plan["frames"], plan["tokens_per_frame"], plan["tokens"]) == (18, 3840, 69120)
+    assert (plan["tiles_total"], plan["tiles_kept"], plan["methods"]["radial"]["near"]) == (291600, 76798, "half")
+    assert 1 - plan["density"] == pytest.approx(0.7366324, abs=1e-7)
+    assert plan["planned_total_flops"] < plan["total_flops"] == pytest.approx(560e15, rel=0.01)
+    assert planned(WAN_69, PUBLISHED, "--set radial.near=full")["tiles_kept"] == 83728
+    hunyuan = "hunyuan-video --height 768 --width 1280 --num-frames 117"
+    assert 1 - planned(hunyuan, PUBLISHED)["density"] == pytest.approx(0.7254, abs=5e-5)
+    assert 1 - planned(hunyuan, PUBLISHED, "--set radial.sink=true")["density"] == pytest.approx(0.6992, abs=5e-5)
+    dense = planned("wan2.1-1.3b")
     assert dense["tiles_kept"] == dense["tiles_total"] == 256**2
     assert (dense["density"], dense["predicted_speedup"], dense["state_bytes"]) == (1.0, 1.0, 0)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_plan_and_recommend_say_the_same_of_every_family(level, monkeypatch, tmp_path):
+def test_plan_and_recommend_say_the_same_of_every_family(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in families():
-        row = next(row for row in recommend(name).settings if row.name == level)
-        speedup = planned("--family", name, "--preset", level)["predicted_speedup"]
-        assert speedup == pytest.approx(row.speedup, 1e-9), name
-        assert (speedup > 1) == ("easycache" in row.methods), name
+        rows = {row.name: row for row in recommend(name).settings}
+        for level in LEVELS:
+            speedup = planned(name, "--preset", level)["predicted_speedup"]
+            assert speedup == pytest.approx(rows[level].speedup, 1e-9), name
+            assert (speedup > 1) == ("easycache" in rows[level].methods), name
 
 
 def test_every_method_can_be_planned_alone_and_beside_others():
-    together = ["delta", "lite", "radial", "sol", "sparsed", "ultravico"]
+    together = {"delta", "lite", "radial", "sol", "sparsed", "ultravico"}
     left = ("delta", "profilingcache", "ultraimage")  # it corrects another; has no list; is for images
-    alone = [[name] for name in methods() if name not in left]
-    for some in [*alone, ["radial", "delta"], ["sparsed", "sol"], together]:
-        named = [f"--set={name}.{option}=L8" for name, option in NAMED.items() if name in some]
-        found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in some), *named)
-        assert set(found["methods"]) == {*some}
-        assert set(found["uncounted_methods"]) & {*together} == {*some} & {"lite"}
+    unpublished = {"seg": "layers", "softpag": "heads", "pag": "layers"}  # nothing is published on Wan
+    alone = [{name} for name in methods() if name not in left]
+    for names in [*alone, {"radial", "delta"}, {"sparsed", "sol"}, together]:
+        options = [f"--{name}" for name in names]
+        options += [f"--set {name}.{unpublished[name]}=L8" for name in names & {*unpublished}]
+        plan = planned("wan2.1-1.3b --num-frames 161", *options)
+        assert set(plan["methods"]) == names
+        assert set(plan["uncounted_methods"]) & together == names & {"lite"}
 
 
 def test_a_third_forward_is_counted_less_what_its_prefix_saves():
-    wan, heads = ("--family", "wan2.1-1.3b"), ("--set", "softpag.heads=L15H1")
-    for options, share in (
-        ((*heads, "--set", "softpag.share_prefix=false"), 3 / 2),
-        ((*heads, "--set", "softpag.stop=0.5"), 1 + 0.5 * 0.5 / 2),  # half of the steps, half of the blocks
-        ((*heads, "--set", "softpag.mode=free"), 1),
-        (("--slg",), 1 + (1 - 8 / 30) / 2),
+    softpag = "wan2.1-1.3b --set softpag.heads=L15H1 --set softpag."
+    for words, share in (
+        (f"{softpag}share_prefix=false", 3 / 2),
+        (f"{softpag}stop=0.5", 1 + 0.5 * 0.5 / 2),  # half of the steps, half of the blocks
+        (f"{softpag}mode=free", 1),
+        ("wan2.1-1.3b --slg", 1 + (1 - 8 / 30) / 2),
     ):
-        assert planned(*wan, *options)["forward_share"] == pytest.approx(share)
-    notes = run(*wan, "--set", "softpag.heads=L15", "--set", "softpag.stop=0.1", "--num-inference-steps", "4").stderr
-    assert "begins at block 15 of 30, saving 50% of it" in notes
-    assert "is shorter than one of 4 steps; it acts in step 0 alone" in notes
-    assert "guidance is distilled into flux.1-dev" in run("--family", "flux.1-dev", "--set", "pag.layers=L9").stderr
+        assert planned(words)["forward_share"] == pytest.approx(share)
+    text = notes(f"{softpag}stop=0.1 --num-inference-steps 4")
+    assert "begins at block 15 of 30, saving 50% of it" in text
+    assert "is shorter than one of 4 steps; it acts in step 0 alone" in text
+    assert "guidance is distilled into flux.1-dev" in notes("flux.1-dev --set pag.layers=L9")
 
 
 def test_blocks_that_a_list_skips():
-    found = planned("--family", "wan2.1-14b", "--profilingcache")
-    assert found["computed_blocks"] == found["forward_share"] == pytest.approx(0.496, abs=1e-12)
-    assert found["predicted_speedup"] == pytest.approx(1 / 0.496)
-    table = " ".join(run("--family", "wan2.1-14b", "--profilingcache").stdout.split())
-    assert "blocks computed 49.6% of the dense run's" in table
-    skipped = planned("--family", "wan2.1-14b", "--staticcache", "--set", "staticcache.every=2")
-    assert skipped["computed_blocks"] == skipped["forward_share"] < 1
+    plan = planned("wan2.1-14b --profilingcache")
+    assert plan["computed_blocks"] == plan["forward_share"] == pytest.approx(0.496, abs=1e-12)
+    assert plan["predicted_speedup"] == pytest.approx(1 / 0.496)
+    assert "blocks computed 49.6% of the dense run's" in shown("wan2.1-14b --profilingcache")
+    plan = planned("wan2.1-14b --staticcache --set staticcache.every=2")
+    assert plan["computed_blocks"] == plan["forward_share"] < 1
 
 
 def test_rows_that_only_the_foreground_computes():
-    wan = ("--family", "wan2.1-14b", "--set", "dfa.warmup_steps=10", "--set", "dfa.last_steps=0")
-    radial = ("--radial", "--set", "radial.dense_steps=0", "--set", "radial.dense_layers=0")
-    found, a = planned(*wan, "--set", "dfa.share=0.25"), planned("--family", "wan2.1-14b")["attention_share"]
+    wan = "wan2.1-14b --set dfa.warmup_steps=10 --set dfa.last_steps=0"
+    radial = "--radial --set radial.dense_steps=0 --set radial.dense_layers=0"
+    plan, a = planned(wan, "--set dfa.share=0.25"), planned("wan2.1-14b")["attention_share"]
     attention = 0.6 + 0.4 * 0.25  # dense are 10 of 50, and every second of 40
-    assert found["dense_share"] == pytest.approx(30 / 50)
-    assert found["planned_attention_flops"] == pytest.approx(attention * found["attention_flops"], rel=1e-3)
-    assert found["predicted_speedup"] == pytest.approx(1 / (1 - a + a * attention), rel=1e-3)  # the dense kernel's cost
+    assert plan["dense_share"] == pytest.approx(30 / 50)
+    assert plan["planned_attention_flops"] == pytest.approx(attention * plan["attention_flops"], rel=1e-3)
+    assert plan["predicted_speedup"] == pytest.approx(1 / (1 - a + a * attention), rel=1e-3)  # the dense kernel's cost
     for options, density in (
-        (("--set", "dfa.share=0.25"), 0.25),
-        (("--set", "dfa.share=0.5", "--set", "dfa.strict=true"), 0.25),
-        (("--set", "dfa.share=0.5", *radial), planned(*wan[:2], *radial)["density"] * (0.6 + 0.4 * 0.5)),
+        ("--set dfa.share=0.25", 0.25),
+        ("--set dfa.share=0.5 --set dfa.strict=true", 0.25),
+        (f"--set dfa.share=0.5 {radial}", planned("wan2.1-14b", radial)["density"] * (0.6 + 0.4 * 0.5)),
     ):
-        assert planned(*wan, *options)["density"] == pytest.approx(density, abs=1e-3)
-    notes = run(*wan, "--set", "dfa.share=0.25").stderr
-    assert "dfa is counted with 0.25 of the visual rows in 20 of 50 steps" in notes
-    unset = planned(*wan)
+        assert planned(wan, options)["density"] == pytest.approx(density, abs=1e-3)
+    assert "counted with 0.25 of the visual rows in 20 of 50 steps" in notes(wan, "--set dfa.share=0.25")
+    unset = planned(wan)
     assert (unset["uncounted_methods"], unset["predicted_speedup"]) == (["dfa"], 1.0)
-    assert "without dfa.share no row that it leaves out is counted" in run(*wan).stderr
-
-
-def test_a_folders_configs_are_enough(tmp_path: Path):
-    source = dit_accel_assets.model_path("wan-plain")
-    read = {part: json.loads((source / f"{part}/config.json").read_text()) for part in ("transformer", "vae")}
-    write(tmp_path, json.loads((source / "model_index.json").read_text()), read["transformer"], read["vae"])
-    found = planned("--model", str(tmp_path), "--num-frames", "33", "--radial")
-    assert (found["family"], found["repo"]) == ("wan-plain", str(tmp_path))
-    assert (found["frames"], found["tokens_per_frame"]) == (17, 64)
-
-
-def test_a_model_of_unknown_sizes_is_read_off_its_configs(tmp_path: Path):
-    index = {"transformer": ["diffusers", "WanVACETransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]}
-    transformer = {
-        "_class_name": "WanVACETransformer3DModel", "num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 64,
-        "ffn_dim": 512, "patch_size": [1, 2, 2], "vace_layers": [0, 2],
-    }  # fmt: skip
-    family = read_model_files(write(tmp_path, index, transformer)).identify()[1]
-    assert (family.name, family.layers, family.heads, family.vae) == ("wan", 6, 3, (4, 8))
-    assert family.recipes["radial"]["sink"] is True
-    del transformer["ffn_dim"]
-    with pytest.raises(UnsupportedModel, match=r"'ffn_dim'.*--family"):
-        read_model_files(write(tmp_path, index, transformer)).identify()
+    assert "without dfa.share no row that it leaves out is counted" in notes(wan)
 
 
 def write(folder: Path, index: dict, transformer: dict, vae: dict | None = None) -> str:
+    """Write the configs of a model folder."""
     parts = {"model_index.json": index, "transformer/config.json": transformer, "vae/config.json": vae or {}}
     for file, data in parts.items():
         (folder / file).parent.mkdir(exist_ok=True, parents=True)
@@ -154,15 +139,50 @@ def write(folder: Path, index: dict, transformer: dict, vae: dict | None = None)
     return str(folder)
 
 
-def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
+def plan_of(folder: str, *words: str):
+    return CliRunner().invoke(app, ["plan", "--model", folder, *words])
+
+
+def test_a_folders_configs_are_enough(tmp_path):
+    source = dit_accel_assets.model_path("wan-plain")
+    files = ("model_index.json", "transformer/config.json", "vae/config.json")
+    write(tmp_path, *(json.loads((source / file).read_text()) for file in files))
+    plan = json.loads(plan_of(str(tmp_path), "--num-frames", "33", "--radial", "--json").stdout)
+    assert (plan["family"], plan["repo"], plan["frames"], plan["tokens_per_frame"]) == (
+        "wan-plain", str(tmp_path), 17, 64,
+    )  # fmt: skip
+
+
+def test_a_model_of_unknown_sizes_is_read_off_its_configs_and_so_is_how_long_its_tables_are(tmp_path):
+    index = {"transformer": ["diffusers", "WanVACETransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]}
+    sizes = {
+        "_class_name": "WanVACETransformer3DModel", "num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 64,
+        "ffn_dim": 512, "patch_size": [1, 2, 2], "vace_layers": [0, 2],
+    }  # fmt: skip
+    family = read_model_files(write(tmp_path / "a", index, sizes)).identify()[1]
+    assert (family.name, family.layers, family.heads, family.vae) == ("wan", 6, 3, (4, 8))
+    assert family.recipes["radial"]["sink"] is True
+    for options, most in (({"rope_max_seq_len": 64}, 64), ({}, 1024)):
+        folder = write(tmp_path / str(most), index, {**sizes, **options})
+        assert plan_of(folder, "--num-frames", str(4 * most - 3)).exit_code == 0
+        longer = plan_of(folder, "--num-frames", str(4 * most + 1))
+        assert longer.exit_code == 2
+        assert f"wan has rotary positions for {most} tokens along frames, got {most + 1}; make" in longer.stderr
+    del sizes["ffn_dim"]
+    with pytest.raises(UnsupportedModel, match=r"'ffn_dim'.*--family"):
+        read_model_files(write(tmp_path / "a", index, sizes)).identify()
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    index = tmp_path / "model_index.json"
     with pytest.raises(UnsupportedModel, match=r"'nope'.*\(owner/name\)"):
         read_model_files("nope")
     with pytest.raises(UnsupportedModel, match=r"has no model_index\.json"):
         read_model_files(str(tmp_path))
-    (tmp_path / "model_index.json").write_text("{")
+    index.write_text("{")
     with pytest.raises(UnsupportedModel, match=r"model_index.json.*Expecting"):
         read_config(str(tmp_path), "model_index.json")
-    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    index.write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
     with pytest.raises(UnsupportedModel, match=r"unet.*no transformer"):
         read_model_files(str(tmp_path))
 
@@ -174,144 +194,104 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
         read_model_files("owner/no-such-model")
 
 
-def test_words_go_to_stderr_and_data_to_stdout():
-    result = run("--family", "wan-plain", "--num-frames", "16", "--radial", "--json")
+def test_words_go_to_stderr_and_data_to_stdout_of_80_columns(monkeypatch):
+    result = run("wan-plain --num-frames 16 --radial --json")
     assert "note: 16 frames are rounded to 17, as the pipeline does" in result.stderr
     assert "warning: radial seldom pays below 20000 visual tokens" in result.stderr
     assert json.loads(result.stdout)["num_frames"] == 17
-    text = " ".join(run(*WAN_69, "--radial").stdout.split())
     for part in ("69,120 (18 frames of 48 x 80)", "kappa = 1.15", "a = 0.699", "dense steps would save as much"):
-        assert part in text
-    assert "no gain at this size" in run(*WAN_69, "--radial", "--kernel-cost", "9").stdout
-
-
-def test_nothing_is_wider_than_the_terminal(monkeypatch):
-    recommended, listed = (
-        ["recommend", *WAN_69, "--hardware", "h100"],
-        (["models"], ["methods"], ["methods", "--options"]),
-    )
+        assert part in shown(WAN_69, "--radial")
+    assert "no gain at this size" in shown(WAN_69, "--radial --kernel-cost 9")
     monkeypatch.setenv("COLUMNS", "80")
-    for command in (["plan", *WAN_69, "--radial"], recommended, *listed, ["generate", "--help"]):
-        assert max(map(len, CliRunner().invoke(app, command).stdout.splitlines())) <= 80, command
+    for command in (f"plan --family {WAN_69} --radial", f"recommend --family {WAN_69} --hardware h100", "methods",
+                    "methods --options", "generate --help"):  # fmt: skip
+        assert max(map(len, CliRunner().invoke(app, command.split()).stdout.splitlines())) <= 80, command
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        ([], "plan needs a model, got none; give --family"),
-        (["--family", "wan-plain", "--model", "x"], "plan takes --family or --model, got both (wan-plain and x)"),
-        (["--family", "wan2.1-15b"], "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
-        (["--family", "wan2.1-14b", "--height", "725"], "height must be a multiple of 16"),
-        (["--family", "flux.1-dev", "--radial"], "radial makes no sense on flux: an image is one frame"),
-        (["--family", "cogvideox-2b", "--rope"], "cogvideox has no rotary positions that could be changed"),
-        (["--family", "cogview4-6b", "--rope"], "cogview scales its positions along height, width to the trained size"),
-        (["--family", "wan2.1-14b", "--heigth", "720"], "--height"),
-        (["--family", "wan-plain", "--kernel-cost", "inf"], "kernel_cost must be above 0 and below 1000, got inf"),
-        (["--family", "wan-plain", "--kernel-cost", "1e308"], "kernel_cost must be above 0 and below 1000, got 1e+308"),
-        (
-            ["--family", "wan2.1-1.3b", "--delta"],
-            "delta corrects what a sparse method leaves out, but none is attached",
-        ),
-        (
-            ["--family", "wan2.1-14b", "--set", "profilingcache.blocks=38-44"],
-            "names 7 blocks, of which wan2.1-14b lacks",
-        ),
-        (
-            ["--family", "wan2.1-14b", "--preset", "balancd"],
-            "did you mean 'balanced'? known: balanced, careful, fast, n",
-        ),
-        (["--model", "nope"], "'nope' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a folder"),
+        ("", "plan needs a model, got none; give --family"),
+        ("--family wan-plain --model x", "plan takes --family or --model, got both (wan-plain and x)"),
+        ("--model nope", "'nope' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a folder"),
+        ("--family wan2.1-15b", "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
+        ("--family wan2.1-14b --height 725", "height must be a multiple of 16"),
+        ("--family flux.1-dev --radial", "radial makes no sense on flux: an image is one frame"),
+        ("--family cogvideox-2b --rope", "cogvideox has no rotary positions that could be changed"),
+        ("--family cogview4-6b --rope", "cogview scales its positions along height, width to the trained size"),
+        ("--family wan2.1-14b --heigth 720", "--height"),
+        ("--family wan-plain --kernel-cost 1e308", "kernel_cost must be above 0 and below 1000, got 1e+308"),
+        ("--family wan2.1-1.3b --delta", "delta corrects what a sparse method leaves out, but none is attached"),
+        ("--family wan2.1-14b --set profilingcache.blocks=38-44", "names 7 blocks, of which wan2.1-14b lacks"),
+        ("--family wan2.1-14b --preset balancd", "did you mean 'balanced'? known: balanced, careful, fast, n"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
+def test_bad_input_is_one_line_and_exit_code_2(words, message):
+    result = CliRunner().invoke(app, ["plan", *words.split()])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
-    assert result.stderr.count("\n") == 1
 
 
 def test_a_longer_clip_is_held_against_the_trained_length():
-    wan = ("--family", "wan2.1-1.3b", "--num-frames", "321")
-    found = planned(*wan, "--lvsa")
-    assert found["times_trained"] > found["predicted_speedup"] > 1
-    assert 0 < found["density"] < 0.3
-    assert planned("--family", "wan2.1-1.3b", "--num-frames", "81")["times_trained"] == 1.0
-    text = " ".join(run(*wan, "--lvsa").stdout.split())
+    plan = planned("wan2.1-1.3b --num-frames 321 --lvsa")
+    times, speedup = plan["times_trained"], plan["predicted_speedup"]
+    assert times > speedup > 1
+    assert 0 < plan["density"] < 0.3
+    assert planned("wan2.1-1.3b --num-frames 81")["times_trained"] == 1.0
+    text = shown("wan2.1-1.3b --num-frames 321 --lvsa")
     assert "3.86 times the trained 21" in text
-    times, speedup = found["times_trained"], found["predicted_speedup"]
     assert f"{times:.2f} times that of the trained size, dense, {times / speedup:.2f} with the methods" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "advice"),
+    ("words", "advice"),
     [
-        (["wan2.1-1.3b", "--num-frames", "321"],
+        ("wan2.1-1.3b --num-frames 321",
          "81 latent frames are 3.86 times the 21 that wan2.1-1.3b was trained on, beyond which clips repeat themselves "
          "or fall apart; attach --ultravico or --lvsa"),
-        (["wan2.1-1.3b", "--num-frames", "321", "--radial"], "attach --ultravico or --lvsa"),
-        (["wan2.1-1.3b", "--num-frames", "321", "--lvsa"], ""),
-        (["hunyuan-video", "--num-frames", "257"], "attach --ultravico or --lvsa or --rope"),
-        (["flux.1-dev", "--height", "4096", "--width", "4096"],
+        ("wan2.1-1.3b --num-frames 321 --radial", "attach --ultravico or --lvsa"),
+        ("wan2.1-1.3b --num-frames 321 --lvsa", ""),
+        ("hunyuan-video --num-frames 257", "attach --ultravico or --lvsa or --rope"),
+        ("flux.1-dev --height 4096 --width 4096",
          "256 rows of tokens are 2.00 times the 128 that flux.1-dev was trained on, beyond which pictures repeat "
          "themselves; attach --ultraimage or --rope"),
-        (["flux.1-dev", "--width", "4096"], "256 columns of tokens are 2.00 times the 128"),
-        (["flux.1-dev", "--height", "4096", "--width", "4096", "--ultraimage"], ""),
+        ("flux.1-dev --width 4096", "256 columns of tokens are 2.00 times the 128"),
+        ("flux.1-dev --height 4096 --width 4096 --ultraimage", ""),
     ],
 )  # fmt: skip
-def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it(arguments, advice):
-    notes = " ".join(run("--family", *arguments).stderr.split())
-    assert advice in notes
-    assert notes.count("beyond which") == bool(advice)
+def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it(words, advice):
+    text = notes(words)
+    assert advice in text
+    assert text.count("beyond which") == bool(advice)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "shorter", "message"),
     [
-        (
-            ("wan2.1-14b", "--num-frames", "4097", "--lvsa"),
-            "wan has rotary positions for 1024 tokens along frames",
-        ),
-        (("wan-plain", "--num-frames", "513"), "wan has rotary positions for 256 tokens along frames, got 257"),
-        (("cosmos-1-7b", "--width", "1936"), "cosmos has rotary positions for 120 tokens along width, got 121"),
-        (("z-image-turbo", "--height", "8208"), "z-image has rotary positions for 512 tokens along height, got 513"),
+        ("wan2.1-14b --num-frames", 4081, "wan has rotary positions for 1024 tokens along frames"),
+        ("wan-plain --num-frames", 497, "wan has rotary positions for 256 tokens along frames, got 257"),
+        ("cosmos-1-7b --width", 1920, "cosmos has rotary positions for 120 tokens along width, got 121"),
+        ("z-image-turbo --height", 8192, "z-image has rotary positions for 512 tokens along height, got 513"),
     ],
 )
-def test_lengths_beyond_the_tables_are_refused(arguments, message):
-    result = run("--family", *arguments)
+def test_lengths_beyond_the_tables_are_refused(words, shorter, message):
+    result = run(words, str(shorter + 16))
     assert result.exit_code == 2
     assert message in result.stderr
-    shorter = [str(int(word) - 16) if word.isdigit() else word for word in arguments]
-    assert run("--family", *(word for word in shorter if word != "--lvsa")).exit_code == 0
-
-
-def test_a_folders_config_tells_how_long_its_tables_are(tmp_path: Path):
-    sizes = {
-        "_class_name": "WanTransformer3DModel", "num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128,
-        "patch_size": [1, 2, 2], "ffn_dim": 8960,
-    }  # fmt: skip
-    index = {"transformer": ["diffusers", "WanTransformer3DModel"]}
-    for name, options, most in (("short", {"rope_max_seq_len": 64}, 64), ("unset", {}, 1024)):
-        folder = write(tmp_path / name, index, {**sizes, **options})
-        assert run("--model", folder, "--num-frames", str(4 * most - 3)).exit_code == 0
-        longer = run("--model", folder, "--num-frames", str(4 * most + 1))
-        assert longer.exit_code == 2
-        assert f"wan has rotary positions for {most} tokens along frames, got {most + 1}; make" in longer.stderr
+    assert run(words, str(shorter)).exit_code == 0
 
 
 def test_a_preset_is_planned_and_named_methods_win():
-    fast = planned("--family", "wan2.1-14b", "--height", "720", "--width", "1280", "--preset", "fast")
-    assert [*fast["methods"]] == ["ultravico", "sol", "easycache"]
-    assert fast["uncounted_methods"] == []
-    named = planned("--family", "wan2.1-14b", "--preset", "fast", "--set", "easycache.threshold=0.03", "--radial")
-    assert named["methods"]["easycache"]["threshold"] == 0.03
+    fast = planned("wan2.1-14b --height 720 --width 1280 --preset fast")
+    assert ([*fast["methods"]], fast["uncounted_methods"]) == (["ultravico", "sol", "easycache"], [])
+    named = planned("wan2.1-14b --preset fast --set easycache.threshold=0.03 --radial")
+    assert (named["methods"]["easycache"]["threshold"], "radial" in named["methods"]) == (0.03, True)
     assert named["uncounted_methods"] == ["easycache"]
-    assert "radial" in named["methods"]
-    assert planned("--family", "wan2.1-14b", "--preset", "none")["methods"] == {}
-    shown = run("--family", "flux.1-dev", "--preset", "careful")
-    assert "preset careful: easycache skips every second step" in shown.stderr
-    assert "easycache is counted with 22% of the forwards skipped, as measured on tiny models" in shown.stderr
-    assert "forwards computed 7" in " ".join(shown.stdout.split())
-    beside = run("--family", "wan2.1-14b", "--preset", "fast", "--staticcache").stderr
-    assert "easycache is left out: EasyCache and StaticCache both cache" in beside
+    assert planned("wan2.1-14b --preset none")["methods"] == {}
+    text = notes("flux.1-dev --preset careful")
+    assert "preset careful: easycache skips every second step" in text
+    assert "easycache is counted with 22% of the forwards skipped, as measured on tiny models" in text
+    assert "forwards computed 7" in shown("flux.1-dev --preset careful")
+    text = notes("wan2.1-14b --preset fast --staticcache")
+    assert "easycache is left out: EasyCache and StaticCache both cache" in text

@@ -1,11 +1,9 @@
 """Ctrl-C and SIGTERM end a command soon and cleanly, wherever they find it."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,56 +52,46 @@ def work():
     atexit.register(lambda: (now(), time.sleep(60)))
 """
 
+AFTER_THE_END = """
+def work():
+    atexit.register(signal.raise_signal, signal.SIGINT)
+"""
 
-@contextlib.contextmanager
-def started(body: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HEAD + body + TAIL, "work"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize(
-    ("body", "number", "name"),
-    [
-        (SWALLOWED, signal.SIGTERM, "SIGTERM"),
-        (WHILE_LOADING, signal.SIGINT, "Ctrl-C"),
-        (SLOW_END, signal.SIGTERM, "SIGTERM"),
-    ],
-    ids=["swallowed", "loading", "slow end"],
-)
-def test_a_signal_ends_a_command_wherever_it_is(tmp_path: Path, body: str, number: signal.Signals, name: str):
-    with started(body, tmp_path) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "now\n"
-        process.send_signal(number)
-        _, line = process.communicate(timeout=20)
-    assert (process.returncode, line) == (128 + number, f"error: stopped by {name}; nothing half-written is left\n")
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_a_signal_after_the_last_line_changes_nothing(tmp_path: Path):
-    with started("def work(): atexit.register(signal.raise_signal, signal.SIGINT)\n", tmp_path) as process:
-        _, text = process.communicate(timeout=20)
-    assert (process.returncode, text) == (0, "")
-
-
-def test_a_process_that_computes_for_another_ends_without_a_word(tmp_path: Path):
-    body = """
+FOR_ANOTHER = """
 def work():
     stopping.end_on_signals()
     signal.raise_signal(signal.SIGINT)
     now()
     signal.raise_signal(signal.SIGTERM)
 """
-    with started(body, tmp_path) as process:
-        _, text = process.communicate(timeout=20)
-    assert (process.returncode, text) == (143, "now\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "number", "last"),
+    [
+        (SWALLOWED, signal.SIGTERM, "now\nerror: stopped by SIGTERM; nothing half-written is left\n"),
+        (WHILE_LOADING, signal.SIGINT, "now\nerror: stopped by Ctrl-C; nothing half-written is left\n"),
+        (SLOW_END, signal.SIGTERM, "now\nerror: stopped by SIGTERM; nothing half-written is left\n"),
+        (AFTER_THE_END, None, ""),
+        (FOR_ANOTHER, None, "now\n"),
+    ],
+    ids=["swallowed", "loading", "slow end", "after the last line", "a process that computes for another"],
+)
+def test_a_signal_ends_a_command_wherever_it_is(tmp_path: Path, body: str, number: signal.Signals | None, last: str):
+    command = [sys.executable, "-c", HEAD + body + TAIL, "work"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment, text = {**os.environ, "PYTHONPATH": path}, ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+        try:
+            if number:
+                text = process.stderr.readline()
+                process.send_signal(number)
+            text += process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+    code = 128 + number if number else 128 + signal.SIGTERM if body is FOR_ANOTHER else 0
+    assert (process.returncode, text) == (code, last)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_everything_is_as_before_afterwards():

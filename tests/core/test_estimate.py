@@ -66,10 +66,9 @@ def test_tokens_at_the_default_size(name, tokens):
 
 
 def test_dense_share_counts_steps_and_layers():
-    radial = RadialAttention(dense_steps=12, dense_layers=1, dense_last_steps=0)
-    late = dataclasses.replace(radial, dense_last_steps=2)
-    for method, steps in ((radial, 38), (late, 36)):
-        assert plan("wan2.1-14b", methods=[method]).dense_share == pytest.approx(1 - (steps / 50) * (39 / 40))
+    for last, thinned in ((0, 38), (2, 36)):
+        radial = RadialAttention(dense_steps=12, dense_layers=1, dense_last_steps=last)
+        assert plan("wan2.1-14b", methods=[radial]).dense_share == pytest.approx(1 - (thinned / 50) * (39 / 40))
 
 
 def test_equal_steps_cost_the_same():
@@ -108,20 +107,21 @@ RADIAL = RadialAttention()
     [
         ("wan2.1-14b", dict(height=725), r"height.*16.*wan2.1-14b, got 725.*720"),
         ("flux.1-dev", dict(num_frames=5), r"flux.1-dev.*got num_frames 5"),
-        ("wan2.1-14b", dict(num_frames=0), r"num_frames.*>= 1, got 0"),
+        *(("wan2.1-14b", {option: 0}, rf"{option}.*>= 1, got 0") for option in ("num_frames", "num_inference_steps")),
         ("wan2.1-14b", dict(num_inference_steps=10**9), r"num_inference_steps.*10,000, got 1,000,000,000"),
-        ("wan2.1-14b", dict(num_inference_steps=0), r"num_inference_steps.*>= 1, got 0"),
-        ("wan2.1-14b", dict(kernel_cost=0), r"kernel_cost.*0.*1000, got 0"),
-        ("wan2.1-14b", dict(kernel_cost=1000), r"kernel_cost.*0.*1000, got 1000"),
-        ("wan2.1-14b", dict(kernel_cost=math.nan), r"kernel_cost.*0.*1000, got nan"),
+        *(("wan2.1-14b", dict(kernel_cost=x), rf"kernel_cost.*0.*1000, got {x}") for x in (0, 1000, math.nan)),
         ("flux.1-dev", dict(methods=[RADIAL]), r"radial.*flux.*image"),
         ("wan2.1-14b", dict(methods=[RADIAL, RADIAL]), "two RadialAttention"),
         ("wan2.1-14b", dict(num_frames=1, methods=[RADIAL]), r"radial.*2 latent frames, got 1"),
         ("wan2.1-14b", dict(methods=[DeltaAttention()]), r"delta.*sparse.*RadialAttention\(\)"),
-        (
-            "wan2.1-14b", dict(methods=[SolAttention(block_size=64), RadialAttention(block_size=128)]),
-            r"radial\.block_size = 128 and sol\.block_size = 64",
-        ),
+        ("wan2.1-14b", dict(methods=[SolAttention(block_size=64), RadialAttention(block_size=128)]),
+         r"radial\.block_size = 128 and sol\.block_size = 64"),
+        ("wan2.1-14b", dict(linears="int4"), r"linears.*'int4'.*'int8'"),
+        ("wan2.1-14b", dict(linears="fp8", hardware="a100-80gb"), r"fp8.*a100-80gb.*int8.*b200, h1"),
+        ("wan2.1-14b", dict(linears="int8", hardware="24GB"), r"got 24GB"),
+        ("wan2.1-14b", dict(linears="int8", hardware="h900"), r"hardware.*'h900'; did"),
+        ("wan2.1-14b", dict(hardware="h100"), r"hardware = 'h100'.*8-bit"),
+        ("wan2.1-14b", dict(linears="int8", linear_cost=0), r"linear_cost.*0.*1000, got 0"),
     ],
 )  # fmt: skip
 def test_refused(name, options, match):
@@ -159,8 +159,7 @@ def test_a_pattern_and_routing_leave_less_together_than_each_alone():
 
 def test_methods_below_min_tokens_save_nothing():
     for least, faster in ((40_000, False), (30_000, True)):  # wan2.1-1.3b has 32,760 visual tokens
-        run = plan("wan2.1-1.3b", methods=[SolAttention(min_tokens=least)])
-        assert (run.speedup > 1.1) == faster
+        assert (plan("wan2.1-1.3b", methods=[SolAttention(min_tokens=least)]).speedup > 1.1) == faster
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ import pytest
 from dit_accel_kernels import EXACT, POOLED, SKIPPED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import MODEL, context_of, random_call
+from one_layer import FAMILY, MODEL, context_of, random_call
 
 from dit_accel import LVSA, ConfigError
-from dit_accel.adapters.adapter import Family
 from dit_accel.methods.attention.lvsa import LVSAHandler
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
@@ -20,10 +19,6 @@ from dit_accel.rules.lvsa import AnchorRule
 
 LAYOUT = TokenLayout(frames=12, height=4, width=4, text_before=4, text_after=9)
 CONFIG = LVSA(trained_frames=5, window=1, block_size=16)
-FAMILY = Family(
-    name="some", repo="", layers=1, heads=2, head_dim=8, ffn_dim=8, patch=(1, 2, 2), vae=(4, 8), height=16, width=16,
-    num_frames=17, trained_frames=5,
-)  # fmt: skip
 
 
 def handler(config=CONFIG, family=FAMILY):
@@ -31,7 +26,7 @@ def handler(config=CONFIG, family=FAMILY):
 
 
 def test_the_trained_length_is_the_models_or_asked_for():
-    assert handler(LVSA()).settings.trained_frames == 5
+    assert handler(LVSA()).settings.trained_frames == 3
     assert handler(LVSA(trained_frames=9)).settings.trained_frames == 9
     with pytest.raises(ConfigError, match=r"lvsa.*length.*any, .*sizes"):
         LVSAHandler(LVSA(), MODEL)

@@ -65,31 +65,18 @@ def test_lists_meet_tile_by_tile(seeds, groups):
     assert torch.equal(swapped.states(), found.states())
 
 
-def test_a_full_list_changes_nothing_on_either_side():
-    other = lists(some_states(3))
-    assert not is_full(other)
-    assert is_full(FULL)
-    for plan in (
-        AttentionPlan().with_tiles(FULL).with_tiles(other),
-        AttentionPlan().with_tiles(other).with_tiles(FULL),
-        AttentionPlan().with_tiles(other).with_tiles(full_tiles(TOKENS, TOKENS, BLOCK, "cpu")),
-    ):
-        assert plan.tiles is other
-    assert AttentionPlan().with_tiles(FULL).with_tiles(FULL).tiles is FULL
-
-
-def test_merged_lists_are_kept_for_the_next_call_and_serve_training():
+def test_a_full_list_changes_nothing_and_merged_lists_are_kept_and_serve_training():
     one, other = lists(some_states(5)), lists(some_states(6))
+    assert [is_full(tiles) for tiles in (one, FULL)] == [False, True]
+    for first, second in ((FULL, one), (one, FULL), (one, full_tiles(TOKENS, TOKENS, BLOCK, "cpu"))):
+        assert AttentionPlan().with_tiles(first).with_tiles(second).tiles is one
+    assert AttentionPlan().with_tiles(FULL).with_tiles(FULL).tiles is FULL
     with torch.inference_mode():
         found = AttentionPlan().with_tiles(one).with_tiles(other).tiles
     assert AttentionPlan().with_tiles(one).with_tiles(other).tiles is found
     assert not found.exact_indices.is_inference()
-
-
-def test_equal_orders_of_the_tokens_are_the_first_list_s():
     order = torch.randperm(TOKENS)
-    plan = AttentionPlan().with_tiles(lists(some_states(1)), order)
-    assert plan.with_tiles(lists(some_states(2)), order.clone()).token_order is order
+    assert AttentionPlan().with_tiles(one, order).with_tiles(other, order.clone()).token_order is order
 
 
 def test_lists_of_other_tiles_or_another_order_are_refused():
@@ -114,20 +101,18 @@ def test_lists_of_other_tiles_or_another_order_are_refused():
 def test_tiles_stay_where_every_method_keeps_them_or_any_pins_them():
     keeps, pins = [bits(seed, 1, HEADS) for seed in (1, 2, 3)], [bits(seed) for seed in (4, 5)]
     plan = AttentionPlan().with_tiles(FULL).narrow(keep=keeps[0], pinned=pins[0])
-    assert plan.selection.keep is keeps[0]
-    assert plan.selection.pinned is pins[0]
+    assert (plan.selection.keep is keeps[0], plan.selection.pinned is pins[0]) == (True, True)
     plan = plan.narrow(keep=keeps[1]).narrow(pinned=pins[1]).narrow(keep=keeps[2])
     assert torch.equal(plan.selection.keep, keeps[0] & keeps[1] & keeps[2])
     assert torch.equal(plan.selection.pinned, pins[0] | pins[1])
 
 
 def test_what_is_dropped_is_pooled_where_any_method_that_drops_asks_for_it():
-    for first, second in itertools.product(itertools.product(("skip", "pooled"), (True, False)), repeat=2):
+    for pair in itertools.product(itertools.product(("skip", "pooled"), (True, False)), repeat=2):
         plan = AttentionPlan().with_tiles(FULL)
-        for rest, drops in (first, second):
+        for rest, drops in pair:
             plan = plan.narrow(keep=bits(1, 1, HEADS) if drops else None, pinned=bits(9), rest=rest)
-        asked = [rest for rest, drops in (first, second) if drops]
-        if asked:
+        if asked := [rest for rest, drops in pair if drops]:
             assert plan.selection.rest == ("pooled" if "pooled" in asked else "skip")
         else:
             assert plan.selection.keep is None
@@ -135,11 +120,18 @@ def test_what_is_dropped_is_pooled_where_any_method_that_drops_asks_for_it():
 
 def test_routing_and_votes_are_added_to_what_is_kept():
     keep, routing, vote = bits(1, 1, HEADS), Routing(beta=1.5), Vote(threshold=-3.0)
-    found = AttentionPlan().with_tiles(FULL).narrow(keep=keep).route(routing).vote(vote, reverse=True).selection
-    assert (found.keep is keep, found.routing, found.vote, found.reverse) == (True, routing, vote, True)
-    later = AttentionPlan().with_tiles(FULL).vote(None, reverse=True).narrow(keep=keep).route(routing).selection
-    assert (later.keep is keep, later.routing, later.vote, later.reverse) == (True, routing, None, True)
-    assert later.vote is None
+    full = AttentionPlan().with_tiles(FULL)
+    for plan, votes in (
+        (full.narrow(keep=keep).route(routing).vote(vote, reverse=True), vote),
+        (full.vote(None, reverse=True).narrow(keep=keep).route(routing), None),
+    ):
+        selected = plan.selection
+        assert (selected.keep is keep, selected.routing, selected.vote, selected.reverse) == (
+            True,
+            routing,
+            votes,
+            True,
+        )
 
 
 def test_what_selects_tiles_needs_them_and_what_a_call_takes_once_is_refused_twice():
@@ -172,27 +164,21 @@ def test_scales_multiply():
 @given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=4))
 @settings(deadline=None)
 def test_each_mix_takes_its_share_of_what_is_left(shares):
-    plan = AttentionPlan()
+    plan, left = AttentionPlan(), 1.0
     for share in shares:
         plan = plan.mix(torch.tensor([share, 0.0], dtype=torch.float64))
-    left = 1.0
-    for share in shares:
         left *= 1 - share
     torch.testing.assert_close(plan.identity_mix, torch.tensor([1 - left, 0.0], dtype=torch.float64))
-    assert (plan.identity_mix >= 0).all()
-    assert (plan.identity_mix <= 1).all()
+    assert bool(((plan.identity_mix >= 0) & (plan.identity_mix <= 1)).all())
 
 
 def test_mixes_touch_the_same_tokens():
     rows, mix = torch.arange(TOKENS) < 40, torch.tensor([0.5, 0.5])
     plan = AttentionPlan().mix(mix, rows)
-    assert plan.identity_rows is rows
-    assert plan.mix(mix, rows.clone()).identity_rows is rows
-    for other in (None, ~rows):
+    assert plan.mix(mix, rows.clone()).identity_rows is plan.identity_rows is rows
+    for mixed, other in ((plan, None), (plan, ~rows), (AttentionPlan().mix(mix), rows)):
         with pytest.raises(ConfigError, match="plan mixes V"):
-            plan.mix(mix, other)
-    with pytest.raises(ConfigError, match="plan mixes V"):
-        AttentionPlan().mix(mix).mix(mix, rows)
+            mixed.mix(mix, other)
 
 
 # What a plan comes to
@@ -260,11 +246,10 @@ def test_tiles_of_an_attachment_are_the_same_objects_for_the_same_layout():
     layout = TokenLayout(frames=3, height=5, width=6, text_before=4)
     tiling = Tiling(BLOCK, "tiles")
     tiles, order = tiling.full(layout)
-    assert tiling.full(layout)[0] is tiles
-    assert tiling.full(layout)[1] is order
+    assert all(one is other for one, other in zip(tiling.full(layout), (tiles, order), strict=True))
     assert is_full(tiles)
     assert order[-4:].tolist() == [0, 1, 2, 3]
-    assert Tiling(BLOCK).full(TokenLayout(frames=3, height=5, width=6))[1] is None
+    assert Tiling(BLOCK).full(layout)[1] is None
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -2,6 +2,7 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
+import fa4_stand_in
 import pytest
 import torch
 from dit_accel_pipelines.families.wan import WAN
@@ -87,8 +88,8 @@ def test_methods_agree_on_one():
 
 @pytest.mark.parametrize("backend", ["torch", "flex", "fa4"])
 def test_other_backends_are_refused_at_attach(backend, monkeypatch):
-    monkeypatch.setattr("dit_accel.attachment.backends.flex_requirement", lambda on: None)
-    monkeypatch.setattr("dit_accel.attachment.backends.fa4_requirement", lambda on: None)
+    for name in ("flex", "fa4"):
+        monkeypatch.setattr(f"dit_accel.attachment.backends.{name}_requirement", lambda on: None)
     with pytest.raises(dit_accel.MissingBackend, match=rf"radial\.precision = 'int8'.*'triton', got '{backend}'"):
         dit_accel.attach(tiny_transformer(), radial(precision="int8"), backend=backend)
 
@@ -96,9 +97,9 @@ def test_other_backends_are_refused_at_attach(backend, monkeypatch):
 def test_a_machine_without_such_products_is_told_what_it_lacks(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET")
-    for backend, precision in (("auto", "int8"), ("auto", "fp8")):
+    for precision in ("int8", "fp8"):
         with pytest.raises(dit_accel.MissingBackend, match=rf"'{precision}'.*'triton'.*CUDA.*\(found cpu"):
-            dit_accel.attach(tiny_transformer(), SolAttention(precision=precision), backend=backend)
+            dit_accel.attach(tiny_transformer(), SolAttention(precision=precision))
 
 
 def test_training_is_refused():
@@ -109,9 +110,17 @@ def test_training_is_refused():
 
 
 def test_an_estimate_says_what_it_does_not_count():
-    found, plain = (
-        estimate(WAN, family("wan2.1-14b"), methods=[RadialAttention(precision=precision)]).notes
-        for precision in ("int8", None)
-    )
-    assert any("radial.precision = 'int8'" in note for note in found)
-    assert not any("precision" in note for note in plain)
+    for precision in ("int8", None):
+        notes = estimate(WAN, family("wan2.1-14b"), methods=[RadialAttention(precision=precision)]).notes
+        assert any("radial.precision = 'int8'" in note for note in notes) == bool(precision)
+
+
+def test_the_backend_fa4_says_what_it_lacks_and_refuses_votes(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.accelerator, "current_accelerator", lambda: None)
+        with pytest.raises(dit_accel.MissingBackend, match=r"'fa4'.*sm_90.*sm_100 \(found cpu\)"):
+            dit_accel.attach(tiny_transformer(), RadialAttention(), backend="fa4")
+    fa4_stand_in.install(monkeypatch, "sm_90")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(dit_accel.MissingBackend, match=r"'fa4'.*votes.*lite.*'auto'"):
+        dit_accel.attach(tiny_transformer(), LiteAttention(), backend="fa4")

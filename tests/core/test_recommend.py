@@ -21,7 +21,9 @@ from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.preset_figures import figures, promise
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, MEASURED_ON, PRESETS
 
+ROOT = Path(__file__).parents[2]
 KITE = dict(height=720, width=1280, num_frames=81, num_inference_steps=50)
+SMALL = dict(height=480, width=832)
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +32,16 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, ["recommend", *arguments])
+def run(*words: str):
+    return CliRunner().invoke(app, list(words))
 
 
-def told(text: object) -> str:
+def on_one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def row(found, name):
-    return next(setting for setting in found.settings if setting.name == name)
+def row(recommended, name):
+    return next(setting for setting in recommended.settings if setting.name == name)
 
 
 def test_rows_are_the_presets_and_dense_the_fastest_first():
@@ -60,14 +62,12 @@ def test_rows_are_the_presets_and_dense_the_fastest_first():
 
 
 def test_what_waits_for_a_larger_run_is_said_and_nothing_is_promised_of_it():
-    short = recommend("wan2.1-14b", height=480, width=832)
-    assert row(short, "fast").needs == ("sol waits for 40,000 tokens, here 32,760",)
-    assert row(short, "fast").state_bytes == 0
+    fast = row(recommend("wan2.1-14b", **SMALL), "fast")
+    assert (fast.needs, fast.state_bytes) == (("sol waits for 40,000 tokens, here 32,760",), 0)
     few = recommend("flux.1-dev", num_inference_steps=4)
-    assert [one.name for one in few.settings] == ["dense", *LEVELS]
-    assert {one.speedup for one in few.settings} == {1.0}
+    assert [(one.name, one.speedup) for one in few.settings] == [(name, 1.0) for name in ("dense", *LEVELS)]
     assert row(few, "fast").needs == (f"easycache waits for {LEAST_STEPS} steps, here 4",)
-    assert "fast nothing acts in this run" in told(few)
+    assert "fast nothing acts in this run" in on_one_line(few)
 
 
 @pytest.mark.parametrize("steps", [LEAST_STEPS, 20, 30, 40, 50, 80])
@@ -77,12 +77,12 @@ def test_what_is_promised_is_what_was_measured_at_the_nearest_numbers_of_steps(s
     for level in LEVELS:
         away = min(abs(figure.steps - steps) for figure in figures(level))
         near = [figure for figure in figures(level) if abs(figure.steps - steps) <= away]
-        found, shown = promise(level, steps), row(recommended, level)
-        assert shown.losses["easycache"] == found.tenth <= min(figure.tenth for figure in near)
+        found, setting = promise(level, steps), row(recommended, level)
+        assert setting.losses["easycache"] == found.tenth <= min(figure.tenth for figure in near)
         assert found.tenth <= found.median <= max(figure.median for figure in near)
-        assert f"{found.median:.0f} dB, of 9 in 10 {found.tenth:.0f} or more" in told(recommended)
-        assert shown.speedup == pytest.approx(1 / (1 - found.skipped))
-    assert all(promise(level, LEAST_STEPS - 1) is None for level in LEVELS)
+        assert f"{found.median:.0f} dB, of 9 in 10 {found.tenth:.0f} or more" in on_one_line(recommended)
+        assert setting.speedup == pytest.approx(1 / (1 - found.skipped))
+        assert promise(level, LEAST_STEPS - 1) is None
 
 
 @pytest.mark.parametrize("steps", sorted({one.steps for level in LEVELS for one in figures(level)}))
@@ -94,15 +94,15 @@ def test_levels_are_ordered_at_every_number_of_steps(steps):
 
 
 def test_beyond_the_trained_size_what_extends_it_is_listed_without_a_loss():
-    found = recommend("hunyuan-video", height=480, width=832, num_frames=257)
-    assert "rope" in row(found, "careful").methods.keys() - row(found, "careful").losses
-    assert row(found, "careful").sources["rope"].startswith("measured: docs/longer.md")
-    assert "RIFLEx positions for more frames than trained [" in told(found)
-    wan = recommend("wan2.1-14b", height=480, width=832, num_frames=121)
-    assert "ultravico" in row(wan, "careful").methods
-    assert row(wan, "careful").needs == ("ultravico: a GPU with Triton",)
+    found = recommend("hunyuan-video", **SMALL, num_frames=257)
+    careful = row(found, "careful")
+    assert "rope" in careful.methods.keys() - careful.losses
+    assert careful.sources["rope"].startswith("measured: docs/longer.md")
+    assert "RIFLEx positions for more frames than trained [" in on_one_line(found)
+    careful = row(recommend("wan2.1-14b", **SMALL, num_frames=121), "careful")
+    assert ("ultravico" in careful.methods, careful.needs) == (True, ("ultravico: a GPU with Triton",))
     assert "ultravico" not in row(recommend("wan2.1-14b"), "careful").methods
-    assert "78 frames are rounded to 77" in told(recommend("wan2.1-1.3b", num_frames=78))
+    assert "78 frames are rounded to 77" in on_one_line(recommend("wan2.1-1.3b", num_frames=78))
 
 
 def test_every_family_has_a_recommendation_that_fits_a_terminal():
@@ -110,30 +110,24 @@ def test_every_family_has_a_recommendation_that_fits_a_terminal():
         text = str(recommend(name, hardware="h100"))
         assert max(map(len, text.splitlines())) <= WIDTH, name
         assert all(level in text for level in LEVELS), name
-        unmeasured = f"no preset was measured on {name}: this is the general rule" in told(text)
+        unmeasured = f"no preset was measured on {name}: this is the general rule" in on_one_line(text)
         assert unmeasured == (name not in MEASURED_ON), name
 
 
-def test_seconds_are_told_of_known_hardware_alone():
-    adapter, family = described("wan2.1-14b")
-    dense = estimate(adapter, family, **KITE)
+def test_seconds_and_what_a_card_can_hold_are_said_of_known_hardware():
+    dense = estimate(*described("wan2.1-14b"), **KITE)
     found = recommend("wan2.1-14b", **KITE, hardware="H100")
     least = (dense.total_flops - dense.attention_flops + dense.attention_flops / 0.75) / 989.4e12
     assert row(found, "dense").seconds == pytest.approx(least)
     assert row(found, "fast").seconds == pytest.approx(least / row(found, "fast").speedup)
-    assert f"> {least:,.0f}" in str(found)
-    assert "by its data sheet" in told(found)
+    assert all(text in on_one_line(found) for text in (f"> {least:,.0f}", "by its data sheet"))
     unknown = recommend("wan2.1-14b", **KITE, hardware="24 GB")
     assert {one.seconds for one in unknown.settings} == {None}
     assert "seconds" not in str(unknown)
-
-
-def test_weights_that_a_card_cannot_hold_are_told():
-    found = recommend("wan2.1-14b", hardware="24GB")
-    assert found.weight_bytes == 2 * 40 * (8 * 5120**2 + 2 * 5120 * 13824)
-    assert "26.2 GiB or more, beyond the 24 GiB there are" in told(found)
-    assert "26.2 GiB or more of the 40 GiB there are" in told(recommend("wan2.1-14b", hardware="a100-40gb"))
-    assert "GiB" not in told(recommend("wan2.1-14b", hardware="h200"))
+    assert unknown.weight_bytes == 2 * 40 * (8 * 5120**2 + 2 * 5120 * 13824)
+    assert "26.2 GiB or more, beyond the 24 GiB there are" in on_one_line(unknown)
+    assert "26.2 GiB or more of the 40 GiB" in on_one_line(recommend("wan2.1-14b", hardware="a100-40gb"))
+    assert "GiB" not in on_one_line(recommend("wan2.1-14b", hardware="h200"))
 
 
 def test_hardware_is_known_by_its_usual_names_and_others_are_refused():
@@ -146,54 +140,45 @@ def test_hardware_is_known_by_its_usual_names_and_others_are_refused():
 
 
 def test_cards_agree_with_the_kernels_predictions(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "kernels/bench"))
+    monkeypatch.syspath_prepend(str(ROOT / "kernels/bench"))
     from predictions import CARDS
 
     for name, card in CARDS.items():
         same = [one for one in HARDWARE.values() if one.name.startswith(name.lower().replace(" ", "-"))]
-        assert same, name
-        assert {(one.tflops, one.attention) for one in same} == {(card.tflops, card.dense or 1.0)}
+        assert {(one.tflops, one.attention) for one in same} == {(card.tflops, card.dense or 1.0)}, name
     sys.modules.pop("predictions")
 
 
-def test_a_folder_is_recommended_as_its_family_is(tmp_path):
+def test_a_model_is_recommended_as_its_family_is(tmp_path):
     folder = model_folder(tmp_path / "mine")
     assert recommend(str(folder)).to_dict() == recommend(folder).to_dict()
     assert [*recommend(folder).settings] == [*recommend("wan-plain").settings]
-
-
-def test_a_model_of_no_released_size_has_its_family_s_default_size():
     transformer = tiny_transformer()
     found = recommend(transformer)
     assert (found.family, found.num_inference_steps) == ("wan", 50)
     assert found.weight_bytes == sum(weight.numel() * 4 for weight in transformer.parameters())
-    assert "no preset was measured on wan:" in told(found)
+    assert "no preset was measured on wan:" in on_one_line(found)
 
 
-def record(**changes):
-    values = dict(
-        model="wan-tiny", height=64, width=64, num_frames=17, num_inference_steps=20, metric="psnr", quality=31.25,
-        speedup=2.5, prompts=6,
+def keep(file: str, methods: list, steps: int = 20, speedup: float = 2.5, frames: int = 17) -> Path:
+    """Keep what a tuner found for the embedded model."""
+    record = tuned.TunedResult(
+        model="wan-tiny", height=64, width=64, num_frames=frames, num_inference_steps=20, metric="psnr", quality=31.25,
+        speedup=speedup, prompts=6,
     )  # fmt: skip
-    return tuned.TunedResult(**(values | changes))
+    return tuned.keep_tuned(file, tuned.tuned_text(methods, {"num_inference_steps": steps}, record, "why"), "wan-tiny")
 
 
 def test_tuned_files_come_first_and_those_of_other_sizes_are_named():
-    text = tuned.tuned_text([EasyCache(threshold=0.2)], {"num_inference_steps": 14}, record(), "cached 14")
-    path = tuned.keep_tuned("quick.toml", text, "wan-tiny")
-    slow = tuned.tuned_text([], {"num_inference_steps": 16}, record(speedup=1.25), "unipc 16")
-    tuned.keep_tuned("slow.toml", slow, "wan-tiny")
-    long = tuned.tuned_text([EasyCache()], {}, record(num_frames=33), "long")
-    elsewhere = tuned.keep_tuned("long.toml", long, "wan-tiny")
+    path = keep("quick.toml", [EasyCache(threshold=0.2)], 14)
+    keep("slow.toml", [], 16, speedup=1.25)
+    elsewhere = keep("long.toml", [EasyCache()], frames=33)
     found = recommend("wan-tiny")
-    assert [setting.name for setting in found.settings[:2]] == ["quick", "slow"]
-    assert found.settings[0].losses == {"psnr": 31.25}
-    shown = told(found)
-    assert (
-        f"tuned on this model by dit-accel tune pipeline, 6 held-out prompts, psnr to the converged run: {path}"
-        in (found.settings[0].sources["quick"])
-    )
-    assert "quick 2.50x psnr 31.25 [1]" in shown
+    quick, slow, *_ = found.settings
+    assert (quick.name, slow.name, quick.losses) == ("quick", "slow", {"psnr": 31.25})
+    text = f"tuned on this model by dit-accel tune pipeline, 6 held-out prompts, psnr to the converged run: {path}"
+    assert text in quick.sources["quick"]
+    assert "quick 2.50x psnr 31.25 [1]" in on_one_line(found)
     assert any(note.endswith(str(elsewhere)) for note in found.notes)
     assert recommend("wan-tiny", num_frames=33).settings[0].name == "long"
 
@@ -223,27 +208,33 @@ def test_a_tuned_file_that_is_none_is_refused_by_name(text, named):
         recommend("wan-tiny")
 
 
-def test_the_command_shows_the_same_table_and_json(monkeypatch):
+def test_the_commands_show_the_same_table_and_json(monkeypatch):
     monkeypatch.setenv("COLUMNS", str(WIDTH))
-    asked = ("--family", "wan2.1-14b", "--height", "720", "--width", "1280", "--hardware", "24GB")
+    words = ["recommend", "--family", "wan2.1-14b", "--height", "720", "--width", "1280", "--hardware", "24GB"]
     found = recommend("wan2.1-14b", height=720, width=1280, hardware="24GB")
-    assert told(run(*asked).stdout) == told(found)
-    assert json.loads(run(*asked, "--json").stdout) == json.loads(json.dumps(found.to_dict()))
-    assert run("--model", "wan-tiny").exit_code == 0
+    assert on_one_line(run(*words).stdout) == on_one_line(found)
+    assert json.loads(run(*words, "--json").stdout) == json.loads(json.dumps(found.to_dict()))
+    assert run("recommend", "--model", "wan-tiny").exit_code == 0
+    text = run("describe", "--model", "wan-tiny").stdout
+    assert on_one_line(recommend("wan-tiny")).partition("note:")[0] in on_one_line(text)
+    assert "transformer takes rope, lvsa, radial" in text
+    options = run("describe", "--model", "wan-tiny", "--options").stdout
+    assert "threshold=0.05" in options
+    assert "predicted" not in options
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        ([], "recommend needs a model, got none; give --family"),
-        (["--family", "owner/name"], "no model family is called 'owner/name'"),
-        (["--family", "flux.1-dev", "--num-frames", "9"], "flux.1-dev makes images, got num_frames 9"),
-        (["--family", "wan2.1-14b", "--hardware", "rtx4090"], "did you mean 'rtx-4090'?"),
-        (["--model", "no/folder/here"], "'no/folder/here' is neither a folder nor a hub id"),
+        ("", "recommend needs a model, got none; give --family"),
+        ("--family owner/name", "no model family is called 'owner/name'"),
+        ("--family flux.1-dev --num-frames 9", "flux.1-dev makes images, got num_frames 9"),
+        ("--family wan2.1-14b --hardware rtx4090", "did you mean 'rtx-4090'?"),
+        ("--model no/folder/here", "'no/folder/here' is neither a folder nor a hub id"),
     ],
 )
-def test_what_cannot_be_recommended_is_one_line(arguments, message):
-    result = run(*arguments)
+def test_what_cannot_be_recommended_is_one_line(words, message):
+    result = run("recommend", *words.split())
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert message in result.stderr
 
@@ -251,28 +242,20 @@ def test_what_cannot_be_recommended_is_one_line(arguments, message):
 def test_describe_leads_with_the_recommendation():
     transformer = tiny_transformer()
     description = dit_accel.describe(transformer)
-    lines = str(description).splitlines()
-    assert lines[0].startswith("transformer: WanTransformer3DModel, adapter wan")
-    assert str(recommend(transformer)) in str(description)
-    assert "threshold=" not in str(description)
-    assert "threshold=0.05" in description.options()
-    assert "pag: needs layers" in description.options()
+    text, options = str(description), description.options()
+    assert text.startswith("transformer: WanTransformer3DModel, adapter wan")
+    assert str(recommend(transformer)) in text
+    assert ("threshold=" in text, "threshold=0.05" in options, "pag: needs layers" in options) == (False, True, True)
     assert description.to_dict()["recommendation"]["settings"][0]["name"] == "fast"
     bare = str(replace(description, recommendation=None, not_recommended="no sizes"))
     assert "no recommendation: no sizes" in bare
-
-
-def test_the_command_describes_with_or_without_options():
-    shown = CliRunner().invoke(app, ["describe", "--model", "wan-tiny"]).stdout
-    assert told(recommend("wan-tiny")).partition("note:")[0] in told(shown)
-    assert "transformer takes rope, lvsa, radial" in shown
-    options = CliRunner().invoke(app, ["describe", "--model", "wan-tiny", "--options"]).stdout
-    assert "threshold=0.05" in options
-    assert "predicted" not in options
+    page = description._repr_html_()
+    assert page.startswith("<div><b>transformer: WanTransformer3DModel, adapter wan")
+    assert [text in page for text in ("<td", "easycache", "<script", "color:#")] == [True, True, False, False]
 
 
 def test_the_page_of_presets_has_the_rule_s_numbers():
-    page = (Path(__file__).parents[2] / "docs/presets.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/presets.md").read_text(encoding="utf-8")
     for level in LEVELS:
         cache = PRESETS[level][0].config
         cells = (f"{cache.warmup_steps:.0%}", cache.last_steps, f"{cache.max_consecutive:.0%} of the run")

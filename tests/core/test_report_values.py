@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from jsonschema import Draft202012Validator
 from torch import nn
 from wan_tiny import denoise, tiny_transformer
 
@@ -17,39 +18,7 @@ from dit_accel.methods.presets import Choice, PresetMethods
 from dit_accel.report.report import PredictedSpeedup
 from dit_accel.report.schema import report_schema
 
-TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None),
-         "boolean": bool}  # fmt: skip
 RADIAL = RadialAttention(block_size=16, dense_steps=1, dense_layers=0)
-
-
-def faults(value, schema, where="report"):
-    """What of a schema a value breaks: of the words of JSON Schema those that ours has."""
-    if "const" in schema and value != schema["const"]:
-        yield f"{where}: {value} is not {schema['const']}"
-    if "enum" in schema and value not in schema["enum"]:
-        yield f"{where}: {value} is none of {schema['enum']}"
-    types = schema.get("type", [])
-    types = [types] if isinstance(types, str) else types
-    if types and not any(
-        isinstance(value, TYPES[name]) for name in types if isinstance(value, bool) == (name == "boolean")
-    ):
-        yield f"{where}: {value!r} is no {types}"
-    elif "minimum" in schema and value < schema["minimum"]:
-        yield f"{where}: {value} is below {schema['minimum']}"
-    if isinstance(value, list):
-        for place, one in enumerate(value):
-            yield from faults(one, schema.get("items", {}), f"{where}[{place}]")
-    if isinstance(value, dict):
-        yield from (f"{where} has no {name}" for name in schema.get("required", ()) if name not in value)
-        further = schema.get("additionalProperties", True)
-        for name, one in value.items():
-            yield from faults(name, schema.get("propertyNames", {}), f"{where}, key")
-            if name in schema.get("properties", {}):
-                yield from faults(one, schema["properties"][name], f"{where}.{name}")
-            elif further is False:
-                yield f"{where}.{name} is not described"
-            elif further is not True:
-                yield from faults(one, further, f"{where}.{name}")
 
 
 @pytest.mark.parametrize(
@@ -61,14 +30,14 @@ def test_the_schema_describes_real_reports(methods):
         before = json.loads(json.dumps(attachment.report().to_dict()))
         denoise(transformer, 4)
         data = json.loads(json.dumps(attachment.report().to_dict()))
-    assert [*faults(before, report_schema())] == []
-    assert [*faults(data, report_schema())] == []
+    schema = Draft202012Validator(report_schema())
+    assert [*schema.iter_errors(before), *schema.iter_errors(data)] == []
     assert data["version"] == 2
     assert data["measured_speedup"] == data["timing"]["speedup"]
     data["steps"][0]["density"] = "much"
     del data["notes"]
     data["more"] = 1
-    assert len([*faults(data, report_schema())]) == 3
+    assert len([*schema.iter_errors(data)]) == 3
 
 
 PRESET = Choice(EasyCache(threshold=0.05, min_steps=10), "all", "", "", level="fast")
@@ -120,14 +89,9 @@ def test_models_of_no_released_sizes_are_not_predicted():
     assert "predicted" not in str(report)
 
 
-def test_notebooks_show_descriptions_and_estimates_in_the_page_s_colours():
-    described = dit_accel.describe(tiny_transformer())._repr_html_()
-    assert described.startswith("<div><b>transformer: WanTransformer3DModel, adapter wan")
-    assert "<td" in described
-    assert "easycache" in described
+def test_notebooks_show_estimates_in_the_page_s_colours():
     adapter, family = installed.described("wan2.1-14b")
     page = estimate(adapter, family, methods=[RadialAttention()])._repr_html_()
     assert page.startswith(f"<div><b>wan2.1-14b: {family.width} x {family.height} pixels, ")
     assert ">radial</td>" in page
-    assert "<script" not in described + page
-    assert "color:#" not in described + page
+    assert not [text for text in ("<script", "color:#") if text in page]

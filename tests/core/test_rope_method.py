@@ -11,12 +11,11 @@ from diffusers.hooks import HookRegistry, ModelHook
 from dit_accel_pipelines import ADAPTERS
 from hypothesis import given
 from hypothesis import strategies as st
+from one_layer import FAMILY, MODEL
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import LVSA, ConfigError, EasyCache, RoPE, UltraViCo
-from dit_accel.adapters.adapter import Family
-from dit_accel.methods.base import Model
 from dit_accel.methods.positions.rope import RoPEHandler
 from dit_accel.methods.positions.rope_switcher import KEPT_SIZES, inside_hooks
 from dit_accel.rules.rotary_frequencies import KINDS, corrections, dominant, edited, frequencies
@@ -68,14 +67,10 @@ def test_a_model_of_unknown_size_is_asked_for_it():
     assert not [module for module in transformer.modules() if "forward" in vars(module)]
 
 
-def test_a_released_model_tells_its_sizes():
-    family = Family(
-        name="some", repo="", layers=1, heads=2, head_dim=8, ffn_dim=8, patch=(1, 2, 2), vae=(4, 8), height=16,
-        width=16, num_frames=9, trained_frames=3, trained_size=(4, 6),
-    )  # fmt: skip
-    for options, frames in ((dict(), 3), (dict(trained_frames=5), 5)):
-        handler = RoPEHandler(RoPE(**options), Model(adapter=BY_NAME["wan"], family=family, heads=2, layers=1))
-        assert handler._trained == {"frames": frames, "height": 4, "width": 6}
+@pytest.mark.parametrize(("options", "frames"), [(dict(), 3), (dict(trained_frames=5), 5)])
+def test_a_released_model_tells_its_sizes(options, frames):
+    handler = RoPEHandler(RoPE(**options), dataclasses.replace(MODEL, adapter=BY_NAME["wan"], family=FAMILY))
+    assert handler._trained == {"frames": frames, "height": 4, "width": 6}
 
 
 def wan_angles(transformer, frames):
@@ -273,6 +268,7 @@ def test_a_period_that_fits_twice_to_the_token_is_corrected():
 def test_a_frequency_changes_from_its_period_on():
     own = 2 * np.pi / np.array([10.0, 20.0])
     assert edited("riflex", own, trained=10, length=10.0).tolist() == own.tolist()
+    assert edited("riflex", own * 1.05, trained=10, length=10.0).tolist() == (own * 1.05).tolist()
     assert edited("riflex", own, trained=9, length=10.0, period=10.0).tolist() == own.tolist()
     assert edited("riflex", own, trained=9, length=10.001, period=10.0)[0] == pytest.approx(0.9 * 2 * np.pi / 10.001)
     assert edited("riflex", own, trained=9, length=12, period=14.9)[0] != own[0]  # the nearer of both

@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from one_layer import ADAPTER, MODEL, Fixed, OneLayer, context_of, random_call
+from one_layer import ADAPTER, FAMILY, MODEL, Fixed, OneLayer, context_of, random_call
 from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
@@ -34,10 +34,6 @@ from dit_accel.testing.recording import recorded
 from dit_accel.testing.reference import attention, tile_states
 
 LAYOUT = TokenLayout(frames=7, height=3, width=5, text_before=4, text_after=9)
-FAMILY = Family(
-    name="some", repo="", layers=1, heads=2, head_dim=8, ffn_dim=8, patch=(1, 2, 2), vae=(4, 8), height=16, width=16,
-    num_frames=9, trained_frames=3,
-)  # fmt: skip
 ACTIVE = UltraViCo(alpha=0.5, beta=0.2, period=3, gamma=0.5, trained_frames=2, first_frame=True)
 
 

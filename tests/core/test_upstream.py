@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -136,15 +135,6 @@ def test_forwards_are_compared_with_plain_ones(mode, attached, problem):
     assert (errors == []) if problem is None else (problem in errors[0])
 
 
-def test_a_plain_forward_draws_the_same_random_numbers_and_none_of_the_test():
-    watch, _, model = watched("neutral")
-    torch.manual_seed(3)
-    drawn = watch.run(model, lambda: torch.rand(4), lambda: torch.rand(4))
-    torch.manual_seed(3)
-    assert torch.equal(drawn, torch.rand(4))
-    assert watch.end() == []
-
-
 @pytest.mark.parametrize(
     ("attached", "plain", "problem"),
     [(fails, fails, None), (fails, ones(), "the attached forward alone raised"),
@@ -179,24 +169,10 @@ def test_a_plain_forward_runs_nothing_of_ours():
 def test_keep_all_must_keep_all(monkeypatch):
     monkeypatch.setitem(upstream_models.METHODS, "keep-all", (DROPS,))
     watch, _, model = watched("keep-all")
-    forward(model)
-    forward(model, 400.0)
-    errors = watch.end()
-    assert all(any(text in error for error in errors) for text in ("dropped tiles", "of its size"))
-
-
-def test_forwards_under_a_cache_or_a_compiler_are_not_compared():
-    watch, cls, model = watched("neutral")
-    hook = SimpleNamespace(_is_stateful=True)
-    model.blocks[0]._diffusers_hook = SimpleNamespace(hooks={"cache": hook}, get_hook={"cache": hook}.get)
-    for hook._is_stateful, compared in ((True, 0), (False, 1)):
-        forward(model)
-        assert watch.counts["compared"] == compared
-    watch.begin(compiles=True)
-    assert "__call__" not in vars(cls)
-    forward(model)
-    assert watch.counts["forwards"] == 2
-    assert watch.end() == []
+    for timestep in (500.0, 400.0):
+        forward(model, timestep)
+    errors = " ".join(watch.end())
+    assert all(text in errors for text in ("dropped tiles", "of its size"))
 
 
 TOY_TESTS = """
@@ -305,28 +281,9 @@ def test_differences_that_are_not_listed_and_listed_ones_that_vanished_are_probl
     reported = problems("neutral", PLAIN, attached, listed, whole=True)
     assert len(reported) == (problem is not None)
     assert all(problem in text for text in reported)
+    assert all(entry.reason for entry in read_expected(UPSTREAM / "expected.toml"))
     if expected[1:2] == ("c",):  # of picked tests the list may hold others
         assert problems("neutral", PLAIN, attached, listed, whole=False) == []
-
-
-ENTRY = '[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"\nreason = "r"\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (ENTRY.replace('reason = "r"', ""), r"'outcome': 'failed'} .*mode, outcome, reason, test"),
-        (ENTRY.replace('"r"', '" "'), "'reason': ' '}"),
-        (ENTRY.replace("active", "x"), r"mode.*'x'.*neutral"),
-        (2 * ENTRY, r"t .*twice.*active"),
-        ("[[differences]]", "has differences"),
-    ],
-)
-def test_a_wrong_list_is_refused(tmp_path, text, message):
-    (tmp_path / "expected.toml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_expected(tmp_path / "expected.toml")
-    assert all(entry.reason for entry in read_expected(UPSTREAM / "expected.toml"))
 
 
 def test_the_tests_are_cloned_once_or_a_reason_is_given(tmp_path, monkeypatch):
@@ -385,15 +342,3 @@ def test_the_command_skips_judges_and_ends_with_a_number(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         upstream_run.main(["--modes", "all"])
     assert "no mode is called all" in capsys.readouterr().err
-
-
-def test_a_run_that_does_not_end_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(upstream_run, "WORK", tmp_path / "work")
-    monkeypatch.setattr(upstream_run.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match=r"plain: pytest.*1.*plain\.log"):
-        upstream_run.run_tests("plain", tmp_path, [])
-
-
-def test_the_ordinary_suite_collects_nothing_of_it():
-    assert [*UPSTREAM.glob("*.py")]
-    assert not [path for name in ("test_*.py", "*_test.py", "conftest.py") for path in UPSTREAM.rglob(name)]

@@ -44,11 +44,15 @@ def test_a_forward_is_of_the_kind_of_what_it_ran(method, drawn):
     assert Timing().lines() == []
 
 
-def test_training_is_not_timed():
-    transformer = tiny_transformer().train()
+def test_training_is_not_timed_and_what_torch_compiles_says_so():
+    transformer = tiny_transformer(num_layers=1)
+    transformer.compile_repeated_blocks(backend="eager")
     with dit_accel.attach(transformer, RADIAL, backend="torch") as attachment:
-        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([9.0]), torch.randn(1, 6, 64))
+        transformer.train()(torch.randn(1, 12, 5, 8, 8), torch.tensor([9.0]), torch.randn(1, 6, 64))
         assert attachment.report().timing.forwards == ()
+        for compiled in (True, False):
+            denoise(transformer.eval(), 3)
+            assert attachment.report().timing.forwards[0].compiled == compiled
 
 
 def timing(drawn, seconds=None, before=0.0, call=None, compiled="", first=0.0, **parts):
@@ -92,16 +96,6 @@ def test_the_speedup_is_that_of_the_whole_call(measured, speedup, words):
     assert measured.lines(" (p)")[0].startswith(f"measured speed-up: {words}")
 
 
-def test_a_forward_in_which_torch_compiles_says_so():
-    transformer = tiny_transformer()
-    transformer.compile_repeated_blocks(backend="eager")
-    with dit_accel.attach(transformer, RADIAL, backend="torch") as attachment:
-        for _ in range(2):
-            denoise(transformer, 3)
-            found = [one.compiled for one in attachment.report().timing.forwards]
-            assert found[0] == (not _)
-
-
 def logged(drawn, reasons):
     """What a cache logs of the same run: the reasons of what it computed, in turn."""
     given = iter(reasons)
@@ -115,7 +109,7 @@ def logged(drawn, reasons):
     ]  # fmt: skip
 
 
-CACHE = {"easycache": {"threshold": 0.05, "warmup_steps": 2, "last_steps": 1, "min_steps": 9}}
+CACHE = {"easycache": dict(threshold=0.05, warmup_steps=2, last_steps=1, min_steps=9, max_consecutive=2)}
 SPARSE = {"sol": {"dense_steps": 0.2, "dense_layers": 1, "min_tokens": 40_000}}
 
 
@@ -133,10 +127,6 @@ def why(drawn, methods, *, log=None, dense_layers=0.0, stayed=None, notes=(), re
     )  # fmt: skip
 
 
-def cached(**options):
-    return {"easycache": {"max_consecutive": 2, **options}}
-
-
 PARTS = dict(attention={"d": 0.6, "r": 0.2}, lists={"r": 0.05}, text={"r": 0.05})
 WARMUP, DENSE = "first steps ... lower easycache.warmup_steps = 2", "steps that sol leaves dense ... lower sol.dense"
 
@@ -148,14 +138,14 @@ WARMUP, DENSE = "first steps ... lower easycache.warmup_steps = 2", "steps that 
         ("ddsssd", CACHE, dict(log=["first steps", "first steps", "last steps"]),
          [f"66% {WARMUP}", "33% last steps ... last_steps = 1"]),
         ("dddd", CACHE, dict(log="measured"), ["100% easycache never skipped ... threshold = 0.05; 0.35 would"]),
-        ("dd", cached(error=0.1), dict(log="measured"), ["100% steps whose forecast ... error = 0.1; 0.25 would"]),
+        ("dd", {"easycache": {"error": 0.1}}, dict(log="measured"), ["100% steps whose ... error = 0.1; 0.25 would"]),
         ("dddd", CACHE, dict(log="few steps"), ["100% a run of few steps ... easycache.min_steps = 9"]),
-        ("dd", cached(), dict(log="2 skipped in a row"), ["100% steps that ... raise easycache.max_consecutive = 2"]),
-        ("dd", cached(), dict(log="listed"), ["100% steps that are listed ... easycache.compute_at"]),
-        ("dd", cached(), dict(log="threshold 0"), ["100% easycache skips nothing ... raise easycache.threshold"]),
-        ("dd", cached(), dict(log="pag needs it"), ["100% steps that pag needs computed ... detach pag"]),
-        ("dd", cached(), dict(log="conditional"), ["100% conditional forwards ... set easycache.branches to all"]),
-        ("dd", cached(), dict(log="nothing stored"), ["100% forwards that easycache computed: nothing stored ... "]),
+        ("dd", CACHE, dict(log="2 skipped in a row"), ["100% steps that ... raise easycache.max_consecutive = 2"]),
+        ("dd", CACHE, dict(log="listed"), ["100% steps that are listed ... easycache.compute_at"]),
+        ("dd", CACHE, dict(log="threshold 0"), ["100% easycache skips nothing ... raise easycache.threshold"]),
+        ("dd", CACHE, dict(log="pag needs it"), ["100% steps that pag needs computed ... detach pag"]),
+        ("dd", CACHE, dict(log="conditional"), ["100% conditional forwards ... set easycache.branches to all"]),
+        ("dd", CACHE, dict(log="nothing stored"), ["100% forwards that easycache computed: nothing stored ... "]),
         ("drrd", {"sol": {"dense_steps": 0.2, "dense_last_steps": 1}}, {},
          [f"33% {DENSE}_steps = 0.2", f"33% {DENSE}_last_steps = 1"]),
         ("dd", {"sol": {"dense_above_sigma": 0.9}}, {}, [f"100% {DENSE}_above_sigma = 0.9"]),
@@ -195,15 +185,21 @@ def test_attention_that_stayed_dense_takes_its_share_of_the_attention_s_time():
     assert any(line.startswith("28% thinned-out attention") for line in lines)
 
 
-def test_parts_are_timed_in_forwards_one_two_four_and_so_on():
+def test_a_report_begins_with_whether_it_helped_and_parts_are_timed_in_forwards_one_two_four_and_so_on():
     report = run(RADIAL)
     forwards = report.timing.forwards
     assert [place for place, one in enumerate(forwards) if one.attention is not None] == [1, 2, 4, 8, 16]
     assert all(0 < one.attention < one.seconds for one in forwards if one.attention is not None)
     assert all((one.lists > 0) == (one.kind == "reduced") for one in forwards)
     assert 0 < report.timing.share("attention", "dense") < 1
-    assert any("what is not self-attention" in line for line in report.why_not_faster())
     assert all(one.fetching is None for one in forwards)
+    assert any("what is not self-attention" in line for line in report.why_not_faster())
+    report = run(EasyCache(threshold=1e-9, warmup_steps=0.2), SolAttention(block_size=16, dense_steps=0))
+    first, *others = str(report).split("\nin detail:\n")[0].splitlines()
+    assert first.startswith("measured speed-up: ")
+    assert others[0].startswith("why not faster: ")
+    assert any("easycache.threshold = 1e-09" in line for line in report.why_not_faster())
+    assert report.to_dict()["why_not_faster"] == report.why_not_faster()
 
 
 @pytest.mark.parametrize("how", ["sequential", "group"])
@@ -224,23 +220,9 @@ def test_fetches_of_offloaded_weights_are_timed(how):
 
 
 def test_nothing_is_said_where_no_method_is_attached():
-    steps = [StepReport(
-        transformer="transformer", step_index=0, branch="cond", dense_layers=3, sparse_layers=0, density=1.0, pooled=0.0
-    )]  # fmt: skip
+    where = dict(transformer="transformer", step_index=0, branch="cond")
+    steps = [StepReport(**where, dense_layers=3, sparse_layers=0, density=1.0, pooled=0.0)]
     assert Report(methods={}, backend="torch", model={}, steps=steps, timing=timing("dd")).why_not_faster() == []
-
-
-def test_a_report_begins_with_whether_it_helped():
-    report = run(
-        EasyCache(threshold=1e-9, warmup_steps=0.2), SolAttention(block_size=16, dense_steps=0, dense_layers=1)
-    )
-    first, *others = str(report).split("\nin detail:\n")[0].splitlines()
-    assert first.startswith("measured speed-up: ")
-    assert others[0].startswith("why not faster: ")
-    assert any("easycache.threshold = 1e-09" in line for line in others)
-    data = report.to_dict()
-    assert data["timing"]["forwards"][0]["kind"] == "reduced"
-    assert data["why_not_faster"] == report.why_not_faster()
 
 
 @pytest.mark.parametrize("how", ["attached", "enabled"])

@@ -2,6 +2,8 @@
 
 It reads a line of JSON, {"tests": [names], "limit": seconds of processor time}, and answers with one:
 {"end": "passed"}, {"end": "hung"} or {"end": "failed", "test": name}. What waits may take `WAITS` times the limit.
+
+As a plugin of pytest it writes down how long each passing test takes.
 """
 
 import json
@@ -10,8 +12,13 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import pytest
+
+TIMES: Counter[str] = Counter()
+FAILED: set[str] = set()
 WAITS = 4
 """Wall-clock seconds a second of the limit: the machine may be busy with other things."""
 
@@ -21,7 +28,6 @@ def load() -> None:
     import diffusers  # noqa: F401
     import hypothesis  # noqa: F401
     import matplotlib  # noqa: F401
-    import pytest  # noqa: F401
     import torch
     import torch._dynamo
     import transformers  # noqa: F401
@@ -34,24 +40,35 @@ def load() -> None:
     assert not ours, f"{ours} are loaded already, so that a defect in them would not be seen"
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up a test's set-up, call and end."""
+    TIMES[report.nodeid] += report.duration
+    if not report.passed:
+        FAILED.add(report.nodeid)
+
+
+def pytest_sessionfinish() -> None:
+    """Write the times; only the process that collects all reports has them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        passed = {name: seconds for name, seconds in TIMES.items() if name not in FAILED}
+        Path(os.environ["MUTANT_TIMES"]).write_text(json.dumps(passed))
+
+
 def run(tests: list[str], out: Path) -> int:
     """Run tests in the order given until one fails, and write its name to a file."""
-    import pytest
 
     class Chosen:
         """Leaves the tests that are named, in that order, and notes the first that fails."""
 
         def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
             place = {name: number for number, name in enumerate(tests)}
-            items[:] = sorted((one for one in items if one.nodeid in place), key=lambda one: place[one.nodeid])
+            items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
 
-        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
             if report.failed and not out.exists():
                 out.write_text(report.nodeid)
 
-        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-            if report.failed and not out.exists():
-                out.write_text(report.nodeid)
+        pytest_collectreport = pytest_runtest_logreport
 
     files = list(dict.fromkeys(name.split("::")[0] for name in tests))
     return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files], plugins=[Chosen()]))

@@ -11,8 +11,7 @@ either a test is missing, or the changed line does the same as before. Those of 
     make mutants ARGS="--also tests/core/test_x.py"  # survivors once more, now that this file has other tests
 
 Which tests run a line is measured once, by coverage, and kept in ``.mutants/`` until ``--anew``, as is how each defect
-ended: a run that was stopped goes on where it was, survivors are tried again. Only what `make test` runs counts, not
-the slow tests.
+ended: a run that was stopped goes on where it was, survivors are tried again. What `make test` runs counts alone.
 """
 
 import argparse
@@ -37,10 +36,8 @@ from mutations import Mutation, mutated, mutations_of
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 WORK = ROOT / ".mutants"
-TARGETS = (
-    "dit_accel/rules", "dit_accel/plan", "dit_accel/attachment", "dit_accel/methods/caches",
-    "kernels/dit_accel_kernels",
-)  # fmt: skip
+TARGETS = [f"dit_accel/{room}" for room in ("rules", "plan", "attachment", "methods/caches")]
+TARGETS.append("kernels/dit_accel_kernels")
 KEPT = WORK / "outcomes.jsonl"
 PACKAGES = (".", "kernels", "pipelines", "eval", "assets")
 TESTS = ("tests/core", "tests/kernels", "tests/pipelines")
@@ -71,9 +68,9 @@ def copied(number: int) -> Path:
 
 def environment(place: Path) -> dict[str, str]:
     """Return the variables under which a copy's packages come before the installed ones."""
-    paths = os.pathsep.join(str(place / name) for name in PACKAGES)
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1",
-            "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    paths = os.pathsep.join([*(str(place / name) for name in PACKAGES), str(HERE)])
+    ones = dict.fromkeys(("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"), "1")
+    return {**os.environ, **ones, "PYTHONPATH": paths}
 
 
 def measured(anew: bool, also: Sequence[str] = ()) -> dict[str, Any]:
@@ -83,25 +80,14 @@ def measured(anew: bool, also: Sequence[str] = ()) -> dict[str, Any]:
     if known["lines"] and not also:
         return known
     place = copied(0)
-    sources = [f"--cov={place / target}" for target in TARGETS]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "auto",
-        "--dist",
-        "worksteal",
-        "-m",
-        "not slow",
-        *(also if known["lines"] else TESTS),
-        *sources,
-    ]
-    command += ["--cov-context=test", "--cov-report=", "-p", "mutant_plugin", "-p", "no:cacheprovider"]
+    options = [
+        "-n", "auto", "--dist", "worksteal", "--cov-context=test", "--cov-report=", "-p", "mutant_worker",
+        "-p", "no:cacheprovider",
+    ]  # fmt: skip
+    options += [f"--cov={place / target}" for target in TARGETS]
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", *(also if known["lines"] else TESTS), *options]
     extra = {"MUTANT_TIMES": str(WORK / "times.json"), "COVERAGE_FILE": str(WORK / "coverage")}
-    paths = environment(place)
-    paths["PYTHONPATH"] += os.pathsep + str(HERE)
-    subprocess.run(command, cwd=place, env={**paths, **extra}, check=False)
+    subprocess.run(command, cwd=place, env={**environment(place), **extra}, check=False)
     from coverage import CoverageData
 
     data = CoverageData(str(WORK / "coverage"))
@@ -150,21 +136,16 @@ class Bench:
 
     def __init__(self, number: int) -> None:
         self.place = copied(number)
-        command = [sys.executable, str(HERE / "mutant_worker.py")]
+        command, pipe = [sys.executable, str(HERE / "mutant_worker.py")], subprocess.PIPE
         paths = environment(self.place)
-        paths["PYTHONPATH"] += os.pathsep + str(HERE)
-        self.process = subprocess.Popen(
-            command, cwd=self.place, env=paths, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen(command, cwd=self.place, env=paths, stdin=pipe, stdout=pipe, text=True)
 
     def run(self, tests: Sequence[str], limit: float) -> dict[str, Any]:
         """Run tests until one fails; return how that ended: ``passed``, ``failed`` with its name, or ``hung``."""
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps({"tests": list(tests), "limit": limit}) + "\n")
-        stdin.flush()
-        return json.loads(stdout.readline())
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps({"tests": list(tests), "limit": limit}), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
 
     def judge(self, mutation: Mutation, known: dict[str, Any], without: frozenset[str] = frozenset()) -> dict[str, Any]:
         """Return how a defect ended."""
@@ -216,8 +197,8 @@ def judged(mutations: Sequence[Mutation], known: dict[str, Any], workers: int) -
     try:
         with ThreadPoolExecutor(workers) as pool:
             before = kept()
-            outcomes = {one_.key: before[one_.key] for one_ in mutations if one_.key in before}
-            outcomes |= dict(pool.map(one, [one_ for one_ in mutations if one_.key not in before]))
+            outcomes = {mutation.key: before[mutation.key] for mutation in mutations if mutation.key in before}
+            outcomes |= dict(pool.map(one, [mutation for mutation in mutations if mutation.key not in before]))
         failing: set[str] = set()
         while True:  # tests that fail here without a defect notice nothing
             killers = {outcome["test"] for outcome in outcomes.values() if outcome["end"] == "failed"} - failing
@@ -232,8 +213,8 @@ def judged(mutations: Sequence[Mutation], known: dict[str, Any], workers: int) -
             if not new:
                 return outcomes
             failing |= new
-            again = [one_ for one_ in mutations if outcomes[one_.key].get("test") in new]
-            outcomes |= dict(one(one_, frozenset(failing)) for one_ in again)
+            again = [mutation for mutation in mutations if outcomes[mutation.key].get("test") in new]
+            outcomes |= dict(one(mutation, frozenset(failing)) for mutation in again)
     finally:
         for bench in benches:
             bench.close()
@@ -242,20 +223,13 @@ def judged(mutations: Sequence[Mutation], known: dict[str, Any], workers: int) -
 def score(mutations: Sequence[Mutation], outcomes: dict[str, dict[str, Any]], equivalent: dict[str, str]) -> dict:
     """Return the figures to keep: how many defects were noticed, and the others by name."""
     ends = Counter("equivalent" if one.key in equivalent else outcomes[one.key]["end"] for one in mutations)
-    counted = len(mutations) - ends["equivalent"]
-    noticed = ends["failed"] + ends["hung"]
+    counted, noticed = len(mutations) - ends["equivalent"], ends["failed"] + ends["hung"]
+    lived = [one for one in mutations if one.key not in equivalent and outcomes[one.key]["end"] == "passed"]
     return {
-        "drawn": len(mutations),
-        "equivalent": ends["equivalent"],
-        "noticed": noticed,
-        "noticed_by_hanging": ends["hung"],
-        "share": round(noticed / max(1, counted), 3),
-        "survivors": [
-            {"line": one.line, "defect": one.key, "tests": outcomes[one.key]["tests"]}
-            for one in mutations
-            if one.key not in equivalent and outcomes[one.key]["end"] == "passed"
-        ],
-    }
+        "drawn": len(mutations), "equivalent": ends["equivalent"],
+        "noticed": noticed, "noticed_by_hanging": ends["hung"], "share": round(noticed / max(1, counted), 3),
+        "survivors": [{"line": one.line, "defect": one.key, "tests": outcomes[one.key]["tests"]} for one in lived],
+    }  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -273,10 +247,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.anew:
         KEPT.unlink(missing_ok=True)
     known = measured(options.anew, options.also)
-    equivalent = {
-        entry["defect"]: entry["reason"]
-        for entry in tomllib.loads((HERE / "equivalent.toml").read_text()).get("equivalent", [])
-    }
+    entries = tomllib.loads((HERE / "equivalent.toml").read_text()).get("equivalent", [])
+    equivalent = {entry["defect"]: entry["reason"] for entry in entries}
     mutations = drawn(options.sample, options.seed, options.only)
     outcomes = judged([one for one in mutations if one.key not in equivalent], known, options.workers)
     result = {"seed": options.seed, **score(mutations, outcomes, equivalent)}

@@ -21,25 +21,15 @@ DROPPED = frozenset({"clone", "contiguous", "abs", "clamp", "round", "sorted", "
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One defect.
+    """One defect."""
 
-    Attributes:
-        file: path from the repository's root.
-        line: the line where what it changes begins, from 1.
-        where: the function or class around it, such as ``Plan.scale``.
-        before: the source that it changes.
-        after: what stands there instead.
-        span: (line, byte, last line, last byte) of ``before``.
-        number: which of several such defects of one function it is, from 1.
-    """
-
-    file: str
-    line: int
-    where: str
+    file: str  # path from the repository's root
+    line: int  # where what it changes begins, from 1
+    where: str  # the function or class around it, such as ``Plan.scale``
     before: str
     after: str
-    span: tuple[int, int, int, int]
-    number: int = 1
+    span: tuple[int, int, int, int]  # line, byte, last line and last byte of ``before``
+    number: int = 1  # which of several such defects of one function it is
 
     @property
     def key(self) -> str:

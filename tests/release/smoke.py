@@ -18,21 +18,17 @@ def attach() -> None:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12, out_channels=12,
-        text_dim=64, freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=64,
-    ).eval()  # fmt: skip
-    inputs = dict(
-        hidden_states=torch.randn(1, 12, 7, 8, 16),
-        encoder_hidden_states=torch.randn(1, 6, 64),
-        timestep=torch.tensor([500.0]),
+    size = dict(
+        num_attention_heads=2, attention_head_dim=16, in_channels=12, out_channels=12, text_dim=64, num_layers=3
     )
+    model = WanTransformer3DModel(patch_size=(1, 2, 2), freq_dim=32, ffn_dim=48, rope_max_seq_len=64, **size).eval()
+    inputs = dict(hidden_states=torch.randn(1, 12, 7, 8, 16), timestep=torch.tensor([500.0]))
+    inputs["encoder_hidden_states"] = torch.randn(1, 6, 64)
     with torch.no_grad():
         plain = model(**inputs).sample
         with dit_accel.attach(model, dit_accel.RadialAttention(dense_steps=0)):
             sparse = model(**inputs).sample
-        again = model(**inputs).sample
-    assert torch.equal(plain, again)
+        assert torch.equal(plain, model(**inputs).sample)
     assert not torch.equal(plain, sparse)
 
 

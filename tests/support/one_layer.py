@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_accel import RadialAttention
-from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.attachment.engine import Engine
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.layers import Observer
@@ -27,6 +27,11 @@ from dit_accel.report.report import StepReport, step_reports
 
 ADAPTER = Adapter(name="any", transformers=(), self_attention=())
 MODEL = Model(adapter=ADAPTER, family=None, heads=2, layers=1)
+FAMILY = Family(
+    name="some", repo="", layers=1, heads=2, head_dim=8, ffn_dim=8, patch=(1, 2, 2), vae=(4, 8), height=16, width=16,
+    num_frames=9, trained_frames=3, trained_size=(4, 6),
+)  # fmt: skip
+"""A released model, trained on 3 latent frames of 4 x 6 tokens."""
 
 
 def layout_of(size: Sequence[int], text: Sequence[int] = (0, 0)) -> TokenLayout:

@@ -13,27 +13,16 @@ NEEDED = {"neutral": "compared", "keep-all": "planned", "active": "planned"}
 
 @dataclass(frozen=True)
 class Expected:
-    """A test that ends otherwise in a mode than plain, and why that is right.
+    """A test that ends otherwise in a mode than plain, and why that is right."""
 
-    Attributes:
-        mode: one of `MODES`.
-        test: the test's id, from the checkout's root.
-        outcome: how it ends in that mode: passed, skipped, xfailed, xpassed, failed or error.
-        reason: why.
-    """
-
-    mode: str
-    test: str
-    outcome: str
+    mode: str  # one of `MODES`
+    test: str  # its id, from the checkout's root
+    outcome: str  # passed, skipped, xfailed, xpassed, failed or error
     reason: str
 
 
 def read_expected(path: Path) -> list[Expected]:
-    """Read the differences of a TOML file, a ``[[difference]]`` each.
-
-    Raises:
-        ValueError: for an entry that lacks a field, has another one, no reason or an unknown mode, or comes twice.
-    """
+    """Read the differences of a TOML file, a ``[[difference]]`` each; ValueError for one that is not as it must be."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     names = {field.name for field in fields(Expected)}
     if unknown := table.keys() - {"difference"}:
@@ -55,14 +44,9 @@ def read_expected(path: Path) -> list[Expected]:
 def problems(
     mode: str, plain: Mapping[str, Any], attached: Mapping[str, Any], expected: Sequence[Expected], whole: bool
 ) -> list[str]:
-    """Return what is wrong with a mode's run.
+    """Return what is wrong with a mode's run, from what `upstream_plugin.UpstreamPlugin` wrote down.
 
-    Args:
-        mode: the mode.
-        plain: what the plain run wrote down (`upstream_plugin.UpstreamPlugin`).
-        attached: what the mode's run wrote down.
-        expected: the differences of all modes that are right.
-        whole: no tests were picked out, so that every listed one must be there.
+    If the run is `whole`, no tests were picked out, and every one of the `expected` differences must be there.
     """
     before, after = plain["tests"], attached["tests"]
     listed = {one.test: one for one in expected if one.mode == mode}

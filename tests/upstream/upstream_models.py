@@ -35,17 +35,12 @@ def covered_classes() -> list[type[nn.Module]]:
 
 
 class Watch:
-    """Attaches a mode's methods to each model that is built; one for a test session.
-
-    Attributes:
-        counts: models built, forwards, forwards compared, attention calls planned.
-        built: names of the classes of which a model was built.
-    """
+    """Attaches a mode's methods to each model that is built; one for a test session."""
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.counts: Counter[str] = Counter(models=0, forwards=0, compared=0, planned=0)
-        self.built: set[str] = set()
+        self.built: set[str] = set()  # names of the classes of which a model was built
         self._classes: list[type[nn.Module]] = []
         self._models: dict[int, tuple[nn.Module, contextlib.ExitStack]] = {}
         self._findings: list[str] = []
@@ -108,19 +103,13 @@ class Watch:
             self._findings.append(f"{call.context.transformer}: layer {call.context.layer} dropped tiles")
 
     def run(self, model: Any, call: Callable[[], Any], plain: Callable[[], Any]) -> Any:
-        """Return what an attached forward gives, after a plain one to compare it with.
-
-        Args:
-            model: the model.
-            call: its call as attached.
-            plain: its call without the attachment's.
-        """
+        """Return what an attached forward gives, after a plain one to compare it with."""
         if id(model) not in self._models or torch.compiler.is_compiling():
             return call()
         self.counts["forwards"] += 1
         if self.mode == "active" or _carries_state(model):
             return call()
-        rng, expected = torch.get_rng_state(), None
+        rng = torch.get_rng_state()
         with untouched(model):
             try:
                 expected = plain()
@@ -168,9 +157,8 @@ def _compared(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put the model's own processors in place of ours: what a copy of ours is."""
-    held: list[tuple[Any, Any]] = [
-        (module, module.processor) for module in model.modules() if is_ours(getattr(module, "processor", None))
-    ]
+    holders = (module for module in model.modules() if is_ours(getattr(module, "processor", None)))
+    held: list[tuple[Any, Any]] = [(module, module.processor) for module in holders]
     for module, processor in held:
         module.processor = copy.copy(processor)
     try:
@@ -238,8 +226,6 @@ def _is_plain(value: Any) -> bool:
 
 def _carries_state(model: nn.Module) -> bool:
     """Tell whether hooks of diffusers (a cache, say) remember forwards, so that a further one would change the next."""
-    for module in model.modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        if any(getattr(hook, "_is_stateful", False) for hook in hooks.values()):
-            return True
-    return False
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = (hook for registry in registries for hook in getattr(registry, "hooks", {}).values())
+    return any(getattr(hook, "_is_stateful", False) for hook in hooks)

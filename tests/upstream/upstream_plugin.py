@@ -13,11 +13,9 @@ RANK = ("passed", "skipped", "xfailed", "xpassed", "failed", "error")
 
 
 class UpstreamPlugin:
-    """Attaches a mode's methods to all models that the session's tests build.
+    """Attaches a mode's methods to all models that the session's tests build; in mode ``plain`` nothing is touched.
 
-    Args:
-        mode: ``plain``, where nothing is touched, or one of `upstream_models.METHODS`.
-        out: the JSON file to write: tests (id -> outcome and message), counts, built, not_collected.
+    It writes a JSON file of tests (id -> outcome and message), counts, built and not_collected.
     """
 
     def __init__(self, mode: str, out: Path) -> None:
@@ -79,13 +77,9 @@ class UpstreamPlugin:
 
     def pytest_sessionfinish(self) -> None:
         """Write down what was seen."""
-        found = {
-            "tests": self._tests,
-            "counts": dict(self._watch.counts) if self._watch else {},
-            "built": sorted(self._watch.built) if self._watch else [],
-            "not_collected": self._not_collected,
-        }
-        self._out.write_text(json.dumps(found))
+        counts, built = (dict(self._watch.counts), sorted(self._watch.built)) if self._watch else ({}, [])
+        seen = {"tests": self._tests, "counts": counts, "built": built, "not_collected": self._not_collected}
+        self._out.write_text(json.dumps(seen))
 
 
 def _model_class(item: pytest.Item) -> Any:

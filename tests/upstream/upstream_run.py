@@ -1,19 +1,14 @@
 """Runs diffusers' own test suite with dit-accel attached to every model that its tests build: ``make test-diffusers``.
 
-The tests are upstream's, none of them is kept here. They come from a sparse, shallow clone of diffusers at the
-installed version's tag in ``.diffusers/``, or from the checkout that ``DIFFUSERS_TESTS`` names; where neither can be
-had, the run is skipped. They are run four times on the CPU, without the hub:
-
-- plain: as they are;
-- neutral: with no method attached; each forward must equal a plain one in every bit;
-- keep-all: with LiteAttention that plans every attention call and drops no tile; forwards in float32 must agree with
-  plain ones but for rounding;
-- active: with SolAttention, which changes what attention calls give.
+They come from a sparse, shallow clone of diffusers at the installed version's tag in ``.diffusers/``, or from the
+checkout that ``DIFFUSERS_TESTS`` names; where neither can be had, the run is skipped. They are run four times on the
+CPU, without the hub: plain; neutral, with no method attached, where each forward must equal a plain one in every bit;
+keep-all, with LiteAttention that plans every call and drops no tile, where forwards in float32 must agree with plain
+ones but for rounding; and active, with SolAttention, which changes what attention calls give.
 
 Attaching and detaching a model that was just built must leave each of its attributes the object that it was; after
-each test nothing of ours may be left in a model. Beyond that a test must end attached as it ends plain.
-``expected.toml`` lists the tests that don't, with reasons; one that is not listed fails the run, and so does a listed
-one that ends as it does plain.
+each test nothing of ours may be left in a model. Beyond that a test must end attached as it ends plain, but for those
+that ``expected.toml`` lists with reasons; a listed one that ends as it does plain fails the run too.
 
     make test-diffusers                        # the transformers' tests, all modes
     make test-diffusers ARGS="--modes neutral tests/pipelines/wan"
@@ -47,15 +42,9 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DIFFUSERS_TEST_DE
 
 
 def checkout(work: Path, repository: str, release: str) -> Path | str:
-    """Return the root of the checkout whose tests to run, cloned if need be, or why there is none.
+    """Return the root of the checkout whose tests to run, cloned into `work` if need be, or why there is none.
 
-    Args:
-        work: the folder for clones.
-        repository: where to clone from.
-        release: diffusers' installed version.
-
-    Raises:
-        ValueError: if ``DIFFUSERS_TESTS`` names no checkout, or the release has no tag.
+    Raises ValueError if ``DIFFUSERS_TESTS`` names no checkout, or diffusers' installed `release` has no tag.
     """
     if given := os.environ.get("DIFFUSERS_TESTS"):
         path = Path(given).expanduser().resolve()
@@ -88,19 +77,13 @@ def checkout(work: Path, repository: str, release: str) -> Path | str:
 
 
 def run_tests(mode: str, root: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run the tests in one mode, in a process of its own, and return what the plugin wrote down.
-
-    Raises:
-        RuntimeError: if pytest did not come to its end.
-    """
+    """Run the tests in one mode, in a process of its own, and return what the plugin wrote down."""
     WORK.mkdir(exist_ok=True)
     out, log = WORK / f"{mode}.json", WORK / f"{mode}.log"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", mode, str(out), str(root), *arguments]
     with log.open("w") as stream:
-        done = subprocess.run(
-            command, cwd=root, stdout=stream, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **os.environ}, check=False
-        )
+        done = subprocess.run(command, cwd=root, stdout=stream, stderr=stream, env={**ENVIRONMENT, **os.environ})
     if done.returncode not in (0, 1) or not out.exists():  # 1: tests failed, which is to be judged
         raise RuntimeError(f"{mode}: pytest ended with {done.returncode}; see {log}")
     return json.loads(out.read_text())
