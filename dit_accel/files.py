@@ -211,14 +211,9 @@ def check_writable(path: str | Path, what: str = "output") -> None:
 
 
 def check_room(folder: str | Path, size: int, what: str) -> None:
-    """Refuse to begin what will find no room at its end.
-
-    Args:
-        folder: where it is to be written, or a folder above that which is there.
-        size: bytes, about.
-        what: the subject and verb of the error, such as "the output takes".
-    """
-    free = shutil.disk_usage(_there(Path(folder))).free
+    """Refuse to begin what will find no room at its end."""
+    real = Path(os.path.realpath(folder))
+    free = shutil.disk_usage(next(part for part in (real, *real.parents) if part.is_dir())).free
     if free < size:
         raise ConfigError(
             f"{what} about {_spelled(size)}, and {folder} has {_spelled(free)} free; free some, or name another folder"
@@ -228,12 +223,6 @@ def check_room(folder: str | Path, size: int, what: str) -> None:
 def _spelled(size: int) -> str:
     power = min((len(str(size)) - 1) // 3, 4)
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _there(folder: Path) -> Path:
-    """Return a folder, or the nearest above it that exists."""
-    folder = Path(os.path.realpath(folder))
-    return next(one for one in (folder, *folder.parents) if one.is_dir())
 
 
 def _obstacle(path: Path) -> str | None:

@@ -67,7 +67,6 @@ def register(adapter: Adapter, *, override: bool = False) -> Adapter:
 
 
 def _adapters(entry: EntryPoint) -> Sequence[Adapter]:
-    """Return the adapters that an entry point gives."""
     listed, entry_point = load_entry(entry, "a tuple of adapters"), describe_entry(entry)
     if not isinstance(listed, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in listed):
         raise ConfigError(

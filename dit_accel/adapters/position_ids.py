@@ -25,9 +25,7 @@ def read_once(tensor: "Tensor", read: "Callable[[Tensor], T]") -> T | str:
     The copy waits for the device, so the result is kept as long as the tensor lives unchanged: once a generation where
     the pipeline makes it once.
 
-    Args:
-        tensor: position ids, or a mask.
-        read: a function of a module, not made for the call.
+    ``read``: a function of a module, not made for the call.
     """
     import torch
 
@@ -98,7 +96,6 @@ def ids_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def _run(values: "Tensor") -> int:
-    """Count the values from the first on that are equal."""
     return int(((values != values[0]).cumsum(0) == 0).sum())
 
 

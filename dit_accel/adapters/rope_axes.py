@@ -18,7 +18,7 @@ def even(names: Sequence[str], channels: int, theta: float = 10000.0) -> tuple[A
 
 
 def by_config(
-    key: str, names: Sequence[str], theta: float, *, theta_key: str = "", default: Sequence[int] | None = None
+    key: str, names: Sequence[str], theta: float, *, theta_key: str = "rope_theta", default: Sequence[int] | None = None
 ) -> Axes:
     """Return ``axes`` for configs that tell each axis's channels.
 

@@ -84,7 +84,6 @@ def read_sizes(
 
 
 def _blocks(config: Mapping[str, Any], layers: Sequence[str]) -> int:
-    """Return the number of blocks, of which only the first entry must be there."""
     counts = [_entry(config, layers[0]), *(config.get(name) or 0 for name in layers[1:])]
     return sum(count if isinstance(count, int) else len(count) for count in counts)
 

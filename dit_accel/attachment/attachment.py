@@ -304,7 +304,6 @@ def attachment_of(model: Any) -> Attachment | None:
 
 
 def _described(transformers: dict[str, Any]) -> dict[str, str]:
-    """Return component name -> adapter and family in words."""
     models = {name: resolve_model(name, transformers) for name in transformers}
     return {
         name: f"{model.adapter.name}, {model.family.name if model.family else 'sizes of no released model'}"
@@ -315,7 +314,6 @@ def _described(transformers: dict[str, Any]) -> dict[str, str]:
 def _install_processors(
     attachment: Attachment, state: TransformerState, layers: LayerFilter | None, classes: dict[type, type]
 ) -> None:
-    """Put our processors on the attention modules that methods may change."""
     engine = attachment.engine
     modules = chosen_layers(attention_modules(state.transformer, state.adapter), layers)
     for index, (_, module, depth) in modules.items():

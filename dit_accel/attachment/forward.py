@@ -46,9 +46,7 @@ STEP_UNSEEN = (
 class ForwardWrapper:
     """What runs in place of one transformer's forward.
 
-    Args:
-        functions: what methods run around the forward, the innermost first.
-        on_modules: methods run around its blocks or other modules inside it.
+    ``functions``: what methods run around the forward, the innermost first.
     """
 
     def __init__(

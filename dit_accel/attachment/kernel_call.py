@@ -71,7 +71,6 @@ def computed_rows(
     tiles that are pinned in all rows of the call, which may be more of them here.
 
     Args:
-        call: likewise; all rows of its batch want the same tokens.
         rows: int64 [G], the tokens that are wanted, rising.
         seen: bool [1, S], the keys that they see; None: all.
     """
@@ -100,7 +99,8 @@ def _tiled_rows(
     tokens, size, device = call.tokens, tiles.block_q, call.q.device
     order = torch.arange(tokens, device=device) if order is None else order
     wanted = torch.zeros(tiles.query_tiles * size, dtype=torch.bool, device=device)
-    wanted[:tokens].index_put_((_positions(order)[rows],), torch.ones((), dtype=torch.bool, device=device))
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(tokens, device=device))
+    wanted[:tokens].index_put_((place[rows],), torch.ones((), dtype=torch.bool, device=device))
     chosen = wanted.view(-1, size).any(1).nonzero()[:, 0]
     positions = (chosen[:, None] * size + torch.arange(size, device=device)).flatten()
     rows = order[positions[positions < tokens]]
@@ -131,11 +131,6 @@ def _tiled_rows(
     return cut, small, rows
 
 
-def _positions(order: Tensor) -> Tensor:
-    """Return the position of each token in an order."""
-    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-
-
 def run_dense(plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
     """Return the output of a plan that needs no kernel of ours, by the user's own dense attention."""
     if plan.skips_logits:
@@ -147,14 +142,6 @@ def run_dense(plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
     q, k, v = call.as_held(q, call.k, call.v)
     out = call.heads_first(layer.dense(q, k, v, call.mask, call.scale))
     return with_values(plan, call, out)
-
-
-def own_rows(plan: AttentionPlan, call: Call, out: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows that a call's q holds, [B, H, S', D], of those that were computed, with the plan's mix of V."""
-    assert call.rows is not None
-    position = torch.empty(call.tokens, dtype=torch.int64, device=rows.device)
-    position.index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-    return with_values(plan, call, out.index_select(2, position[call.rows]))
 
 
 def with_values(plan: AttentionPlan, call: Call, out: Tensor) -> Tensor:
@@ -183,7 +170,10 @@ def run_own_rows(plan: AttentionPlan, call: Call, layer: AttentionLayer, recorde
     assert call.rows is not None
     cut, small, rows = computed_rows(bare, call, call.rows)
     out = run(cut, small, recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
-    return own_rows(plan, call, out, rows)
+    # whole tiles were computed, in their order: pick this process's rows out of them
+    position = torch.empty(call.tokens, dtype=torch.int64, device=rows.device)
+    position.index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+    return with_values(plan, call, out.index_select(2, position[call.rows]))
 
 
 def run_reusing(

@@ -285,7 +285,6 @@ class Calls:
 
         Args:
             step: which of the different timesteps of the run is the call's, from 0.
-            text: what it holds, as `text_in` gives it.
             repeats: the scheduler evaluates the model twice at a timestep, so that all calls come again.
         """
         lost = False

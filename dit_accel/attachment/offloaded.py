@@ -69,7 +69,6 @@ def _group_of(block: nn.Module) -> Any:
 
 
 def _is_away(group: Any) -> bool:
-    """Tell whether a group's weights are where they wait."""
     parameters = (one for module in group.modules for one in module.parameters())
     first = next(parameters, None)
     return first is not None and first.device == group.offload_device

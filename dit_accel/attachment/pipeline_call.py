@@ -95,13 +95,11 @@ def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any])
 
 
 def _token_pixels(pipe: Any) -> int:
-    """Return the pixels of a token's side."""
     patch = 2 if hasattr(pipe, "_pack_latents") else int(pipe.transformer.config.patch_size)
     return pipe.vae_scale_factor * patch
 
 
 def _first_of(output: Any) -> Tensor:
-    """Return a pipeline's pictures or latents."""
     made = output[0] if isinstance(output, tuple) else output.images
     return made if isinstance(made, Tensor) else torch.stack(list(made))
 
@@ -129,7 +127,6 @@ def _centred(
 
 
 def _latents_per_token(pipe: Any) -> int:
-    """Return the latents of a token's side."""
     return _token_pixels(pipe) // pipe.vae_scale_factor
 
 
@@ -151,7 +148,6 @@ def _packed(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def _unpacked(pipe: Any, latents: Tensor, grid: tuple[int, int], token: int) -> Tensor:
-    """Return a pipeline's latents as [B, C, height, width]."""
     if not hasattr(pipe, "_unpack_latents"):
         return latents
     unpacked = pipe._unpack_latents(latents, grid[0] * token, grid[1] * token, pipe.vae_scale_factor)

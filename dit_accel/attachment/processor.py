@@ -38,10 +38,7 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], engine
 
     A copy or a pickle of it is the untouched processor.
 
-    Args:
-        processor: the module's processor; left as it is, its attributes are shared with the result.
-        classes: the attachment's processor class -> subclass, filled here.
-        engine: the attachment's; it lives as long as its processors do.
+    ``processor``: the module's processor; left as it is, its attributes are shared with the result.
     """
     cls = type(processor)
     if cls not in classes:
@@ -129,14 +126,12 @@ def _subclass(cls: type, engine: Engine) -> type:
 
 
 def _recreated(function: types.FunctionType, scope: dict[str, Any]) -> types.FunctionType:
-    """Return a function with other globals."""
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Return the global and attribute names that a function and the functions in it use."""
     inner = (_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
     return set(code.co_names).union(*inner)
 
@@ -144,9 +139,7 @@ def _names(code: types.CodeType) -> set[str]:
 def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
     """Make the stand-in for ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
 
-    Args:
-        dense: that function, for calls that no method changes.
-        tokens_first: whether it takes tensors as [B, S, H, D], else as [B, H, S, D].
+    ``tokens_first``: whether it takes tensors as [B, S, H, D], else as [B, H, S, D].
     """
     forward, tokens = engine.forward, 1 if tokens_first else 2
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..adapters.noise import NOISES, Noise, noise_of
 from ..errors import AttachError
+from ..methods.find import scheduler_of
 from ..plan.context import StepContext
 from .engine import Engine
 from .layers import Branch, RememberedTensors, TransformerState, tensors_in, text_in
@@ -26,10 +27,8 @@ from .steps import Course, PipelineRun, Schedule, Timeline, noise_level, schedul
 class DenoisingState:
     """Which run, step and branch the transformers of one attachment are in.
 
-    Args:
-        pipe: the pipeline, or None where methods are attached to a transformer alone.
-        engine: what runs begin in (another generation, or a single forward in training), and forgets what methods
-            learned where that may belong to another branch.
+    ``engine``: what runs begin in (another generation, or a single forward in training), and forgets what methods
+    learned where that may belong to another branch.
     """
 
     def __init__(self, pipe: Any, engine: Engine) -> None:
@@ -70,11 +69,11 @@ class DenoisingState:
             self._start()
             self._stated_steps = steps
             if run is not None:
-                self._timeline, self._noise = timeline_of(run.pipe), noise_of(_scheduler(run.pipe))
+                self._timeline, self._noise = timeline_of(run.pipe), noise_of(scheduler_of(run.pipe))
         self.training, self._stated = False, True
         self.step_index = self._number = step
         self.num_inference_steps = self._timeline.steps if steps is None else steps
-        self.sigma = stated.get("sigma", None if run is None else noise_level(_scheduler(run.pipe)))
+        self.sigma = stated.get("sigma", None if run is None else noise_level(scheduler_of(run.pipe)))
 
     def leave(self, state: TransformerState) -> None:
         """Note that the denoising call ended, or was aborted."""
@@ -167,7 +166,7 @@ class DenoisingState:
             return
         if begins or self._schedule is None:
             self._schedule, self._timeline = schedule_of(run.pipe), timeline_of(run.pipe)
-            self._noise = noise_of(_scheduler(run.pipe))
+            self._noise = noise_of(scheduler_of(run.pipe))
         self._number = max(self._number, self._schedule.number() or 0)  # steps may pass without a forward
         self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.step_index = self._timeline.step_of(self._number)
@@ -178,7 +177,7 @@ class DenoisingState:
 
         Its timesteps must be the loop's, one after the other, and not those of a pipeline's own run before.
         """
-        scheduler = _scheduler(self.pipe)
+        scheduler = scheduler_of(self.pipe)
         if self._number == 0 and self._schedule is None:
             own = getattr(scheduler, "timesteps", None) is not self._taken()
             self._schedule = Schedule(scheduler if own else None)
@@ -228,7 +227,7 @@ class DenoisingState:
     def _begins(self, run: PipelineRun | None) -> bool:
         """Tell whether another run began since the last look: another call of a pipeline, or other timesteps."""
         pipe = self.pipe if run is None else run.pipe
-        timesteps = getattr(_scheduler(pipe), "timesteps", None)
+        timesteps = getattr(scheduler_of(pipe), "timesteps", None)
         new = timesteps is not None and timesteps is not self._timesteps()
         if new:
             self._timesteps = _reference(timesteps)
@@ -252,10 +251,6 @@ class DenoisingState:
         self._timeline, self._schedule, self._stated_steps = Timeline(), None, None
         self._first.clear()
         self.num_inference_steps, self._noise, self.training, self._stated = None, None, False, False
-
-
-def _scheduler(pipe: Any) -> Any:
-    return getattr(pipe, "scheduler", None)
 
 
 def _reference(value: Any) -> Callable[[], Any]:

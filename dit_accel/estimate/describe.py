@@ -48,7 +48,6 @@ class Description:
         }
 
     def _repr_html_(self) -> str:
-        """Return the description as a notebook shows it: what to attach, and every method with its options folded."""
         parts = [as_printed(str(self.recommendation or f"no recommendation: {self.not_recommended}"))]
         for part in self.transformers:
             rows = [

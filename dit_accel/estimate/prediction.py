@@ -101,13 +101,7 @@ class Prediction:
         others = self.total_flops * (1 - self.attention_share - self.linear_share * (1 - self.linear_time))
         return (others + self.attention_flops / card.attention) / (card.tflops * 1e12)
 
-    def for_report(self) -> PredictedSpeedup:
-        """Return what a report shows beside the measured speed-up."""
-        linears = str(self.linears or "")
-        return PredictedSpeedup(speedup=self.speedup_of_methods, uncounted=self.uncounted_methods, linears=linears)
-
     def _repr_html_(self) -> str:
-        """Return the prediction as a notebook shows it."""
         size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
         rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
         if self.methods or self.linears:
@@ -162,7 +156,6 @@ def estimate(
     whether its weights are torchao's in 8 bits; None: the family's.
 
     Args:
-        methods: the methods that the user names.
         preset: further methods, of which a cache's measured skips are counted.
         linears: how the linear layers compute: ``int8`` or ``fp8``, weights and activations, or ``weight-only``; None:
             as the config says, else in 16 bits.
@@ -205,9 +198,7 @@ def predict(
 ) -> Prediction:
     """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
 
-    Args:
-        preset: which of the methods are a preset's, so that what their cache skips was measured.
-        kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
+    ``preset``: which of the methods are a preset's, so that what their cache skips was measured.
     """
     savings = {handler.name: handler.estimate(layout, steps) for handler in handlers}
     savings |= _measured_skips(handlers, savings, family.forwards_per_step, steps, preset)
@@ -258,9 +249,11 @@ def predict_attached(
     if family is None:
         return None
     try:
-        return predict(handlers, family, layout, steps, preset, linears=linears_of(transformer)).for_report()
+        run = predict(handlers, family, layout, steps, preset, linears=linears_of(transformer))
     except ConfigError:  # such as methods whose tiles can't be counted together
         return None
+    linears = str(run.linears or "")
+    return PredictedSpeedup(speedup=run.speedup_of_methods, uncounted=run.uncounted_methods, linears=linears)
 
 
 def _measured_skips(

@@ -64,9 +64,6 @@ def recommend(
         model: a diffusers pipeline or transformer; the name of a family, such as ``"wan2.1-14b"``; or a hub id, a
             folder of a pipeline or an embedded model, of which only the configs are read.
         height: output height in pixels; None: the model's default, as of the other sizes.
-        width: output width in pixels.
-        num_frames: output frames.
-        num_inference_steps: denoising steps.
         hardware: a card, such as ``"h100"``, of which the least seconds are given too, or its memory, such as
             ``"24GB"``.
 
@@ -179,7 +176,6 @@ def _idle(choice: Choice, run: Prediction, family: Family) -> str | None:
 
 
 def _fits(tuned: TunedSetting, dense: Prediction) -> bool:
-    """Tell whether a setting was tuned at the size and number of steps of a dense run."""
     names = ("height", "width", "num_frames", "num_inference_steps")
     return all(getattr(tuned.measured, name) == getattr(dense, name) for name in names)
 

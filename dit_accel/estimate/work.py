@@ -36,9 +36,7 @@ class TilesLeft:
 def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: int) -> TilesLeft | None:
     """Return what methods together leave of the tiles over a run; None where none thins attention out.
 
-    Args:
-        savings: method name -> what it declares, in the order in which they act.
-        usual: tiles along each side where no method cuts any.
+    ``usual``: tiles along each side where no method cuts any.
     """
     parts = {name: saving.tiles for name, saving in savings.items() if saving.tiles is not None}
     if not parts:

@@ -162,7 +162,6 @@ def _plain(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of an annotation's type."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _fits(value, parts[0])

@@ -31,9 +31,7 @@ class NeedsNoise:
 def require_noise(handlers: Iterable[Any], noises: Collection[Noise], source: str) -> None:
     """Raise `ConfigError` for a method that can work with none of the noise levels that a source tells.
 
-    Args:
-        noises: one of these is told; empty: it is not known which.
-        source: what tells it, such as the scheduler's class.
+    ``noises``: one of these is told; empty: it is not known which.
     """
     for handler in handlers:
         needs: NeedsNoise | None = handler.settings.noise_needed()

@@ -74,7 +74,6 @@ def _cache(level: Level, warmup: float, bound: float, last: int) -> Choice:
 
 
 def _sparse(beta: float) -> Choice:
-    """Return sparse attention over long sequences."""
     return Choice(
         SolAttention(beta=beta, min_tokens=SolAttention.worthwhile_tokens),
         "video",

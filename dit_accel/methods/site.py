@@ -92,9 +92,7 @@ class Site(ABC):
         there, to which methods of `Phase.GUIDANCE` and those that act in the nested branch alone add theirs, and no
         method learns from them. Else it is a forward of its own, with state of its own.
 
-        Args:
-            name: what is added to the open branch's name.
-            rows: which rows of that branch's forward this one has; None: all.
+        ``rows``: which rows of that branch's forward this one has; None: all.
         """
 
     @abstractmethod

@@ -29,12 +29,8 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     kernels let it see the valid keys. The same mask gives the same memory until it is written to: what is derived from
     that is made once for all layers that a model hands the mask to.
 
-    Args:
-        mask: [B, K] or [B, H, Q, K], sizes of 1 broadcast: bool, True for a valid pair; or an additive bias of 0 and
-            values of -1e4 and less.
-        batch: B, rows of the attention call.
-        queries: Q.
-        keys: K.
+    ``mask``: [B, K] or [B, H, Q, K], sizes of 1 broadcast: bool, True for a valid pair; or an additive bias of 0 and
+    values of -1e4 and less.
 
     Raises:
         ConfigError: for any other mask. All but boolean key padding is read back from the device to be sure, once.

@@ -157,7 +157,6 @@ class AttentionPlan:
         Args:
             keep: bits int32 [B, H, NQ, W] of the tiles that stay exact; None: all.
             pinned: bits int32 [NQ, W] of the tiles that nothing drops; None: no further ones.
-            rest: what becomes of a tile that is not kept.
         """
         self._require_tiles("narrowed")
         known = self.selection or Selection()
@@ -215,10 +214,7 @@ class AttentionPlan:
     def value_share(self, heads: int, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor | None:
         """Return the share of V in the output, [1 or B, H, 1 or S, 1]; None where it has none.
 
-        Args:
-            heads: H.
-            dtype: the output's.
-            rows: int64 [G], the tokens that it is wanted for, G in place of S; None: all.
+        ``rows``: int64 [G], the tokens that it is wanted for, G in place of S; None: all.
         """
         if self.identity_mix is None:
             return None

@@ -31,9 +31,6 @@ def tile_masses(
     Args:
         q: [B, H, S_q, D], after positions.
         k: like q with S_k tokens and any number of heads that divides H.
-        block_q: queries a query tile.
-        block_k: keys a tile.
-        scale: logit scale; 1 / sqrt(D) by default.
         token_order: int64 [S], position in the tiled order -> token index (S_q = S_k).
         key_mask: bool [B, S_k], True where a key is valid, in the caller's order.
 

@@ -77,9 +77,7 @@ def full_tiles(queries: int, keys: int, block: int, device: str) -> TileLists:
 def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int, device: str) -> TileLists:
     """Return lists of the kept tiles over the visual tokens; rows and columns of tiles that hold text are exact.
 
-    Args:
-        kept: bool [N, N], N tiles over the visual tokens alone.
-        pooled: the others enter as one key each, instead of being left out.
+    ``kept``: bool [N, N], N tiles over the visual tokens alone.
     """
     states = _visual_states(kept, pooled, layout, block)
     # Lists made in inference mode could not serve a training run later.

@@ -11,9 +11,7 @@ def resampled(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
     Their cumulative logarithm is interpolated over the share of the run that lies behind a step, and goes on beyond the
     last one as it ended: a step that is twice as long has the product of both ratios.
 
-    Args:
-        ratios: one for each step of the run that was measured, from the step before it to it; the first is 1.
-        steps: steps of the run that they are wanted for.
+    ``ratios``: one for each step of the run that was measured, from the step before it to it; the first is 1.
     """
     count = len(ratios)
     if steps == count:
@@ -31,7 +29,6 @@ def size_drift(ratios: Sequence[float], index: int, in_a_row: int) -> float:
 
     Args:
         ratios: size of what is stored over that of the step before, one for each step of the run.
-        index: the step that may be skipped.
         in_a_row: steps right before it that were skipped.
     """
     return float(np.abs(1 - np.cumprod(ratios[index - in_a_row : index + 1])).sum())
@@ -43,8 +40,6 @@ def rescaled(polynomial: Sequence[float], change: float) -> float:
     Source: TeaCache (arXiv 2411.19108). Where we depart from it: a published polynomial that falls below 0 outside the
     range it was fitted on would lower the sum; here it is 0 there.
 
-    Args:
-        polynomial: its coefficients, the highest power first.
-        change: relative L1 change of the signal from the last step.
+    ``polynomial``: its coefficients, the highest power first.
     """
     return max(float(np.polyval(polynomial, change)), 0.0)

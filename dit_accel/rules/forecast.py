@@ -25,7 +25,6 @@ def taylor(times: Sequence[float], at: float, order: int, damping: float = 0.0) 
 
     Args:
         times: of the values, all different.
-        at: the time that is forecast.
         order: the degree; 0 holds the last value.
         damping: share of the change from the last value that is not followed; 1 holds it.
     """
@@ -43,9 +42,7 @@ def growth(times: Sequence[float], at: float) -> float:
 
     So does the error of a polynomial through values grow with the time.
 
-    Args:
-        times: of the values that it goes through; below it, or all above it.
-        at: the time that is forecast.
+    ``times``: of the values that it goes through; below it, or all above it.
     """
     return float(np.prod([abs(at - time) for time in times], initial=1.0))
 
@@ -53,9 +50,7 @@ def growth(times: Sequence[float], at: float) -> float:
 def log_snr(sigma: float, *, flow: bool) -> float:
     """Map a noise level to the axis along which solvers step: log(a / b) where x = a clean + b noise.
 
-    Args:
-        sigma: the noise level.
-        flow: a = 1 - sigma, b = sigma, as flow matching has it; else a = 1, b = sigma.
+    ``flow``: a = 1 - sigma, b = sigma, as flow matching has it; else a = 1, b = sigma.
     """
     clean = max(1 - sigma, 0.0) if flow else 1.0
     if not clean or not sigma:
@@ -72,7 +67,6 @@ def heun(times: Sequence[float], skipped: Sequence[float], at: float, before: fl
         times: of the computed values. With ``before`` the second last one is no computed value but the forecast that
             was given right before the last computed one.
         skipped: times forecast since the last computed value, before ``at``.
-        at: the time that is forecast.
         before: None: all values are computed. Otherwise the time of that forecast.
     """
     count = len(times)
@@ -102,9 +96,6 @@ def chebyshev(
     at most what the values determine.
 
     Args:
-        times: of the values.
-        at: the time that is forecast.
-        order: the degree.
         span: the times of the run's two ends, which become -1 and 1.
         ridge: weight of the squared coefficients, per value.
     """

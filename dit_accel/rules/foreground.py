@@ -15,11 +15,8 @@ def predicted(
     Args:
         x: the latents that went in, [B, ...] with a channel axis and the sizes of the patch grid, patches whole; or
             [B, tokens, C]. Channels beyond the output's are conditions.
-        v: the output.
-        sigma: noise level, from 0 to 1.
         grid: (frames, height, width) in tokens.
         before: tokens before those of the grid; where the latents have them too, as conditions, they are left out.
-        after: tokens after those of the grid, likewise.
 
     Returns:
         None where the shapes are no such grid.

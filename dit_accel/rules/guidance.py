@@ -14,11 +14,7 @@ def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -
 
     Source: PAG (arXiv 2403.17377); guidance rescale (arXiv 2305.08891), here on the perturbation's term alone.
 
-    Args:
-        cond: the conditional prediction, [B, ...].
-        perturbed: the perturbed one of the same rows.
-        scale: w.
-        rescale: phi in [0, 1].
+    ``rescale``: phi in [0, 1].
     """
     wide = cond if cond.element_size() > 4 else cond.float()
     difference = scale * (wide - perturbed.to(wide.dtype))
@@ -47,7 +43,6 @@ def normalized(
 
     Args:
         positive: Z+, [..., C].
-        negative: Z-, the same shape.
         scale: s >= 1; at 1 nothing changes.
         tau: longest G in lengths of Z+, >= 1.
         alpha: weight of G in [0, 1].

@@ -44,9 +44,7 @@ class AnchorRule:
         These are a window about the frame, moved inward at the clip's ends and widened over the anchors in it. Of two
         as near the earlier one is taken.
 
-        Args:
-            frames: T, token frames of the clip.
-            offset: of the anchors, in frames; the step's number where they rotate.
+        ``offset``: of the anchors, in frames; the step's number where they rotate.
         """
         stride = self.stride(frames)
         if stride == 1:

@@ -42,7 +42,6 @@ def frequencies(dim: int, theta: float, exponents: Sequence[float] | None = None
 
     Args:
         dim: channels that the axis rotates, two per frequency.
-        theta: the base.
         exponents: e with theta^(-e) for each frequency, where a model has others than 2 j / dim.
     """
     if dim < 2 or dim % 2:
@@ -95,10 +94,7 @@ def edited(
     """Return an axis's frequencies for a length, float64 of the shape of ``own``; ``own`` where it is no longer.
 
     Args:
-        kind: one of `KINDS`.
         own: the model's frequencies, float64 [n], in any order; for ``pi`` and ``yarn`` of any shape and sign.
-        trained: positions that the model was trained on.
-        length: positions that are wanted.
         period: of kind ``riflex``: change the frequency whose period is nearest to this; None: the `dominant` one.
         turn: of kinds ``riflex`` and ``ultraimage``: turns that a changed frequency makes over the length; None:
             `TURN`.

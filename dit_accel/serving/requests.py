@@ -28,10 +28,7 @@ _BENEATH = ("torch", "triton", "threading", "contextlib", "functools")
 def attach_requested(pipe: Any, setting: str | None = None, logger: logging.Logger = LOGGER) -> Attachment | None:
     """Attach to a pipeline what its server asks for; log one line, and on any error leave the pipeline plain.
 
-    Args:
-        pipe: a diffusers pipeline that is loaded and placed.
-        setting: as `read_setting` takes it. None: the text of the environment variable ``DIT_ACCEL``.
-        logger: the server's.
+    ``setting``: as `read_setting` takes it. None: the text of the environment variable ``DIT_ACCEL``.
 
     Returns:
         The attachment; None where nothing was requested or it was refused.
@@ -68,7 +65,6 @@ def answer(
             of any other one the request just runs.
         run: calls the pipeline once and returns what the server wants of it; it may be called a second time.
         generators: the random generators that the call draws from, which the second run finds as the first did.
-        logger: the server's.
 
     Returns:
         What ``run`` returns. What it raises is raised.

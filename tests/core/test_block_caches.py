@@ -34,8 +34,7 @@ def test_blocks_that_always_run(transformer, config, left):
     assert ran_by_step(transformer, config, 3, ("cond", "uncond")) == [WHOLE] * 2 + [left] * 4
 
 
-@pytest.mark.parametrize("threshold", [0.02, 0.1, 0.3])
-@pytest.mark.parametrize(("first", "last"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("first", "last", "threshold"), [(1, 0, 0.1), (2, 1, 0.02), (2, 1, 0.1), (2, 1, 0.3)])
 def test_the_rule_of_dbcache(transformer, first, last, threshold):
     model = six_blocks()
     seen, skip = {}, []

@@ -200,6 +200,7 @@ def outputs(*steps, output=squares, branch="cond", driven=None, sigmas=SIGMAS):
 
 def test_a_computed_step_takes_off_a_share_of_what_the_skipped_ones_moved_too_much():
     """By hand: the line through 0 and 1, followed to four fifths; its error grows as step * (step - 1)."""
+    assert (DAMPING, SHARE) == (0.2, 0.35)
     followed = [1 + (1 - DAMPING) * (step - 1) for step in range(5)]
     owed = (16 - followed[4]) / 12 * (2 * 0.1 + 6 * 0.2)
     assert outputs(1, 1, 0, 0, 1, 1, 1) == pytest.approx([0, 1, *followed[2:4], 16 + SHARE * owed / 0.2, 25, 36])

@@ -59,8 +59,9 @@ def test_rescaling_gives_the_conditional_deviation_back():
     ("scale", "tau", "alpha"), [(11.0, 1.5, 1.0), (11.0, 1.5, 0.7), (1.2, 1e9, 0.25), (1.0, 1.0, 0.7)]
 )
 def test_normalized_is_the_formula_and_leaves_zeros_alone(scale, tau, alpha):
-    positive, negative = torch.randn(2, 3, 5, 8)
+    positive, negative = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     positive[0, 0] = 0
+    assert normalized(positive.bfloat16(), negative.bfloat16(), scale, tau, alpha).dtype == torch.float32
     led = normalized(positive, negative, scale, tau, alpha)
     for z, minus, out in zip(positive.flatten(0, 1), negative.flatten(0, 1), led.flatten(0, 1), strict=True):
         guided = scale * z - (scale - 1) * minus

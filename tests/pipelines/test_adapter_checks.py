@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from dit_accel_pipelines import ADAPTERS as PACKAGED
-from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.all_families import IMAGES
 from dit_accel_pipelines.families.wan import WAN
 from shallow_models import shallow
 from some_cases import some
@@ -58,7 +58,7 @@ FEED_FORWARD = re.compile(
 
 def check(name, models, only):
     """Check some models of an adapter, and that what passes is what applies."""
-    adapter, image = ADAPTERS[name], ADAPTERS[name] in IMAGE_ADAPTERS
+    adapter, image = ADAPTERS[name], ADAPTERS[name] in IMAGES
     verdicts = check_adapter(adapter, *models, only=only)
     assert len(verdicts) == len(models)
     applying = set(METHOD_CASES) - set(adapter.refused)
@@ -116,18 +116,18 @@ def require_registered(case):
     for listed in block_lists(case.adapter, case.transformer):
         for cls in {type(module) for _, module in blocks_of(listed, case.adapter, case.transformer)}:
             if cls in TransformerBlockRegistry._registry and cls.__name__ not in WRONGLY_REGISTERED:
-                told = registered_blocks(listed.pattern, cls, case.adapter.name)
-                assert (told.takes, told.gives) == (listed.takes, listed.gives), cls
+                registered = registered_blocks(listed.pattern, cls, case.adapter.name)
+                assert (registered.takes, registered.gives) == (listed.takes, listed.gives), cls
 
 
 def require_planned(case):
     """Require that a model of no released size can be planned."""
     config = {**case.transformer.config, "_class_name": type(case.transformer).__name__}
     files = ModelFiles(name="some/model", index={"transformer": ["diffusers", "x"]}, transformer=config, vae={})
-    found, family = files.identify()
-    assert (found, family.name, family.repo) == (case.adapter, case.adapter.name, "some/model")
+    adapter, family = files.identify()
+    assert (adapter, family.name, family.repo) == (case.adapter, case.adapter.name, "some/model")
     methods = [] if "sol" in case.adapter.refused else [registry.method("sol")()]
-    assert estimate(found, family, methods=methods).speedup > 0
+    assert estimate(adapter, family, methods=methods).speedup > 0
 
 
 def require_predictions(case):
@@ -249,8 +249,8 @@ def test_a_wrong_adapter_fails_by_name(only, change, which, message):
 
 def test_an_adapter_that_refuses_every_method_passes(only):
     adapter = only(dataclasses.replace(ONE_CLASS, refused=dict.fromkeys(METHOD_CASES, "no reason")))
-    found = check_adapter(adapter, tiny_models.WAN[0], only=["active", "refused"])["WanTransformer3DModel 0"]
-    assert found == {"active": "every method with a case is refused", "refused": "passed"}
+    results = check_adapter(adapter, tiny_models.WAN[0], only=["active", "refused"])["WanTransformer3DModel 0"]
+    assert results == {"active": "every method with a case is refused", "refused": "passed"}
 
 
 def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch):

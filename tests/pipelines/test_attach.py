@@ -22,10 +22,10 @@ def test_neutral_is_bit_equal_and_detach_leaves_no_trace(pipe):
     keys = {name: set(module.__dict__) for name, module in transformer.named_modules()}
     for methods in ((), (d.RadialAttention(**{**SPARSE, "dense_steps": 1000}),)):
         attachment = d.attach(pipe, *methods, preset="none")
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UnplannedRun)
             assert all(torch.equal(generate(pipe), before) for _ in range(2))
-        assert len([one for one in said if issubclass(one.category, UnplannedRun)]) == len(methods)  # once, not twice
+        assert len([one for one in caught if issubclass(one.category, UnplannedRun)]) == len(methods)  # once, not twice
         assert sum(step.dense_layers for step in attachment.report().steps) == 4 * 2 * 3
         attachment.detach()
     assert torch.equal(generate(pipe), before)
@@ -208,8 +208,8 @@ def test_compiled_transformers_give_the_same_in_no_further_graph(make_pipe, fres
         if when == "after":
             compile_as(pipe, how)
         for _ in range(2):
-            found = generate(pipe, num_inference_steps=STEPS)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            latents = generate(pipe, num_inference_steps=STEPS)
+            torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
             assert counters["stats"]["unique_graphs"] == graphs
         report = attachment.report()
     assert [step.density for step in report.steps] == pytest.approx([step.density for step in eager.steps])

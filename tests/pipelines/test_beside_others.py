@@ -107,8 +107,8 @@ def test_each_cell_is_as_the_page_says(other, first, name, word, request, wan):
         OTHERS[other](pipe)
         plain = run()
     if word == "refused":
-        error, said = REFUSALS[other]
-        with pytest.raises(error, match=said):  # noqa: PT012
+        error, words = REFUSALS[other]
+        with pytest.raises(error, match=words):  # noqa: PT012
             d.attach(pipe, METHODS[name], preset="none")
             OTHERS[other](pipe)
             run()
@@ -136,10 +136,10 @@ def test_a_transformer_under_another_name_is_refused_by_it(wan):
 
 def test_the_foreign_processors_compute_what_diffusers_own_do(wan):
     pipe, run = wan
-    own = run()
+    expected = run()
     for processor in (foreign.TorchAttention, foreign.ShardedAttention):
         foreign.put(pipe, processor)
-        torch.testing.assert_close(run(), own, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-3)
 
 
 # Caches of diffusers attached to whole pipelines, with and without contexts of their own
@@ -222,12 +222,12 @@ def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(
         first = run_stock(pipe, call)
         ran, of = counted(attachment)
         assert 0 < ran < of
-        made = list(calls)
+        of_first = list(calls)
         assert torch.equal(run_stock(pipe, call), first)
     if methods:
-        assert {len(one.q) for one in made} == {1, 2}
+        assert {len(one.q) for one in of_first} == {1, 2}
     for batch in (1, 2) if methods == (LITE,) else ():
-        exact = [unpack_bits(one.exact, -(-one.k.shape[2] // 16)) for one in made if len(one.q) == batch]
+        exact = [unpack_bits(one.exact, -(-one.k.shape[2] // 16)) for one in of_first if len(one.q) == batch]
         assert exact[0].all()
         assert not exact[-1].all()
     native.transformer.enable_cache(faster)

@@ -21,17 +21,17 @@ def test_two_runs_of_one_seed_are_compared(pipe, tmp_path):
         return pipe("a red circle", generator=torch.Generator().manual_seed(3), output_type="np", **CALL).frames[0]
 
     with dit_accel.attach(pipe, CACHE) as attachment:
-        found, again = attachment.check("a red circle", seed=3, **CALL), made()
-    assert np.array_equal(found.dense, made())
-    assert np.array_equal(found.accelerated, again)
-    error = np.mean((found.dense - found.accelerated) ** 2)
-    assert found.metrics["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
-    assert {*found.metrics, *found.not_measured} == {"psnr", "ssim", "lpips@alex"}
-    assert "same seed" in str(found)
-    found.save(tmp_path / "check.png")
+        result, again = attachment.check("a red circle", seed=3, **CALL), made()
+    assert np.array_equal(result.dense, made())
+    assert np.array_equal(result.accelerated, again)
+    error = np.mean((result.dense - result.accelerated) ** 2)
+    assert result.metrics["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+    assert {*result.metrics, *result.not_measured} == {"psnr", "ssim", "lpips@alex"}
+    assert "same seed" in str(result)
+    result.save(tmp_path / "check.png")
     assert Image.open(tmp_path / "check.png").width > 100
     with pytest.raises(ConfigError, match=r"check\.mp4"):
-        found.save(tmp_path / "check.mp4")
+        result.save(tmp_path / "check.mp4")
 
 
 class Ticks:
@@ -83,14 +83,14 @@ def test_the_measured_speedup_is_that_of_a_stopwatch_around_the_call(pipe, ticks
 
 def test_a_picture_is_one_frame_and_methods_that_change_nothing_are_equal(pipe):
     with dit_accel.attach(pipe, EasyCache(threshold=0.0)) as attachment:
-        found = attachment.check("a red circle", **CALL)
-    assert np.array_equal(found.dense, found.accelerated)
+        result = attachment.check("a red circle", **CALL)
+    assert np.array_equal(result.dense, result.accelerated)
     flux, call = stock_pipeline("FluxPipeline")
     call["num_inference_steps"] = 4
     with dit_accel.attach(flux, CACHE) as attachment:  # embeddings stand for a prompt
-        found = attachment.check(**{key: value for key, value in call.items() if key != "output_type"})
-    assert len(found.dense) == len(found.accelerated) == 1
-    assert not np.array_equal(found.dense, found.accelerated)
+        result = attachment.check(**{key: value for key, value in call.items() if key != "output_type"})
+    assert len(result.dense) == len(result.accelerated) == 1
+    assert not np.array_equal(result.dense, result.accelerated)
 
 
 def test_short_runs_are_made_twice_and_the_faster_one_counts(pipe, ticks, monkeypatch):
@@ -101,9 +101,9 @@ def test_short_runs_are_made_twice_and_the_faster_one_counts(pipe, ticks, monkey
         monkeypatch.setattr(
             pipe.vae, "decode", lambda *args, **kwargs: ticks.taking(decode, next(slow))(*args, **kwargs)
         )
-        found = attachment.check("a red circle", **call)
-        assert (found.dense_seconds, found.accelerated_seconds, found.runs) == (11.5, 9.5, 2)
-        assert str(found).startswith("the faster of 2 runs each, same seed: 9.5 s instead of 11.5 s in the whole call")
+        result = attachment.check("a red circle", **call)
+        assert (result.dense_seconds, result.accelerated_seconds, result.runs) == (11.5, 9.5, 2)
+        assert str(result).startswith("the faster of 2 runs each, same seed: 9.5 s instead of 11.5 s in the whole call")
         monkeypatch.setattr(check, "SHORT", 20.0)
         assert attachment.check("a red circle", **call).runs == 1
 

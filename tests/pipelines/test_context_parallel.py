@@ -27,15 +27,15 @@ def test_no_method_is_left_out():
 
 def run(world, work, *arguments, **options):
     """Run in some processes; return what each gave, of whom none broke."""
-    found = processes(world, work, *arguments, **options)
-    assert sorted(found) == list(range(world))
-    assert not [one for one in found.values() if isinstance(one, str)]
-    return [found[rank] for rank in range(world)]
+    results = processes(world, work, *arguments, **options)
+    assert sorted(results) == list(range(world))
+    assert not [one for one in results.values() if isinstance(one, str)]
+    return [results[rank] for rank in range(world)]
 
 
-def require_as_alone(found, cases):
+def require_as_alone(ranks, cases):
     """Require that each process's outputs are one process's, which the methods changed."""
-    for rank, results in enumerate(found):
+    for rank, results in enumerate(ranks):
         assert len(results) == cases
         for case, result in results.items():
             assert not isinstance(result, str), (case, rank, result)
@@ -69,17 +69,17 @@ def test_further_models_give_what_one_process_gives():
 
 
 def test_a_weaker_model_is_shared_where_its_heads_can_be_and_left_as_it_was():
-    for found in run(2, parallel_ranks.weaker_models):
+    for results in run(2, parallel_ranks.weaker_models):
         for heads, tokens in ((4, 40), (3, 80)):
-            away, seen, left, same = found[heads]
+            away, seen, left, same = results[heads]
             assert away < 1e-5, heads
             assert (seen, left, same) == ([tokens], 0, True), heads
 
 
 def test_compiled_blocks_give_what_one_process_gives_in_two_graphs():
     cases = {name: VIDEO[name] for name in ("radial + lite + easycache", "firstblockcache")}
-    for found in run(2, parallel_ranks.compiled, cases, dict(backend="eager", fullgraph=True)):
-        for case, (away, graphs) in found.items():
+    for results in run(2, parallel_ranks.compiled, cases, dict(backend="eager", fullgraph=True)):
+        for case, (away, graphs) in results.items():
             assert away < 1e-5, case
             assert graphs <= 2, case
 
@@ -102,8 +102,8 @@ def test_processes_that_train_compare_what_they_run_once():
 
 
 def test_what_cannot_be_right_is_refused_on_every_process_alike():
-    found = run(2, parallel_ranks.refused)
-    assert found[0] == found[1]
+    results = run(2, parallel_ranks.refused)
+    assert results[0] == results[1]
     for what, words in {
         "heads": "ConfigError: ulysses_degree = 2 does not divide the 3 heads of transformer",
         "too few heads": "ConfigError: ulysses_degree = 2 leaves a process none of the 1 heads of transformer",
@@ -116,14 +116,14 @@ def test_what_cannot_be_right_is_refused_on_every_process_alike():
         "steps": "num_inference_steps is 4 on rank 0 and 5 on rank 1",
         "seeds": "begin with other latents on rank 1 than on rank 0; give the pipeline a generator of the same seed",
     }.items():
-        assert words in found[0][what], what
+        assert words in results[0][what], what
 
 
 def test_groups_of_processes_share_a_transformer_each():
-    found = run(4, parallel_ranks.groups, (RadialAttention(**RADIAL), EasyCache(**SKIPS)))
-    for rank, (away, told, refusals) in enumerate(found):
+    results = run(4, parallel_ranks.groups, (RadialAttention(**RADIAL), EasyCache(**SKIPS)))
+    for rank, (away, number, refusals) in enumerate(results):
         assert away < 1e-5
-        assert told == found[rank // 2 * 2][1] != found[3 - rank][1]
+        assert number == results[rank // 2 * 2][1] != results[3 - rank][1]
         assert refusals == [
             "ConfigError: ulysses = 3 does not divide the 4 processes that were started; start a multiple of it, such "
             "as torchrun --nproc-per-node 3, or choose another",
@@ -135,11 +135,11 @@ def test_groups_of_processes_share_a_transformer_each():
 
 @pytest.mark.parametrize("fault", ["killed", "stuck"])
 def test_a_lost_process_is_an_error_on_the_others(fault):
-    found = processes(2, parallel_ranks.lose_one, fault, seconds=15)
-    assert found[0].startswith(
+    results = processes(2, parallel_ranks.lose_one, fault, seconds=15)
+    assert results[0].startswith(
         "ProcessLost: another of the 2 processes that run transformer together ended or no longer"
     )
-    assert "look for the first error among their outputs, and start all again" in found[0]
+    assert "look for the first error among their outputs, and start all again" in results[0]
 
 
 METHODS = (

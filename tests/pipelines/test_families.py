@@ -84,10 +84,10 @@ def test_sizes_of_released_models_are_those_of_diffusers_defaults():
     for name, kind in FROM_DEFAULTS.items():
         cls = next(cls for n in "23" if hasattr(diffusers, cls := f"{kind}Transformer{n}DModel"))
         adapter, config = installed.adapter_for(cls), defaults(cls) | OTHERWISE.get(name, {})
-        found, family = adapter.sizes(config), installed.family(name)
+        sizes, family = adapter.sizes(config), installed.family(name)
         assert adapter.family(config) is family or (adapter.name, name) == ("wan", "wan2.1-14b"), name
         for size in ("layers", "heads", "head_dim", "ffn_dim", "patch"):
-            assert getattr(found, size) == getattr(family, size), (name, size)
+            assert getattr(sizes, size) == getattr(family, size), (name, size)
     for name, config in READ.items():
         assert FAMILIES[name][0].family(config).name == name
     assert WAN.family(defaults("WanTransformer3DModel"), experts=2).name == "wan2.2-a14b"
@@ -97,11 +97,14 @@ def test_sizes_of_released_models_are_those_of_diffusers_defaults():
 
 @pytest.mark.parametrize("name", dit_accel_assets.model_names())
 def test_embedded_models_are_their_families(name):
-    _, found = read_model_files(str(dit_accel_assets.model_path(name))).identify()
+    _, identified = read_model_files(str(dit_accel_assets.model_path(name))).identify()
     family, own = FAMILIES[name][1], dit_accel_assets.model_defaults(name)
-    assert found == replace(family, repo=found.repo)
+    assert identified == replace(family, repo=identified.repo)
     assert (family.height, family.width) == (own["height"], own["width"])
-    assert (family.num_frames, family.num_inference_steps) == (own.get("num_frames", 1), own["num_inference_steps"])
+    assert (family.num_frames, family.num_inference_steps) == (
+        own.get("num_frames", 1),
+        own["num_inference_steps"],
+    )
 
 
 def test_sizes_are_read_over_both_block_lists_and_latents_may_be_packed():
@@ -120,8 +123,8 @@ def test_experts_count_as_often_as_a_token_passes_one():
     routed, dense = 9 * 1344, 5376  # eight experts a token and the shared one; blocks without experts
     for strategy, blocks in (("leave_first_three_and_last_block_dense", 4), ("all_moe", 0), ("all_dense", 24)):
         mean = (blocks * dense + (24 - blocks) * routed) / 24
-        found = NUCLEUS_IMAGE.sizes({**config, "dense_moe_strategy": strategy}).ffn_dim
-        assert found == pytest.approx(1.5 * mean, abs=2)
+        width = NUCLEUS_IMAGE.sizes({**config, "dense_moe_strategy": strategy}).ffn_dim
+        assert width == pytest.approx(1.5 * mean, abs=2)
     assert NUCLEUS_IMAGE.sizes({**config, "moe_enabled": False}).ffn_dim == 1.5 * dense
     assert NUCLEUS_IMAGE.sizes({**config, "capacity_factors": [8.0] * 12 + [2.0] * 12}).ffn_dim < 1.5 * 6 * 1344 * 1.1
 
@@ -175,7 +178,7 @@ TOGETHER = (
 
 def why_not(name, adapter, family, *, given):
     """Return the words with which a method can't be planned on a family, with what it needs given or not, or None."""
-    text, own = adapter.cross_attention or adapter.joined_text, {**adapter.recipes, **family.recipes}
+    text, recipes = adapter.cross_attention or adapter.joined_text, {**adapter.recipes, **family.recipes}
     if name in adapter.refused:
         return re.escape(adapter.refused[name])
     untold = {"dfa", "seacache"} if adapter.noise == ("none",) else {"dfa"}
@@ -193,7 +196,7 @@ def why_not(name, adapter, family, *, given):
         return rf"{name} needs.*the length.*{family.name} does not"
     if name in CALIBRATED and name not in family.recipes:
         return rf"{name} has no.*{CALIBRATED[name]}.*'{family.name}'"
-    if name in GUIDED and name not in own:
+    if name in GUIDED and name not in recipes:
         return rf"{name}.{GUIDED[name]}.*not set.*published for"
     return None
 
@@ -225,10 +228,10 @@ def test_every_method_is_planned_at_a_familys_size_or_refused_with_the_reason(na
             with pytest.raises(ConfigError, match=why):
                 estimate(adapter, family, methods=[config_type()])
             continue
-        found = estimate(adapter, family, methods=[config_type(), *beside])
-        saving = found.savings[method]
-        assert 0 < found.pair_density <= 1
-        assert (found.pair_density < 1) == (method in THINNING), method
+        plan = estimate(adapter, family, methods=[config_type(), *beside])
+        saving = plan.savings[method]
+        assert 0 < plan.pair_density <= 1
+        assert (plan.pair_density < 1) == (method in THINNING), method
         assert saving.counted == (method in COUNTED | {"nag"}), method
         assert (saving.forwards > 0) == (method in STATIC)
         assert (saving.exact_rows > 0) == (method == "delta")
@@ -253,13 +256,13 @@ def test_every_pair_of_methods_is_estimated_in_either_order_or_refused(name):
             with pytest.raises(ConfigError, match="|".join([*reasons, TOGETHER])):
                 estimate(adapter, family, methods=chosen, **size)
             continue
-        found = estimate(adapter, family, methods=chosen, **size)
-        values = found.to_dict()
+        plan = estimate(adapter, family, methods=chosen, **size)
+        values = plan.to_dict()
         json.dumps(values, allow_nan=False)
-        assert 0 < found.pair_density <= 1 + found.layout.tokens, names
-        assert 0 <= found.dense_share <= 1
-        assert math.isfinite(found.speedup)
-        assert list(values["methods"]) == list(found.savings)
+        assert 0 < plan.pair_density <= 1 + plan.layout.tokens, names
+        assert 0 <= plan.dense_share <= 1
+        assert math.isfinite(plan.speedup)
+        assert list(values["methods"]) == list(plan.savings)
         assert estimate(adapter, family, methods=chosen[::-1], **size).to_dict() == values
 
 
@@ -272,8 +275,8 @@ def test_recipes_can_be_planned():
     assert len(RECIPES) >= 3
     for path in RECIPES:
         family = "hunyuan-video" if path.stem.startswith("hunyuan") else "wan2.1-14b"
-        found = estimate(*FAMILIES[family], methods=select_methods([], path, []), num_frames=161)  # some for longer
-        assert found.speedup > 1, path.stem
+        plan = estimate(*FAMILIES[family], methods=select_methods([], path, []), num_frames=161)  # some for longer
+        assert plan.speedup > 1, path.stem
 
 
 # What is described and recommended
@@ -285,23 +288,23 @@ def wrong_of(name):
     """Say where a description of a pipeline, or the table of models, says of a method what `attach` does not."""
     pipe, _ = stock_pipeline(name)
     pipe = getattr(pipe, "pipe", pipe)
-    (*_, found) = dit_accel.describe(pipe).transformers
-    assert set(found.methods) | set(found.needs) | set(found.refused) == set(methods())
+    (*_, described) = dit_accel.describe(pipe).transformers
+    assert set(described.methods) | set(described.needs) | set(described.refused) == set(methods())
     wrong = []
     for method, config_type in methods().items():
         try:  # tiny models have fewer blocks than DBCache usually computes
             dit_accel.attach(pipe, DBCache(first_blocks=1) if method == "dbcache" else config_type()).detach()
-            said, why = "methods", None
+            verdict, why = "methods", None
         except MissingOption as error:
-            said, why = "needs", error.needs
+            verdict, why = "needs", error.needs
         except ConfigError as error:
-            said, why = "refused", str(error)
-        listed = getattr(found, said).get(method)
+            verdict, why = "refused", str(error)
+        listed = getattr(described, verdict).get(method)
         if listed is None or (why is not None and listed not in why):
-            wrong.append(f"{name}, {method}: attach says {said}: {why}, and described is {listed}")
-    adapter = installed.adapters()[found.adapter]
+            wrong.append(f"{name}, {method}: attach says {verdict}: {why}, and described is {listed}")
+    adapter = installed.adapters()[described.adapter]
     if noise_of(pipe.components.get("scheduler")) in adapter.noise:  # as released
-        unknown = set(refused_by(adapter)) - set(found.refused)
+        unknown = set(refused_by(adapter)) - set(described.refused)
         wrong += [f"{name}, {method}: the table of models refuses it" for method in unknown]
     return wrong
 
@@ -319,13 +322,13 @@ def test_every_pipeline_says_what_attach_says():
 
 def test_a_description_says_what_must_be_given_and_names_the_scheduler():
     pipe, _ = stock_pipeline("CogVideoXPipeline")
-    found = dit_accel.describe(pipe)
-    text = str(found)
+    described = dit_accel.describe(pipe)
+    text = str(described)
     assert "transformer takes once it is given, " in text
     assert "nag (negative_prompt or negative_embeds)" in text
     assert "pag (layers)" in text
     assert "seacache" in text.split("transformer refuses ")[1]
-    assert "refused, seacache needs the noise level, which CogVideoXDDIMScheduler does not tell" in found.options()
+    assert "refused, seacache needs the noise level, which CogVideoXDDIMScheduler does not tell" in described.options()
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
     assert "seacache" in dit_accel.describe(pipe).transformers[0].methods
     assert "seacache" in dit_accel.describe(pipe.transformer).transformers[0].methods  # a loop may state it
@@ -334,12 +337,12 @@ def test_a_description_says_what_must_be_given_and_names_the_scheduler():
 def test_a_loaded_pipeline_is_recommended_as_its_family_is_with_what_was_tuned_on_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pipe = diffusers.DiffusionPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.bfloat16)
-    found, named = dit_accel.recommend(pipe), dit_accel.recommend("wan-plain")
-    assert [*found.settings] == [*named.settings]
+    recommended, named = dit_accel.recommend(pipe), dit_accel.recommend("wan-plain")
+    assert [*recommended.settings] == [*named.settings]
     count = sum(weight.numel() for weight in pipe.transformer.parameters())
-    assert 2 * count < found.weight_bytes < 2.1 * count  # diffusers keeps a few of Wan's in float32
-    assert found.weight_bytes > named.weight_bytes
-    assert str(found) in str(dit_accel.describe(pipe))
+    assert 2 * count < recommended.weight_bytes < 2.1 * count  # diffusers keeps a few of Wan's in float32
+    assert recommended.weight_bytes > named.weight_bytes
+    assert str(recommended) in str(dit_accel.describe(pipe))
     result = tuned.TunedResult(
         model="wan-plain", height=64, width=64, num_frames=17, num_inference_steps=20, metric="psnr", quality=30.5,
         speedup=2.0, prompts=6,

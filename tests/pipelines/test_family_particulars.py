@@ -134,8 +134,8 @@ def test_ltx_refuses_tokens_without_a_grid():
     refused = pytest.raises(ConfigError, match=r"\(ltx\).*LTX's video_coords.*last 224 of 224")
     with dit_accel.attach(transformer, ACTIVE), refused:
         run(transformer, inputs)
-    told = LTX.grid(transformer.config, {**inputs, "video_coords": None})
-    assert told.startswith("LTX was given neither num_frames, height and width nor video_coords")
+    why = LTX.grid(transformer.config, {**inputs, "video_coords": None})
+    assert why.startswith("LTX was given neither num_frames, height and width nor video_coords")
     spans = torch.stack([scattered, scattered + 1], -1)  # as LTX-2's pipeline for keyframes gives them
     assert "which of its tokens are the video's" in LTX.grid(transformer.config, {**inputs, "video_coords": spans})
 
@@ -210,29 +210,29 @@ def test_images_refuse_what_is_for_videos_and_what_they_lack(name, before, after
 @contextlib.contextmanager
 def levels(attachment):
     """Give (step, noise level) of every planned call."""
-    found = []
-    with attachment.observe(lambda planned: found.append((planned.context.step_index, planned.context.sigma))):
-        yield found
+    pairs = []
+    with attachment.observe(lambda planned: pairs.append((planned.context.step_index, planned.context.sigma))):
+        yield pairs
 
 
 def test_every_chunk_is_a_run_of_its_own():
     pipe, call = stock_pipeline("HeliosPipeline")
     config = RadialAttention(block_size=16, dense_steps=1, dense_layers=0, decay_factor=0.2, near="half", sink=False)
-    with dit_accel.attach(pipe, config) as attachment, levels(attachment) as found:
+    with dit_accel.attach(pipe, config) as attachment, levels(attachment) as pairs:
         video = run_stock(pipe, {**call, "num_frames": 50, "guidance_scale": 1.0, "num_inference_steps": 2})
         steps = [(step.step_index, step.sparse_layers) for step in attachment.report().steps]
     assert video.isfinite().all()
     assert steps == [(0, 0), (1, 3)]
-    assert [step for step, _ in found] == [1] * 3 * 2  # both chunks begin dense
+    assert [step for step, _ in pairs] == [1] * 3 * 2  # both chunks begin dense
 
 
 @pytest.mark.parametrize("name", ["Kandinsky5T2VPipeline", "MiniMaxH3ModularPipeline"])
 def test_the_noise_level_comes_from_the_scheduler_where_no_pipeline_tells_it(name):
     pipe, call = stock_pipeline(name)
-    with dit_accel.attach(pipe, ACTIVE) as attachment, levels(attachment) as found:
+    with dit_accel.attach(pipe, ACTIVE) as attachment, levels(attachment) as pairs:
         run_stock(pipe, call)
     sigmas = pipe.scheduler.sigmas[:-1].tolist()
-    assert set(found) == set(enumerate(sigmas))
+    assert set(pairs) == set(enumerate(sigmas))
     if name.startswith("MiniMax"):  # whose schedule has a large shift
         config = RadialAttention(block_size=16, dense_steps=0, dense_layers=0, dense_above_sigma=0.95)
         with dit_accel.attach(pipe, config) as attachment:

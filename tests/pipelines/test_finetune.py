@@ -83,10 +83,10 @@ def test_batches_in_parts_give_the_same(base: Path, tmp_path: Path):
 
 
 def test_diffusers_loads_what_the_averages_hold(base: Path, tmp_path: Path):
-    found = trained(base, tmp_path / "lora", alpha=6.0, ema_decay=0.5)
-    assert len(found) == 3 * 4 * 2  # blocks, projections, matrices
-    assert {name.split(".")[3] for name in found} == {"attn1"}
-    assert all(value.dtype == torch.float32 for value in found.values())
+    lora = trained(base, tmp_path / "lora", alpha=6.0, ema_decay=0.5)
+    assert len(lora) == 3 * 4 * 2  # blocks, projections, matrices
+    assert {name.split(".")[3] for name in lora} == {"attn1"}
+    assert all(value.dtype == torch.float32 for value in lora.values())
     pipe = opened(base)
     with torch.no_grad():
         plain = pipe.transformer(**GIVEN)[0]
@@ -94,7 +94,7 @@ def test_diffusers_loads_what_the_averages_hold(base: Path, tmp_path: Path):
         module = pipe.transformer.blocks[1].attn1.to_q
         assert module.scaling == {"default_0": 3.0}
         assert not torch.equal(plain, pipe.transformer(**GIVEN)[0])
-    average = found["transformer.blocks.1.attn1.to_q.lora_B.weight"]
+    average = lora["transformer.blocks.1.attn1.to_q.lora_B.weight"]
     assert torch.equal(module.lora_B["default_0"].weight, average)
     saved = torch.load(sorted((tmp_path / "lora" / "checkpoints").iterdir())[-1], weights_only=True)
     name = "blocks.1.attn1.to_q.lora_B.default.weight"
@@ -118,12 +118,12 @@ def test_the_command_and_its_lora_in_generate(tmp_path: Path):
     assert "s a step, attention's density" in result.stderr
     assert (tmp_path / "lora" / "samples" / "step-00000002.png").stat().st_size > 1000
     short = ["a red circle", "--num-inference-steps", "1", "--num-frames", "5", "--device", "cpu"]
-    made = {}
+    files = {}
     for name, more in (("plain", ()), ("lora", ("--lora", str(tmp_path / "lora")))):
         result = CliRunner().invoke(app, ["generate", *short, *more, "-o", str(tmp_path / f"{name}.png")])
         assert result.exit_code == 0, result.stderr
-        made[name] = (tmp_path / f"{name}.png").read_bytes()
-    assert made["plain"] != made["lora"]
+        files[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert files["plain"] != files["lora"]
     assert json.loads((tmp_path / "lora.png.json").read_text())["lora"] == str(tmp_path / "lora")
     again = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "lora")])
     assert again.exit_code == 2
@@ -139,32 +139,32 @@ def test_bfloat16_trains_a_lora_of_float32_and_a_tracker_is_fed(base: Path, tmp_
 
 
 def test_clips_and_captions_are_encoded_once(base: Path, tmp_path: Path, monkeypatch):
-    asked: dict[str, Any] = dict(cache=tmp_path / "cache", steps=1)
-    trained(base, tmp_path / "one", **asked)
-    kept = {path.name: path.stat().st_mtime_ns for path in asked["cache"].iterdir()}
-    assert len(kept) == 3 + 4  # clips; their captions and none
+    options: dict[str, Any] = dict(cache=tmp_path / "cache", steps=1)
+    trained(base, tmp_path / "one", **options)
+    before = {path.name: path.stat().st_mtime_ns for path in options["cache"].iterdir()}
+    assert len(before) == 3 + 4  # clips; their captions and none
     plain = TRAINABLE["WanPipeline"]
     only = Trainable(latents=lambda *_: 1 / 0, text=lambda *_: 1 / 0, velocity=plain.velocity)
     with monkeypatch.context() as patched:
         patched.setitem(TRAINABLE, "WanPipeline", only)
-        trained(base, tmp_path / "two", **asked)
-    trained(base, tmp_path / "three", num_frames=5, **asked)
-    found = {path.name: path.stat().st_mtime_ns for path in asked["cache"].iterdir()}
-    assert found.items() >= kept.items()
-    assert len(found) == 7 + 3
+        trained(base, tmp_path / "two", **options)
+    trained(base, tmp_path / "three", num_frames=5, **options)
+    files = {path.name: path.stat().st_mtime_ns for path in options["cache"].iterdir()}
+    assert files.items() >= before.items()
+    assert len(files) == 7 + 3
 
 
 def test_a_place_of_the_training_tells_clip_noise_and_level(base: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.full((2, 3, 4, 4), float(place)))
     monkeypatch.setattr(Encoded, "text", lambda self, place: {"prompt_embeds": torch.full((5, 6), float(place))})
     monkeypatch.setattr(Encoded, "no_caption", lambda self: {"prompt_embeds": torch.full((5, 6), -1.0)})
-    encoded, asked = Encoded(tmp_path, list("abcd"), list("abcd"), "e"), recipe(base, caption_dropout=0.25)
+    encoded, options = Encoded(tmp_path, list("abcd"), list("abcd"), "e"), recipe(base, caption_dropout=0.25)
     assert all(sorted(order(0, 4, 4 * turn + place) for place in range(4)) == [0, 1, 2, 3] for turn in range(5))
-    both, later = batch_of([5, 6], encoded, asked, 3.0), batch_of([6], encoded, asked, 3.0)
+    both, later = batch_of([5, 6], encoded, options, 3.0), batch_of([6], encoded, options, 3.0)
     assert torch.equal(both.noise[1], later.noise[0])
     assert torch.equal(both.latents[1], later.latents[0])
     assert not torch.equal(both.noise[0], both.noise[1])
-    many = batch_of(range(400), encoded, asked, 3.0)
+    many = batch_of(range(400), encoded, options, 3.0)
     text = many.text["prompt_embeds"][:, 0, 0]
     dropped = (text == -1).float().mean()
     assert 0.15 < dropped < 0.35
@@ -179,16 +179,16 @@ def test_the_loss_is_that_of_the_schedulers_velocity(monkeypatch, base: Path, tm
     monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.randn(2, 3, 4, 4, generator=torch.Generator()))
     monkeypatch.setattr(Encoded, "text", lambda self, place: {"prompt_embeds": torch.zeros(5, 6)})
     batch = batch_of([7], Encoded(tmp_path, ["a"], ["a"], "b"), recipe(base, caption_dropout=0.0), 2.0)
-    told = {}
+    seen = {}
 
     def velocity(transformer, pipe, noisy, levels, text):
-        told.update(noisy=noisy, levels=levels)
+        seen.update(noisy=noisy, levels=levels)
         return batch.noise - batch.latents + 2.0
 
     trainable = Trainable(latents=velocity, text=velocity, velocity=velocity)
     assert float(batch_loss(None, None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
-    level = float(told["levels"])
-    assert torch.allclose(told["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
+    level = float(seen["levels"])
+    assert torch.allclose(seen["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
 
 
 def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
@@ -353,7 +353,7 @@ def test_another_lora_is_another_request(tmp_path: Path):
     for content in (None, b"one", b"other", b"one"):
         if content is not None:
             lora.write_bytes(content)
-        given = None if content is None else str(lora)
-        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=given)))
+        path = None if content is None else str(lora)
+        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=path)))
     assert digests[1] == digests[3]
     assert len(set(digests)) == 3

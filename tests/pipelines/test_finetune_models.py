@@ -65,14 +65,14 @@ def opened(base: Path) -> Any:
 
 def asked_by_training(trainable: Any, transformer: Any, pipe: Any, *given: Any) -> tuple[dict[str, Any], Any]:
     """The arguments that a velocity calls the transformer with, and what it reads off the output, zeros but one."""
-    told: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
 
     def forward(**arguments: Any) -> Any:
-        told.update(arguments)
+        seen.update(arguments)
         return (torch.ones_like(arguments["hidden_states"]),)
 
     with mock.patch.object(transformer, "forward", forward):
-        return told, trainable.velocity(transformer, pipe, *given)
+        return seen, trainable.velocity(transformer, pipe, *given)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b low"])
@@ -146,26 +146,26 @@ def differs(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", some(("hunyuan-video", "mochi", "ltx", "wan a14b low"), "hunyuan-video"))
 def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: str):
     """Each layer's update is another after the second step, and the transformer's output another with them."""
-    found = trained(bases[name], tmp_path, **of(name))
-    assert len(found) == CASES[name].modules * 4 * 2
-    assert all(bool(value.any()) for value in found.values())
+    lora = trained(bases[name], tmp_path, **of(name))
+    assert len(lora) == CASES[name].modules * 4 * 2
+    assert all(bool(value.any()) for value in lora.values())
     assert json.loads((tmp_path / "finetune.json").read_text())["density"] < 1
     pipe = opened(bases[name])
     trainable, low = TRAINABLE[type(pipe).__name__], name == "wan a14b low"
     transformer = pipe.transformer_2 if low else pipe.transformer
     shape = (1, transformer.config.in_channels, 2, 4, 4)
-    given = torch.randn(shape), torch.tensor([0.5]), trainable.text(pipe, PROMPT)
+    inputs = torch.randn(shape), torch.tensor([0.5]), trainable.text(pipe, PROMPT)
     with torch.no_grad():
-        plain = trainable.velocity(transformer, pipe, *given)
+        plain = trainable.velocity(transformer, pipe, *inputs)
         pipe.load_lora_weights(tmp_path, **({"load_into_transformer_2": True} if low else {}))
-        assert differs(plain, trainable.velocity(transformer, pipe, *given)) > 1e-4
+        assert differs(plain, trainable.velocity(transformer, pipe, *inputs)) > 1e-4
     layers = {module for module, layer in transformer.named_modules() if getattr(layer, "lora_A", None)}
     assert len(layers) == CASES[name].modules * 4
     assert all(bool(layer.lora_B["default_0"].weight.any()) for layer in map(transformer.get_submodule, layers))
     alone = opened(bases[name])
     load_lora(alone, str(tmp_path))
     there = alone.transformer_2 if low else alone.transformer
-    assert torch.equal(trainable.velocity(there, pipe, *given), trainable.velocity(transformer, pipe, *given))
+    assert torch.equal(trainable.velocity(there, pipe, *inputs), trainable.velocity(transformer, pipe, *inputs))
 
 
 TRAINED = pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
@@ -174,10 +174,10 @@ TRAINED = pytest.mark.parametrize("name", [name for name in CASES if name != "wa
 @pytest.mark.slow
 @TRAINED
 def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_path: Path, name: str):
-    asked = of(name, batch_size=2)
-    whole = trained(bases[name], tmp_path / "whole", **asked)
-    trained(bases[name], tmp_path / "parts", **asked, steps=1)
-    parts = trained(bases[name], tmp_path / "parts", **asked, resume=True, gradient_checkpointing=True)
+    options = of(name, batch_size=2)
+    whole = trained(bases[name], tmp_path / "whole", **options)
+    trained(bases[name], tmp_path / "parts", **options, steps=1)
+    parts = trained(bases[name], tmp_path / "parts", **options, resume=True, gradient_checkpointing=True)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
@@ -260,10 +260,10 @@ def test_an_expert_has_its_part_of_the_noise_levels():
 
     whole, places = levels(8000, (0.0, 1.0)), torch.tensor([0.2, 0.5, 0.8])
     for span in ((0.875, 1.0), (0.0, 0.875)):
-        found, part = levels(4000, span), whole[(whole >= span[0]) & (whole <= span[1])]
-        assert span[0] <= found.min()
-        assert found.max() <= span[1]
-        assert differs(found.quantile(places), part.quantile(places)) < 0.02
+        drawn, part = levels(4000, span), whole[(whole >= span[0]) & (whole <= span[1])]
+        assert span[0] <= drawn.min()
+        assert drawn.max() <= span[1]
+        assert differs(drawn.quantile(places), part.quantile(places)) < 0.02
     assert levels(9, (0.999999, 1.0)).isfinite().all()  # where hardly any would fall by chance
 
 
@@ -294,20 +294,20 @@ def gradients(folder: Path) -> torch.Tensor:
 )
 def test_processes_train_what_one_does(base: Path, tmp_path: Path, many: int, ulysses: int, name: str | None):
     """Each with clips of its own; all with the same; and two groups of two, each with its clips."""
-    asked: dict[str, Any] = dict(steps=1, learning_rate=1e-3)
+    options: dict[str, Any] = dict(steps=1, learning_rate=1e-3)
     if name is not None:
         case, base = CASES[name], tmp_path
         pipeline_folder(case, base / "model")
         video_folder(base / "videos", frames=case.frames, size=case.size)
-        asked |= dict(num_frames=case.frames, height=case.size, width=case.size)
+        options |= dict(num_frames=case.frames, height=case.size, width=case.size)
     sampled = dict(sample_every=1, sample_steps=1) if many == 4 else {}
-    alone = trained(base, tmp_path / "alone", batch_size=2, **asked, **sampled)
-    own = 2 * ulysses // many
-    told = processes(
-        many, base, output=tmp_path / "many", batch_size=own, ulysses=ulysses, gradient_checkpointing=ulysses > 1,
-        **asked, **sampled,
+    alone = trained(base, tmp_path / "alone", batch_size=2, **options, **sampled)
+    rows = 2 * ulysses // many
+    errors = processes(
+        many, base, output=tmp_path / "many", batch_size=rows, ulysses=ulysses, gradient_checkpointing=ulysses > 1,
+        **options, **sampled,
     )  # fmt: skip
-    assert told == [""] * many
+    assert errors == [""] * many
     one, other = gradients(tmp_path / "alone"), gradients(tmp_path / "many")
     assert one.abs().max() > 0
     assert (one - other).abs().max() < 1e-4 * one.abs().max()
@@ -326,26 +326,27 @@ def test_processes_train_what_one_does(base: Path, tmp_path: Path, many: int, ul
         ]
         assert np.abs(sheets[0].astype(int) - sheets[1]).max() <= 2
     if name is None:
-        trained(base, tmp_path / "many", batch_size=2, **{**asked, "steps": 2}, resume=True)  # in one process
+        trained(base, tmp_path / "many", batch_size=2, **{**options, "steps": 2}, resume=True)  # in one process
 
 
 @in_processes
 def test_what_is_wrong_is_told_by_every_process(base: Path, tmp_path: Path):
-    told = processes(2, base, output=tmp_path / "out", num_frames=17)
-    assert [error.startswith("refused: video") for error in told] == [True, True], told
+    errors = processes(2, base, output=tmp_path / "out", num_frames=17)
+    assert [error.startswith("refused: video") for error in errors] == [True, True], errors
     assert not (tmp_path / "out" / FILE).exists()
     trained(base, tmp_path / "lora", batch_size=2, steps=1)
-    told = processes(2, base, output=tmp_path / "lora", rank=4, resume=True)
-    assert [error.startswith("refused: the checkpoint") for error in told] == [True, True], told
-    told = processes(3, base, output=tmp_path / "out", ulysses=2)
-    assert ["ulysses = 2 processes are to share each clip, and 3 were started" in error for error in told] == [True] * 3
+    errors = processes(2, base, output=tmp_path / "lora", rank=4, resume=True)
+    assert [error.startswith("refused: the checkpoint") for error in errors] == [True, True], errors
+    errors = processes(3, base, output=tmp_path / "out", ulysses=2)
+    message = "ulysses = 2 processes are to share each clip, and 3 were started"
+    assert [message in error for error in errors] == [True] * 3
 
 
 @in_processes
 def test_a_lost_process_is_told_and_its_checkpoint_gone_on_from(base: Path, tmp_path: Path):
-    told = processes(2, base, output=tmp_path / "out", steps=3, checkpoint_every=1, lose=1)
-    assert told[1] == "killed"
-    assert "refused: another of the 2 processes that train together ended or no longer answers" in told[0]
-    assert "start all again with --resume" in told[0]
+    errors = processes(2, base, output=tmp_path / "out", steps=3, checkpoint_every=1, lose=1)
+    assert errors[1] == "killed"
+    assert "refused: another of the 2 processes that train together ended or no longer answers" in errors[0]
+    assert "start all again with --resume" in errors[0]
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000001.pt"]
     trained(base, tmp_path / "out", batch_size=2, steps=3, resume=True)

@@ -175,7 +175,6 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
     (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
     (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
-    (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
     (["a circle", "--solver", "ulber"], "there is no solver 'ulber'; did you mean 'euler'"),
     (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
     (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
@@ -307,10 +306,10 @@ def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monke
 
     monkeypatch.setattr(generation, "write_media", full)
     output = tmp_path / "a.gif"
-    told = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output), "--quiet")
-    assert (told.exit_code, names(tmp_path)) == (2, [])
-    assert told.stderr.startswith(f"error: {output} can't be written (No space left on device); free some space, or")
-    assert told.stderr.count("\n") == 1
+    result = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output), "--quiet")
+    assert (result.exit_code, names(tmp_path)) == (2, [])
+    assert result.stderr.startswith(f"error: {output} can't be written (No space left on device); free some space, or")
+    assert result.stderr.count("\n") == 1
 
 
 def test_values_that_are_no_numbers_are_no_picture():
@@ -379,8 +378,8 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     asked = resolve(request(tmp_path, **changes))[0]
     dense = run(pipe, PROMPT, asked).pictures
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
-        made = run(pipe, PROMPT, asked).pictures
-    expected = -10 * np.log10(np.mean((dense - made) ** 2))
+        cached = run(pipe, PROMPT, asked).pictures
+    expected = -10 * np.log10(np.mean((dense - cached) ** 2))
     assert record["check"]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-3)
     assert f"psnr {expected:.4g}" in result.stderr
 
@@ -403,10 +402,10 @@ def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path, pi
 
 
 def test_what_computes_dense_attention_reaches_attach_and_the_side_car(tmp_path: Path, pipe, monkeypatch):
-    given = []
-    monkeypatch.setattr(generation.dit_accel, "attach", lambda *a, **k: given.append(k["dense"]) or attach(*a, **k))
+    seen = []
+    monkeypatch.setattr(generation.dit_accel, "attach", lambda *a, **k: seen.append(k["dense"]) or attach(*a, **k))
     for dense in ((), ("--dense", "user"), ("--dense", "auto")):
         result = cli("a circle", *QUICK, "--num-frames", "1", "--staticcache", *dense, "-o", str(tmp_path / "o.mp4"))
         assert result.exit_code == 0, result.stderr
-        assert json.loads((tmp_path / "o.mp4.json").read_text())["dense"] == given[-1]
-    assert given == [None, "user", "auto"]
+        assert json.loads((tmp_path / "o.mp4.json").read_text())["dense"] == seen[-1]
+    assert seen == [None, "user", "auto"]

@@ -111,8 +111,8 @@ def test_a_pipeline_of_another_class_that_tells_nothing_is_refused_by_name():
     other, same = Own(**pipe.components), Same(**pipe.components)
     same.set_progress_bar_config(disable=True)
     for method in (PAG(layers="L1"), NAG(negative_embeds=torch.ones(1, 6, 16))):
-        told = rf"{method.name}.*which prompt.*Own.*transformer\.cache_context\(name\) .*adapter 'flux'"
-        with dit_accel.attach(other, method), torch.no_grad(), pytest.raises(ConfigError, match=told):
+        message = rf"{method.name}.*which prompt.*Own.*transformer\.cache_context\(name\) .*adapter 'flux'"
+        with dit_accel.attach(other, method), torch.no_grad(), pytest.raises(ConfigError, match=message):
             other(**call)
         with dit_accel.attach(same, method):
             assert rows("FluxKontextPipeline", same, call, 0).isfinite().all()
@@ -138,8 +138,8 @@ def test_beside_a_pipeline_s_own_skipped_layers_all_predictions_get_the_same():
         changed = {**call, "guidance_scale": scale}
         plain = rows("StableDiffusion3Pipeline", pipe, changed, 0)
         with dit_accel.attach(pipe, method) as attachment:
-            made = rows("StableDiffusion3Pipeline", pipe, changed, 0)
-            return made - plain, attachment.report().section(method.name).data
+            latents = rows("StableDiffusion3Pipeline", pipe, changed, 0)
+            return latents - plain, attachment.report().section(method.name).data
 
     once, data = added(2.0, BRANCHES["pag"])
     assert data["forwards_added"] == 1
@@ -198,8 +198,8 @@ class Source:
 
 def classes_of(path: Path) -> list[Source]:
     """Return the classes of a file, which is not parsed: most of diffusers' pipelines are none of ours."""
-    found = re.finditer(r"^class (\w+)(\([^)]*\))?:\n((\s.*)?\n)*", path.read_text(encoding="utf-8"), re.M)
-    return [Source(one[1], one[0]) for one in found]
+    matches = re.finditer(r"^class (\w+)(\([^)]*\))?:\n((\s.*)?\n)*", path.read_text(encoding="utf-8"), re.M)
+    return [Source(one[1], one[0]) for one in matches]
 
 
 def declares(adapter: Adapter, name: str) -> bool:
@@ -272,12 +272,12 @@ def test_modular_denoisers_follow_a_guider_open_contexts_or_run_in_declared_pipe
 @cache
 def model_classes() -> dict[str, str]:
     """Return class name -> file of every transformer and every U-Net of diffusers, read off the source."""
-    found = {}
+    files = {}
     for path in sorted([*TRANSFORMERS.glob("*.py"), *(ROOT / "models/unets").glob("*.py")]):
         for name, bases in re.findall(r"^class (\w+)\(([^)]*)\)", path.read_text(encoding="utf-8"), re.M):
             if {one.strip() for one in bases.split(",")} & {"ModelMixin", "LegacyModelMixin"}:
-                found[name] = path.name
-    return found
+                files[name] = path.name
+    return files
 
 
 def require_covered(classes: Iterable[str]) -> None:
@@ -303,8 +303,8 @@ def test_attach_and_the_page_say_why_not():
     page = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
     for name, reason in NOT_SUPPORTED.items():
         pipe = SimpleNamespace(components={"transformer": type(name, (nn.Module,), {})(), "vae": nn.Linear(1, 1)})
-        with pytest.raises(UnsupportedModel) as found:
+        with pytest.raises(UnsupportedModel) as caught:
             dit_accel.attach(pipe)
         held = ", ".join(sorted(["Linear", name]))
-        assert str(found.value).endswith(f" holds {held}; {name} is not supported: {reason}")
+        assert str(caught.value).endswith(f" holds {held}; {name} is not supported: {reason}")
         assert re.search(rf"^\|.*`{name}`.*\| {re.escape(reason)} \|$", page, re.M), name

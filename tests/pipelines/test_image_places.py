@@ -9,7 +9,7 @@ import pytest
 import tiny_image_models as tiny
 import tiny_models
 import torch
-from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.all_families import IMAGES
 from torch import Tensor
 
 import dit_accel
@@ -20,7 +20,7 @@ from dit_accel.testing.method_cases import METHOD_CASES
 from dit_accel.testing.recording import recorded, require_same, require_text_exact
 
 SOL = METHOD_CASES["sol"]
-ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
+ADAPTERS = {adapter.name: adapter for adapter in IMAGES}
 Grids = list[tuple[int, ...]]
 
 
@@ -50,8 +50,8 @@ def assert_planned_is_dense(name: str, transformer: Any, run: Callable[[Any], li
     transformer = transformer.double()
     expected = run(transformer)
     with planned(transformer, ADAPTERS[name]) as attachment, recorded(attachment) as calls:
-        for found, plain in zip(run(transformer), expected, strict=True):
-            require_same(found, plain, name)
+        for planned_output, plain in zip(run(transformer), expected, strict=True):
+            require_same(planned_output, plain, name)
     with dit_accel.attach(transformer, SOL.active) as attachment, recorded(attachment) as thinned:
         assert not torch.equal(run(transformer)[-1], expected[-1])
     assert len(thinned) == len(calls) > 0
@@ -136,11 +136,11 @@ def test_glm_image_fills_and_reads_its_cache_of_references():
     }
 
     def run(transformer: Any) -> list[Tensor]:
-        caches, found = GlmImageKVCache(3), []
+        caches, outputs = GlmImageKVCache(3), []
         for mode, call in (("write", reference), ("read", inputs), ("skip", inputs)):
             caches.set_mode(mode)
-            found.append(forward(transformer, dict(call, kv_caches=caches))[0])
-        return found
+            outputs.append(forward(transformer, dict(call, kv_caches=caches))[0])
+        return outputs
 
     grids = assert_planned_is_dense("glm-image", build(tiny.GLM_IMAGE[0]), run)
     assert grids == [(1, 8, 10, 12, 0)] * 3 + [(1, 8, 10, 6, 0)] * 3  # the cache is filled densely

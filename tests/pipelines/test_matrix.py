@@ -37,8 +37,8 @@ THIRD = [name for name in list(PIPELINES)[::3] if name not in (*KIN, *OPEN)]
 
 def require_right(name: str, cases: list[Case]) -> None:
     """Run cases of a pipeline; all that is wrong is said at once."""
-    found = wrong_in(name, sorted(cases, key=lambda case: (case[0], list(SITUATIONS).index(case[1]))))
-    assert not found, f"{name}:\n" + "\n".join(found)
+    wrong = wrong_in(name, sorted(cases, key=lambda case: (case[0], list(SITUATIONS).index(case[1]))))
+    assert not wrong, f"{name}:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", some(PIPELINES, *quick()))
@@ -186,7 +186,7 @@ CONVERTED = {
 def first_step(name, **method):
     """Run a modular pipeline; return its transformer's predictions and its guider's result in the first step."""
     pipe, call = stock_pipeline(name)
-    given, mixed, sigmas = [], [], []
+    predictions, mixed, sigmas = [], [], []
     forward = pipe.guider.forward
 
     def guided(*args, **kwargs):
@@ -196,17 +196,17 @@ def first_step(name, **method):
         return out
 
     pipe.guider.forward = guided
-    pipe.transformer.register_forward_hook(lambda module, args, out: given.append(out[0]))
+    pipe.transformer.register_forward_hook(lambda module, args, out: predictions.append(out[0]))
     with attach(pipe, PAG(layers="L1", scale=2.0, **method)) if method else contextlib.nullcontext():
         run(pipe, call)
-    return given, mixed[0], sigmas[0]
+    return predictions, mixed[0], sigmas[0]
 
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_what_is_added_before_a_guider_is_changed_as_the_predictions_are(name):
     _, plain, _ = first_step(name)
-    given, guided, sigma = first_step(name, share_prefix=False)
-    cond, perturbed = (torch.stack(list(one)).squeeze(2) if isinstance(one, list) else one for one in given[:2])
+    predictions, guided, sigma = first_step(name, share_prefix=False)
+    cond, perturbed = (torch.stack(list(one)).squeeze(2) if isinstance(one, list) else one for one in predictions[:2])
     added = 2.0 * (cond - perturbed)[:, -plain.shape[1] :] if plain.ndim == 3 else 2.0 * (cond - perturbed)
     expected = CONVERTED[name](added, sigma)
     assert expected.abs().max() > 1e-4

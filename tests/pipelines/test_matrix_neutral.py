@@ -152,13 +152,13 @@ def denoise(together):
     calls = {"cond_uncond": slice(0, 2)} if together else {"cond": slice(0, 1), "uncond": slice(1, 2)}
     with torch.no_grad():
         for step in range(STEPS):
-            told, made = dict(step_index=step, num_inference_steps=STEPS, sigma=1 - step / STEPS), []
+            step_known, outs = dict(step_index=step, num_inference_steps=STEPS, sigma=1 - step / STEPS), []
             for branch, rows in calls.items():
-                with TRANSFORMER.cache_context(branch, **told):
+                with TRANSFORMER.cache_context(branch, **step_known):
                     count = rows.stop - rows.start
                     time = torch.full((count,), 1000.0 - 150 * step)
-                    made.append(TRANSFORMER(x.expand(count, -1, -1, -1, -1), time, texts[rows], return_dict=False)[0])
-            cond, uncond = torch.cat(made)[[1, 0] if together else [0, 1]].chunk(2)
+                    outs.append(TRANSFORMER(x.expand(count, -1, -1, -1, -1), time, texts[rows], return_dict=False)[0])
+            cond, uncond = torch.cat(outs)[[1, 0] if together else [0, 1]].chunk(2)
             x = x - 0.3 * (uncond + 2.0 * (cond - uncond))
     return x
 
@@ -187,20 +187,20 @@ QUICK = [case for case in CASES if case[1]]
 
 def require_nothing_added(beside, cases):
     """Require that no case moves a run of some methods beside which nothing is perturbed."""
-    found, alone = [], {}
+    wrong, alone = [], {}
     for what, start, together, mode in cases:
         try:
             if together not in alone:
                 alone[together] = run(beside, together)
-            made = run((*beside, guidance(what, start, mode)), together)
+            guided = run((*beside, guidance(what, start, mode)), together)
         except ConfigError as error:
             if not any(reason in str(error) for reason in REFUSED):
                 raise
             continue
-        moved = float((made - alone[together]).norm() / alone[together].norm())
+        moved = float((guided - alone[together]).norm() / alone[together].norm())
         if not moved < ROUNDING:
-            found.append(f"{what} {mode} from {start}, {'one call' if together else 'two calls'}: {moved:.2g}")
-    assert not found, "\n".join(found)
+            wrong.append(f"{what} {mode} from {start}, {'one call' if together else 'two calls'}: {moved:.2g}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", some(BESIDE, *[name for name in BESIDE if name not in ALIKE]))

@@ -85,10 +85,10 @@ def test_wan_is_the_formula_in_the_conditional_call_alone(make_pipe, guidance, t
 def test_a_prompt_is_encoded_as_the_pipeline_encodes_its_own(make_pipe):
     pipe = make_pipe()
     with dit_accel.attach(pipe, NAG(scale=8.0, negative_prompt=NEGATIVE)):
-        told = wan_tiny.generate(pipe, guidance_scale=1.0)
+        by_prompt = wan_tiny.generate(pipe, guidance_scale=1.0)
     with dit_accel.attach(pipe, NAG(scale=8.0, negative_embeds=embeds_of(pipe))):
-        given = wan_tiny.generate(pipe, guidance_scale=1.0)
-    assert torch.equal(told, given)
+        by_embeds = wan_tiny.generate(pipe, guidance_scale=1.0)
+    assert torch.equal(by_prompt, by_embeds)
     pipe.text_encoder = None
     with pytest.raises(ConfigError, match=r"WanPipeline.*nag\.negative_prompt = 'blurry, low quality'"):
         dit_accel.attach(pipe, NAG(negative_prompt=NEGATIVE))
@@ -101,23 +101,23 @@ def test_guidance_in_one_call_guides_the_conditional_rows_alone(name):
     pipe, call = stock_pipeline(name)
     plain = run_stock(pipe, call)
     valid = call["prompt_attention_mask"][0].bool()
-    own = call["prompt_embeds"][:, valid]
-    with dit_accel.attach(pipe, NAG(negative_embeds=own)) as attachment:
+    prompt = call["prompt_embeds"][:, valid]
+    with dit_accel.attach(pipe, NAG(negative_embeds=prompt)) as attachment:
         torch.testing.assert_close(run_stock(pipe, call), plain, rtol=1e-3, atol=1e-3)
         assert attachment.report().section("nag").data["forwards"] > 0
-    with dit_accel.attach(pipe, NAG(negative_embeds=own.flip(-1), scale=11.0)):
+    with dit_accel.attach(pipe, NAG(negative_embeds=prompt.flip(-1), scale=11.0)):
         assert not torch.allclose(run_stock(pipe, call), plain, rtol=1e-2, atol=1e-2)
     assert torch.equal(run_stock(pipe, call), plain)
 
 
 def test_a_plan_says_what_it_costs():
-    for family, told in (
+    for family, words in (
         ("wan2.1-1.3b", "nag computes the cross-attention of the conditional forward twice in 50 steps"),
         ("flux.1-dev", "nag runs the conditional forward for two texts in 28 steps, as dear as a forward more in each"),
         ("mochi-1", "on mochi it can't: its processor attends row by row"),
     ):
         result = CliRunner().invoke(app, ["plan", "--family", family, "--nag"])
-        assert told in " ".join((result.stdout + result.stderr).split())
+        assert words in " ".join((result.stdout + result.stderr).split())
         assert (result.exit_code == 0) == (family != "mochi-1")
 
 
@@ -235,6 +235,6 @@ def test_a_negative_prompt_is_encoded_to_the_prompt_s_own_length():
     with torch.no_grad():
         embeds = pipe.encode_prompt("a blue square", None, max_sequence_length=32)[0]
     assert embeds.shape[1] == 32
-    told = made(32, NAG(negative_prompt="a blue square", scale=8.0))
-    assert torch.equal(told, made(32, NAG(negative_embeds=embeds, scale=8.0)))
-    assert not torch.equal(told, made(32, NAG(negative_prompt="a red circle", scale=8.0)))
+    by_prompt = made(32, NAG(negative_prompt="a blue square", scale=8.0))
+    assert torch.equal(by_prompt, made(32, NAG(negative_embeds=embeds, scale=8.0)))
+    assert not torch.equal(by_prompt, made(32, NAG(negative_prompt="a red circle", scale=8.0)))

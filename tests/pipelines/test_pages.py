@@ -82,9 +82,9 @@ def stable_diffusion():
     from diffusers import StableDiffusion3Pipeline
 
     def load(*_: Any, **__: Any) -> Any:
-        pipe, given = stock_pipeline("StableDiffusion3Pipeline")
+        pipe, arguments = stock_pipeline("StableDiffusion3Pipeline")
         kind, original = type(pipe), type(pipe).__call__
-        call = {"__call__": lambda self, *_, **__: original(self, **given)}
+        call = {"__call__": lambda self, *_, **__: original(self, **arguments)}
         pipe.__class__ = type(kind.__name__, (kind,), call)
         return pipe
 
@@ -131,23 +131,23 @@ def loose(pipe: Any) -> Any:
 FILES = ("prompts.txt", "p.txt", "first.png", "clips/1", "lora/1", "schedule.toml", "fast.toml")
 """What command lines name that must exist."""
 
-WITHOUT_WEIGHTS = ("plan", "recommend", "methods", "models", "describe")
+WITHOUT_WEIGHTS = ("plan", "recommend", "methods", "describe")
 """Commands that run as they stand; of the others it is seen that they are understood."""
 
 
 def commands(page: Path) -> list[list[str]]:
     """The command lines of a page, without comments."""
-    found = []
+    lines = []
     for text in blocks(page, "", "bash", "sh"):
         for line in text.replace("\\\n", " ").splitlines():
             if "dit-accel " not in line and "dit_accel " not in line:
                 continue  # what a command prints may hold an apostrophe
             words = [word for word in shlex.split(line, comments=True) if word != "..."]
             if "dit-accel" in words[:1]:
-                found.append(words[1:])
+                lines.append(words[1:])
             elif "dit_accel" in words:
-                found.append(words[words.index("dit_accel") + 1 :])
-    return found
+                lines.append(words[words.index("dit_accel") + 1 :])
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def own_methods():
 
 def test_there_are_twelve_and_the_page_tells_of_each():
     assert {*MADE} == {path.name for path in EXAMPLES.glob("*.py")} - {"run.py"}
-    told = dict(re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", (EXAMPLES / "README.md").read_text(), re.M))
-    assert told == {name: str(len((EXAMPLES / name).read_text().splitlines())) for name in MADE}
-    assert all(int(lines) < 40 for lines in told.values())
+    lengths = dict(re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", (EXAMPLES / "README.md").read_text(), re.M))
+    assert lengths == {name: str(len((EXAMPLES / name).read_text().splitlines())) for name in MADE}
+    assert all(int(lines) < 40 for lines in lengths.values())
 
 
 def test_only_public_names_are_used():
@@ -292,9 +292,9 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path, monkeypatch
     nbclient, nbformat = pytest.importorskip("nbclient", reason=reason), pytest.importorskip("nbformat", reason=reason)
     pytest.importorskip("ipykernel", reason=reason)
     monkeypatch.setenv("PYTHONPATH", PATHS)
-    made = nbformat.read(NOTEBOOK, 4)
-    nbclient.NotebookClient(made, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = str([cell.outputs for cell in made.cells if cell.cell_type == "code"])
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = str([cell.outputs for cell in notebook.cells if cell.cell_type == "code"])
     words = ("measured speed-up", "why not faster", "easycache and the window", "8 dense steps")
-    assert all(word in said for word in words)
+    assert all(word in outputs for word in words)
     assert (tmp_path / "check.png").exists()

@@ -87,13 +87,13 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
     (tmp_path / "a-02.gif").unlink()
     (tmp_path / "a-03.gif.json").unlink()
     (tmp_path / "a-04.gif.json").write_text("{")
-    told: list[Any] = []
-    written = generating.generate(asked, resume=True, on_written=told.append)
+    lines: list[Any] = []
+    written = generating.generate(asked, resume=True, on_written=lines.append)
     assert [one.kept for one in written] == [True, False, False, False, True]
     assert [one.record["prompt"] for one in written] == list(PROMPTS)
-    assert len(told) == 5
-    kept = [tmp_path / f"a-0{n}.gif{end}" for n in (1, 5) for end in ("", ".json")]
-    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+    assert len(lines) == 5
+    untouched = [tmp_path / f"a-0{n}.gif{end}" for n in (1, 5) for end in ("", ".json")]
+    assert all(path.stat().st_mtime_ns == before[path] for path in untouched)
     assert len(loads) == 2
     assert all(one.kept for one in generating.generate(asked, resume=True))
     assert len(loads) == 2
@@ -114,15 +114,15 @@ def test_the_launchers_variables():
     assert started_process({}) == Process()
     assert started_process({"RANK": "3"}) == Process()
     assert started_process(GIVEN) == Process(rank=5, count=8, local_rank=1, local_count=4)
-    for given, together, told in (
+    for variables, together, message in (
         ({**GIVEN, "RANK": "x"}, 1, r"variables.*got RANK=x, WORLD_SIZE=8"),
         ({**GIVEN, "RANK": "8"}, 1, "RANK=8 of WORLD_SIZE=8 and LOCAL_RANK=1 of LOCAL_WORLD_SIZE=4"),
         ({}, 2, r"ulysses = 2 .*processes, got 1"),
         ({}, 0, r"ulysses .*1 or more.*got 0"),
         ({"RANK": "3", "WORLD_SIZE": "4"}, 3, r"ulysses = 3.*torchrun --nproc-per-node 3"),
     ):
-        with pytest.raises(ConfigError, match=told):
-            started_process(given, together=together)
+        with pytest.raises(ConfigError, match=message):
+            started_process(variables, together=together)
     shared = [Process(rank=rank, count=6, together=2) for rank in range(6)]
     assert [one.own(range(5)) for one in shared] == [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]
     assert [one.first for one in shared] == [True, False] * 3
@@ -146,13 +146,13 @@ def test_what_one_process_alone_can_do_is_refused(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for words, told in (
+    for words, message in (
         (["generate", "a red circle", "--json"], "--json prints one document, and 2 processes would print as many"),
         (["tune", "lite"], "tune lite runs in one process, and 2 were launched"),
     ):
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 2
-        assert told in " ".join(result.stderr.split())
+        assert message in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -161,18 +161,18 @@ def test_what_one_process_alone_can_do_is_refused(tmp_path: Path, monkeypatch):
 def test_groups_make_each_output_together(tmp_path: Path):
     for folder in ("alone", "shared"):
         (tmp_path / folder).mkdir()
-    found = processes(4, generating_ranks.make, tmp_path, seconds=0)
+    ranks = processes(4, generating_ranks.make, tmp_path, seconds=0)
     for rank in range(4):
-        assert not isinstance(found[rank], str), found[rank]
-        own = ["a-01.png", "a-03.png"] if rank < 2 else ["a-02.png"]
-        kept = [True, False] if rank < 2 else [True]
-        told = [(name, False) for name in own] + list(zip(own, kept, strict=True))
-        assert found[rank]["lines"] == ([] if rank % 2 else told)  # the first of a group writes and tells
-        assert found[rank]["seeds"] == ([0, 2] if rank < 2 else [1])
-        assert found[rank]["kept"] == kept
-        for error, words in zip(found[rank]["refused"], REFUSED, strict=True):
+        assert not isinstance(ranks[rank], str), ranks[rank]
+        names = ["a-01.png", "a-03.png"] if rank < 2 else ["a-02.png"]
+        resumed = [True, False] if rank < 2 else [True]
+        lines = [(name, False) for name in names] + list(zip(names, resumed, strict=True))
+        assert ranks[rank]["lines"] == ([] if rank % 2 else lines)  # the first of a group writes and tells
+        assert ranks[rank]["seeds"] == ([0, 2] if rank < 2 else [1])
+        assert ranks[rank]["kept"] == resumed
+        for error, words in zip(ranks[rank]["refused"], REFUSED, strict=True):
             assert words in error
-    assert found[0]["away"] <= 1  # of 255
+    assert ranks[0]["away"] <= 1  # of 255
     assert sorted(path.name for path in (tmp_path / "shared").glob("*.png")) == [f"a-0{n}.png" for n in (1, 2, 3)]
 
 
@@ -226,7 +226,7 @@ def test_one_process_does_all_jobs_in_order():
 
 def test_a_failure_in_one_process_is_raised_in_all(monkeypatch):
     """The others wait for its result, so it must reach them, and this one's reach the others."""
-    ranks, told = Ranks(), []
+    ranks, sent = Ranks(), []
     ranks.rank, ranks.count = 1, 2
     monkeypatch.setattr(ranks, "_gathered", lambda value: [(None, ConfigError("no number")), value])
     for work in (
@@ -236,12 +236,12 @@ def test_a_failure_in_one_process_is_raised_in_all(monkeypatch):
     ):
         with pytest.raises(ConfigError, match="no number"):
             work()
-    monkeypatch.setattr(ranks, "_gathered", lambda value: told.append(value) or [(None, None), value])
+    monkeypatch.setattr(ranks, "_gathered", lambda value: sent.append(value) or [(None, None), value])
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
         ranks.together(lambda: started_process({"RANK": "9", "WORLD_SIZE": "8"}))
     assert ranks.together(lambda: 3) == 3
-    assert ["WORLD_SIZE" in str(error) for _, error in told] == [True, False]
-    assert told[1] == (None, None)  # what it made stays here
+    assert ["WORLD_SIZE" in str(error) for _, error in sent] == [True, False]
+    assert sent[1] == (None, None)  # what it made stays here
 
 
 @pytest.mark.slow

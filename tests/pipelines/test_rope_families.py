@@ -131,9 +131,9 @@ def test_one_frequency_moves_two_columns_to_the_formula():
 
     rope = rope_of("wan", case.adapter.rope, case.transformer.config)
     with replaced(case.transformer, change_rope(rope, case.transformer, {"frames": slower})):
-        found = case.transformer.rope(latents)
+        tables = case.transformer.rope(latents)
     angles = torch.arange(21).double() * (2 * torch.pi / 63)
-    for now, before, expected in zip(found, plain, (angles.cos(), angles.sin()), strict=True):
+    for now, before, expected in zip(tables, plain, (angles.cos(), angles.sin()), strict=True):
         assert (now != before).flatten(0, 2).any(0).nonzero().flatten().tolist() == [6, 7]
         frames = now.reshape(21, 4, 128)[:, 0, 6:8]
         assert torch.equal(frames, expected.float()[:, None].expand(-1, 2))
@@ -149,10 +149,10 @@ def changed(name, value, frequencies, number=0, **config):
 def test_cogvideox_positions_between_whole_numbers():
     crop = ((2, 0), (28, 45))
     value = embeddings.get_3d_rotary_pos_embed(64, crop, (34, 60), 13)
-    found = changed("cogvideox", value, {"height": lambda own: own / 3}, 1, attention_head_dim=64)
+    tables = changed("cogvideox", value, {"height": lambda own: own / 3}, 1, attention_head_dim=64)
     rows = torch.linspace(2, 28 * 33 / 34, 34, dtype=torch.float64) / 3
     expected = embeddings.get_1d_rotary_pos_embed(24, rows, use_real=True, freqs_dtype=torch.float64)
-    for now, before, height in zip(found, value, expected, strict=True):
+    for now, before, height in zip(tables, value, expected, strict=True):
         assert torch.equal(now[:, :16], before[:, :16])
         assert torch.equal(now[:, 40:], before[:, 40:])
         spread = height[None, :, None].expand(13, 34, 60, 24).reshape(-1, 24)
@@ -162,8 +162,8 @@ def test_cogvideox_positions_between_whole_numbers():
 def test_hunyuan_dit_lays_width_first():
     value = embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (32, 32)), (8, 10))
     for axis, columns, still in (("width", slice(0, 8), slice(8, 16)), ("height", slice(8, 16), slice(0, 8))):
-        found = changed("hunyuan-dit", value, {axis: lambda own: own / 2})
-        for now, before in zip(found, value, strict=True):
+        tables = changed("hunyuan-dit", value, {axis: lambda own: own / 2})
+        for now, before in zip(tables, value, strict=True):
             assert torch.equal(now[:, still], before[:, still])
             assert not torch.equal(now[:, columns], before[:, columns])
 
@@ -173,11 +173,11 @@ def test_allegro_frames_as_its_own_interpolation():
         return embeddings.get_3d_rotary_pos_embed_allegro(18, ((0, 0), (4, 8)), (4, 8), 7, (scale, 2.0, 2.0))
 
     places = [torch.zeros(1, 3, dtype=torch.long)] * 3
-    (*found,), kept = changed("allegro", (make(1.5)[:3], places), {"frames": lambda own: own / 2})
-    for now, expected in zip(found, make(3.0)[:3], strict=True):
+    (*tables,), grid = changed("allegro", (make(1.5)[:3], places), {"frames": lambda own: own / 2})
+    for now, expected in zip(tables, make(3.0)[:3], strict=True):
         for part, other in zip(now, expected, strict=True):
             torch.testing.assert_close(part, other, rtol=0, atol=1e-6)
-    assert kept is places
+    assert grid is places
 
 
 def test_lumina_next_changes_what_its_pipeline_scaled_already():
@@ -187,9 +187,9 @@ def test_lumina_next_changes_what_its_pipeline_scaled_already():
     for factor in (dict(linear_factor=2.0), dict(ntk_factor=1.7)):
         value = make(**factor)
         assert torch.equal(changed("lumina-next", value, {"height": lambda own: own}), value)
-        found = changed("lumina-next", value, {"height": lambda own: own / 2, "width": lambda own: own / 2})
+        tables = changed("lumina-next", value, {"height": lambda own: own / 2, "width": lambda own: own / 2})
         for at in ((10, 0), (0, 310), (200, 142)):
-            torch.testing.assert_close(found[at], value[at[0] // 2, at[1] // 2], rtol=0, atol=2e-5)
+            torch.testing.assert_close(tables[at], value[at[0] // 2, at[1] // 2], rtol=0, atol=2e-5)
 
 
 def test_a_model_of_half_precision_keeps_its_own():
@@ -204,9 +204,9 @@ def test_a_model_of_half_precision_keeps_its_own():
         if change.inputs:
             change.inputs(inputs)
         with replaced(transformer, change):
-            found = [leaf for call in calls for leaf in rope_checks._leaves(call())]
-        assert [leaf.dtype for leaf in found] == [leaf.dtype for leaf in plain]
-        assert all(map(torch.equal, found, plain))
+            tables = [leaf for call in calls for leaf in rope_checks._leaves(call())]
+        assert [leaf.dtype for leaf in tables] == [leaf.dtype for leaf in plain]
+        assert all(map(torch.equal, tables, plain))
 
 
 TABLES = [
@@ -232,8 +232,8 @@ LIMITED = [one for one in ADAPTERS if isinstance(one.rope, Rope) and one.rope.ma
 def test_a_config_that_tells_nothing_means_the_classs_defaults():
     for adapter, name in [(one, name) for one in LIMITED for name in one.transformers]:
         parameters = inspect.signature(getattr(diffusers, name)).parameters
-        own = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
-        assert adapter.rope.max_positions({}) == adapter.rope.max_positions(own), name
+        defaults = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
+        assert adapter.rope.max_positions({}) == adapter.rope.max_positions(defaults), name
 
 
 def test_limits_of_the_released_models():

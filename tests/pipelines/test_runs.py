@@ -100,30 +100,30 @@ def test_sound_is_forecast_too():
 
 
 def test_two_contexts_of_one_name_at_one_step_reset_nothing():
-    transformer, kept = tiny_transformer(), []
+    transformer, bits_of = tiny_transformer(), []
     inputs = torch.randn(1, 12, 5, 8, 8), torch.tensor([500]), torch.randn(1, 6, 64)
     with dit_accel.attach(transformer, SPARSED) as attachment, torch.no_grad():
         for step, count in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 1)):
             with transformer.cache_context("cond", step_index=step, num_inference_steps=4):
                 transformer(*inputs)
             assert len(attachment.report().steps) == count
-            kept.append([bits.clone() for bits in attachment.engine.handlers[0].bits.values()])
-    assert all(map(torch.equal, kept[1], kept[3]))
+            bits_of.append([bits.clone() for bits in attachment.engine.handlers[0].bits.values()])
+    assert all(map(torch.equal, bits_of[1], bits_of[3]))
 
 
 def test_training_is_no_generation_and_two_forwards_go_before_a_backward():
     transformer = tiny_transformer().train()
     dense = copy.deepcopy(transformer)
-    given, text = [(torch.randn(1, 12, 5, 8, 8), torch.tensor([time])) for time in (300, 700)], torch.randn(1, 6, 64)
+    inputs, text = [(torch.randn(1, 12, 5, 8, 8), torch.tensor([time])) for time in (300, 700)], torch.randn(1, 6, 64)
 
     def losses(model):
-        for latents, time in given:
+        for latents, time in inputs:
             yield model(latents, time, text, return_dict=False)[0].square().mean()
 
     def gradients():
-        found = [weight.grad.clone() for weight in transformer.parameters() if weight.grad is not None]
+        grads = [weight.grad.clone() for weight in transformer.parameters() if weight.grad is not None]
         transformer.zero_grad(set_to_none=True)
-        return found
+        return grads
 
     method = RadialAttention(
         block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0.9, dense_last_steps=3, dense_layers=1
@@ -229,7 +229,7 @@ def two_experts(make_pipe):
     return make_pipe(transformer_2=second, boundary_ratio=0.6, scheduler=scheduler)
 
 
-def ran_and_held(pipe, method, kept):
+def ran_and_held(pipe, method, state):
     """Run twice; return (expert, its blocks that ran) of conditional forwards, whose state was held, and the report.
 
     ``kept`` names the attribute with the method's state, whose keys begin with the transformer.
@@ -242,7 +242,7 @@ def ran_and_held(pipe, method, kept):
             hooks.append(block.register_forward_hook(lambda *_, index=index: ran[-1][1].append(index)))
 
     def look(pipe, step, timestep, tensors):
-        held.append({key[0] for key in getattr(attachment.engine.handlers[0], kept)})
+        held.append({key[0] for key in getattr(attachment.engine.handlers[0], state)})
         return tensors
 
     with dit_accel.attach(pipe, method) as attachment:

@@ -327,10 +327,10 @@ def test_each_call_has_the_setting_that_it_names_and_what_others_attached_stays(
     assert dit_accel.attachment_of(pipe) is not attachment
     assert torch.equal(run(dit_accel="none"), plain)
     assert dit_accel.attachment_of(pipe) is None
-    with dit_accel.attach(pipe, EasyCache()) as own:
+    with dit_accel.attach(pipe, EasyCache()) as others:
         with pytest.raises(AttachError, match="transformer"):
             run(dit_accel="careful")
-        assert dit_accel.attachment_of(pipe) is own
+        assert dit_accel.attachment_of(pipe) is others
     with pytest.raises(ConfigError, match="'swift'"):
         run(dit_accel="swift")
 

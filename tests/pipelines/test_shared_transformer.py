@@ -32,10 +32,10 @@ def test_the_steps_are_those_of_the_pipeline_that_runs_whichever_was_attached_to
     with d.attach(other, method) as attachment:
         alone, report = run_stock(other, call, **changes), attachment.report()
     with d.attach(pipe, method) as attachment:
-        own = run_stock(pipe, call)
+        latents = run_stock(pipe, call)
         assert torch.equal(run_stock(other, call, **changes), alone)
         assert attachment.report() == report
-        assert torch.equal(run_stock(pipe, call), own)
+        assert torch.equal(run_stock(pipe, call), latents)
 
 
 # Two threads
@@ -43,20 +43,20 @@ def test_the_steps_are_those_of_the_pipeline_that_runs_whichever_was_attached_to
 
 def run_in_thread(work):
     """Start a thread, and return what waits for what it gave or raised."""
-    found = []
+    results = []
 
     def run():
         try:
-            found.append(work())
+            results.append(work())
         except Exception as error:
-            found.append(error)
+            results.append(error)
 
     started = threading.Thread(target=run)
     started.start()
 
     def wait():
         started.join(60)
-        return found[0]
+        return results[0]
 
     return wait
 
@@ -172,16 +172,16 @@ def test_a_transformer_compiled_after_attach_runs_attention_methods_where_its_pi
 
 
 def test_a_transformer_replaced_after_attach_is_told_of(wan):
-    own, other = wan.transformer, tiny_transformer(7, text_dim=96)
+    plain, other = wan.transformer, tiny_transformer(7, text_dim=96)
     attachment = d.attach(wan, RADIAL, backend="torch")
     wan.transformer = other
     generate(wan)
     assert any("transformer was replaced after attach by another" in note for note in attachment.report().notes)
     with pytest.warns(ReplacedTransformer, match=r"transformer was.*another WanTransformer3DModel"):
         attachment.detach()
-    wan.transformer = torch.compile(own, backend="eager")
+    wan.transformer = torch.compile(plain, backend="eager")
     attachment = d.attach(wan, RADIAL, backend="torch")
-    wan.transformer = own  # what is attached runs around the compiled one
+    wan.transformer = plain  # what is attached runs around the compiled one
     assert "was replaced after attach" in str(attachment.report())
     with pytest.warns(ReplacedTransformer):
         attachment.detach()

@@ -48,28 +48,30 @@ def comparing() -> Comparing:
 
 
 def test_both_runs_and_their_difference_become_clips_and_the_model_is_loaded_once(comparing, tmp_path):
-    told: list[Any] = []
-    made = compare(Comparing(**SMALL), tmp_path, stages=watched(told))
-    paths = (made.dense, made.accelerated, made.difference)
+    stages: list[Any] = []
+    result = compare(Comparing(**SMALL), tmp_path, stages=watched(stages))
+    paths = (result.dense, result.accelerated, result.difference)
     assert [path.name for path in paths] == ["dense.mp4", "accelerated.mp4", "difference.mp4"]
-    assert imageio.imread(made.dense).shape == (5, 256, 256, 3)
-    assert imageio.imread(made.difference).mean() < imageio.imread(made.dense).mean()
-    assert made.check.metrics["psnr"] > 20
-    assert min(made.check.dense_seconds, made.check.accelerated_seconds) > 0  # which is less is the machine's affair
-    assert "measured speed-up" in made.report
-    assert [now for now in told if now[0] == "with methods: denoising"][-1] == ("with methods: denoising", 4, 4)
-    assert {now[0] for now in told} >= {"loading the model", "trying: denoising", "dense: denoising"}
-    first, told = compare(comparing, tmp_path), []
-    second = compare(comparing, tmp_path, preset="none", config=to_toml([EasyCache(threshold=0)]), stages=watched(told))
-    assert "loading the model" not in {now[0] for now in told}
+    assert imageio.imread(result.dense).shape == (5, 256, 256, 3)
+    assert imageio.imread(result.difference).mean() < imageio.imread(result.dense).mean()
+    assert result.check.metrics["psnr"] > 20
+    # which run took less is the machine's affair
+    assert min(result.check.dense_seconds, result.check.accelerated_seconds) > 0
+    assert "measured speed-up" in result.report
+    assert [now for now in stages if now[0] == "with methods: denoising"][-1] == ("with methods: denoising", 4, 4)
+    assert {now[0] for now in stages} >= {"loading the model", "trying: denoising", "dense: denoising"}
+    first, stages = compare(comparing, tmp_path), []
+    nothing = to_toml([EasyCache(threshold=0)])
+    second = compare(comparing, tmp_path, preset="none", config=nothing, stages=watched(stages))
+    assert "loading the model" not in {now[0] for now in stages}
     assert second.check.metrics["psnr"] == 100  # a threshold of 0 skips nothing, and the first left nothing behind
     assert (second.check.dense == first.check.dense).all()
 
 
 def test_a_picture_becomes_a_png(tmp_path):
-    made = compare(Comparing(height=64, width=64, device="cpu"), tmp_path, model="flux-tiny", steps=2)
-    assert made.difference.name == "difference.png"
-    assert imageio.imread(made.accelerated).shape == (256, 256, 3)
+    result = compare(Comparing(height=64, width=64, device="cpu"), tmp_path, model="flux-tiny", steps=2)
+    assert result.difference.name == "difference.png"
+    assert imageio.imread(result.accelerated).shape == (256, 256, 3)
 
 
 def test_what_can_t_be_met_is_one_sentence(comparing, tmp_path, capsys):
@@ -115,12 +117,12 @@ def test_what_names_a_file_or_a_model_is_refused_before_anything_is_loaded(monke
 
 def told_error(comparing: Any, folder: Path, **changes: Any) -> str:
     """What the page shows of an error, where the next result stands."""
-    given = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, **changes}
-    prompt = given.pop("prompt", PROMPT)
-    made = ui._run(comparing, lambda *_, **__: None, threading.Event(), folder, prompt, given)
-    told, *others = ui._shown(SimpleNamespace(skip=lambda: "as it was"), made)
+    options = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, **changes}
+    prompt = options.pop("prompt", PROMPT)
+    result = ui._run(comparing, lambda *_, **__: None, threading.Event(), folder, prompt, options)
+    message, *others = ui._shown(SimpleNamespace(skip=lambda: "as it was"), result)
     assert set(others) == {"as it was"}
-    return told
+    return message
 
 
 def test_the_embedded_models_know_the_examples():

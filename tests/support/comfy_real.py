@@ -45,6 +45,15 @@ FLUX = {
     "context_in_dim": 64, "hidden_size": 128, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
     "axes_dim": [8, 28, 28], "theta": 10000, "qkv_bias": True, "guidance_embed": False,
 }  # fmt: skip
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "DitAccelSparse": {"options": "block_size = 16\nbeta = -8.0\ndense_layers = 0"},
+    "DitAccelCache": {"options": "threshold = 0.0"}, "DitAccelLongVideo": {"trained_frames": 500},
+}  # fmt: skip
+"""Settings of our nodes that keep everything."""
+LEFT_OUT = {
+    "CLIPLoader", "DualCLIPLoader", "VAELoader", "VAEDecode", "SaveImage", "SaveAnimatedWEBP", "PreviewAny",
+}  # fmt: skip
+"""Nodes of our workflows that need files, or only show what came of it."""
 CALLS: list[tuple[Any, ...]] = []
 TAKEN: dict[str, Any] = {}
 
@@ -65,68 +74,52 @@ def tiny(kind: str) -> Any:
     return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
 
-class TinyModel(io.ComfyNode):
-    """A tiny model of a kind."""
+def register(name: str, inputs: list[Any], outputs: list[Any], work: Any, **more: Any) -> None:
+    """Register a node that gives what ``work`` makes of its inputs."""
 
-    @classmethod
-    def define_schema(cls) -> Any:
-        return io.Schema(
-            node_id="TinyModel", category="test", inputs=[io.String.Input("kind")], outputs=[io.Model.Output()]
-        )
+    def define_schema(cls: type) -> Any:
+        return io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs, **more)
 
-    @classmethod
-    def execute(cls, kind: str) -> Any:
-        return io.NodeOutput(tiny(kind))
+    def execute(cls: type, **given: Any) -> Any:
+        return io.NodeOutput(*work(**given))
 
-
-class TinyText(io.ComfyNode):
-    """Random text features."""
-
-    @classmethod
-    def define_schema(cls) -> Any:
-        inputs = [io.Int.Input("channels"), io.Int.Input("seed")]
-        return io.Schema(node_id="TinyText", category="test", inputs=inputs, outputs=[io.Conditioning.Output()])
-
-    @classmethod
-    def execute(cls, channels: int, seed: int) -> Any:
-        generator = torch.Generator().manual_seed(seed)
-        text = torch.randn(1, 9, channels, generator=generator)
-        return io.NodeOutput([[text, {"pooled_output": torch.randn(1, 32, generator=generator)}]])
+    methods = {"define_schema": classmethod(define_schema), "execute": classmethod(execute)}
+    nodes.NODE_CLASS_MAPPINGS[name] = type(name, (io.ComfyNode,), methods)
 
 
-class Counting(io.ComfyNode):
-    """Another pack's override of attention, which counts the calls that it gets and computes as before."""
-
-    @classmethod
-    def define_schema(cls) -> Any:
-        return io.Schema(
-            node_id="Counting", category="test", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()]
-        )
-
-    @classmethod
-    def execute(cls, model: Any) -> Any:
-        model = model.clone()
-
-        def override(func: Any, *args: Any, **kwargs: Any) -> Any:
-            CALLS.append(tuple(args[0].shape))
-            return func(*args, **kwargs)
-
-        model.model_options["transformer_options"]["optimized_attention_override"] = override
-        return io.NodeOutput(model)
+def text_features(channels: int, seed: int) -> tuple[Any]:
+    """Return random text features."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, 9, channels, generator=generator)
+    return ([[text, {"pooled_output": torch.randn(1, 32, generator=generator)}]],)
 
 
-class Take(io.ComfyNode):
-    """Keeps a latent and a report where the script finds them."""
+def counting(model: Any) -> tuple[Any]:
+    """Put another pack's override of attention on a model, which counts its calls and computes as before."""
+    model = model.clone()
 
-    @classmethod
-    def define_schema(cls) -> Any:
-        inputs = [io.Latent.Input("latent"), io.String.Input("report", optional=True)]
-        return io.Schema(node_id="Take", category="test", inputs=inputs, outputs=[], is_output_node=True)
+    def override(func: Any, *args: Any, **kwargs: Any) -> Any:
+        CALLS.append(tuple(args[0].shape))
+        return func(*args, **kwargs)
 
-    @classmethod
-    def execute(cls, latent: Any, report: str = "") -> Any:
-        TAKEN.update(latent=latent["samples"], report=report)
-        return io.NodeOutput()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    return (model,)
+
+
+def take(latent: Any, report: str = "") -> tuple[()]:
+    """Keep a latent and a report where the script finds them."""
+    TAKEN.update(latent=latent["samples"], report=report)
+    return ()
+
+
+def register_all() -> None:
+    """Register the nodes of the tests' graphs."""
+    model, text = [io.Model.Output()], [io.Int.Input("channels"), io.Int.Input("seed")]
+    register("TinyModel", [io.String.Input("kind")], model, lambda kind: (tiny(kind),))
+    register("TinyText", text, [io.Conditioning.Output()], text_features)
+    register("Counting", [io.Model.Input("model")], model, counting)
+    taken = [io.Latent.Input("latent"), io.String.Input("report", optional=True)]
+    register("Take", taken, [], take, is_output_node=True)
 
 
 class Server:
@@ -173,15 +166,7 @@ def shrunk(name: str, wan_file: str | None) -> dict[str, Any]:
             node["inputs"] |= {"trained_frames": 5}
         elif kind == "DitAccelCache":
             node["inputs"] |= {"options": "threshold = 0.6"}
-        elif kind in (
-            "CLIPLoader",
-            "DualCLIPLoader",
-            "VAELoader",
-            "VAEDecode",
-            "SaveImage",
-            "SaveAnimatedWEBP",
-            "PreviewAny",
-        ):
+        elif kind in LEFT_OUT:
             del graph[number]
     graph["30"] = {"class_type": "Take", "inputs": {"latent": ["21", 0], "report": ["21", 1]}}
     return graph
@@ -242,18 +227,11 @@ def workflow(name: str, wan_file: str | None) -> dict[str, Any]:
     graph = shrunk(name, wan_file)
     plain = run(without_ours(graph))
     ours, again = run(graph), run(graph)
-    neutral = copy.deepcopy(graph)
-    for node in neutral.values():
-        if node["class_type"] == "DitAccelSparse":
-            node["inputs"]["options"] = "block_size = 16\nbeta = -8.0\ndense_layers = 0"
-        elif node["class_type"] == "DitAccelCache":
-            node["inputs"]["options"] = "threshold = 0.0"
-        elif node["class_type"] == "DitAccelLongVideo":
-            node["inputs"]["trained_frames"] = 500
-    bad = copy.deepcopy(graph)
-    for node in bad.values():
-        if "options" in node["inputs"]:
-            node["inputs"]["options"] = "no_such_option = 1"
+    neutral, bad = copy.deepcopy(graph), copy.deepcopy(graph)
+    for one, other in zip(neutral.values(), bad.values(), strict=True):
+        one["inputs"] |= NEUTRAL.get(one["class_type"], {})
+        if "options" in other["inputs"]:
+            other["inputs"]["options"] = "no_such_option = 1"
     kept = run(neutral)
     first = run(with_node(graph, "1", "Counting"))
     before = len(CALLS)
@@ -272,19 +250,12 @@ def compiled() -> dict[str, Any]:
     """Return how far compiled Wan's sampling with our nodes is from the same that is not compiled."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    class Compile(io.ComfyNode):
-        @classmethod
-        def define_schema(cls) -> Any:
-            inputs, outputs = [io.Model.Input("model")], [io.Model.Output()]
-            return io.Schema(node_id="Compile", category="test", inputs=inputs, outputs=outputs)
+    def work(model: Any) -> tuple[Any]:
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager")
+        return (model,)
 
-        @classmethod
-        def execute(cls, model: Any) -> Any:
-            model = model.clone()
-            set_torch_compile_wrapper(model, backend="eager")
-            return io.NodeOutput(model)
-
-    nodes.NODE_CLASS_MAPPINGS["Compile"] = Compile
+    register("Compile", [io.Model.Input("model")], [io.Model.Output()], work)
     graph = shrunk("wan-sparse-cache", None)
     ours, fast = run(graph), run(with_node(graph, "11", "Compile"))
     return {"distance": distance(fast, ours), "report": fast["report"]}
@@ -312,7 +283,7 @@ def beside(folder: Path, wan_file: str) -> dict[str, Any]:
         "closed_loop": False, "fuse_method": "pyramid",
     }  # fmt: skip
     kept = copy.deepcopy(graph)
-    kept["10"]["inputs"]["options"] = "block_size = 16\nbeta = -8.0\ndense_layers = 0"
+    kept["10"]["inputs"] |= NEUTRAL["DitAccelSparse"]
     cut = [run(with_node(one, "1", "WanContextWindowsManual", **windows)) for one in (kept, without_ours(graph))]
     return {
         "windows": distance(*cut), "windows_report": cut[0]["report"],
@@ -335,8 +306,7 @@ def main() -> None:
     """Load the nodes as ComfyUI loads custom ones, do what is asked and print it."""
     asyncio.run(nodes.init_builtin_extra_nodes())
     assert asyncio.run(nodes.load_custom_node(str(Path(ROOM)), module_parent="custom_nodes"))
-    for node in (TinyModel, TinyText, Counting, Take):
-        nodes.NODE_CLASS_MAPPINGS[node.GET_SCHEMA().node_id] = node
+    register_all()
     found: dict[str, Any] = {"signatures": signatures()}
     with tempfile.TemporaryDirectory() as folder:
         wan_file = saved_wan(Path(folder))

@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from tiny_inputs import COLUMNS, FLUX_LIKE, FOUR, HEADS, ROWS, ids, image, model, packed, steps, text_mask
+from tiny_inputs import COLUMNS, FLUX_LIKE, FOUR, HEADS, ROWS, family, ids, image, model, packed, steps, text_mask
 
 
 def _flux(batch: int) -> Mapping[str, Any]:
     return packed(batch) | dict(pooled_projections=torch.randn(batch, 8), guidance=steps(batch, 3.5))
 
 
-FLUX = (model("FluxTransformer2DModel", _flux, **FLUX_LIKE, pooled_projection_dim=8, guidance_embeds=True),)
+FLUX = family("FluxTransformer2DModel", _flux, **FLUX_LIKE, pooled_projection_dim=8, guidance_embeds=True)
 FLUX_KIN = (
     model("BriaTransformer2DModel", packed, **FLUX_LIKE, pooled_projection_dim=8),
     model("LongCatImageTransformer2DModel", packed, **FLUX_LIKE, pooled_projection_dim=8),
@@ -28,10 +28,9 @@ def _flux2(batch: int, references: bool = False) -> Mapping[str, Any]:
 
 
 FLUX2_TINY = FLUX_LIKE | dict(axes_dims_rope=(4, 4, 4, 4))
-FLUX2 = tuple(
-    model("Flux2Transformer2DModel", inputs, **FLUX2_TINY, timestep_guidance_channels=8)
-    for inputs in (_flux2, partial(_flux2, references=True))
-)
+FLUX2 = family(
+    "Flux2Transformer2DModel", (_flux2, partial(_flux2, references=True)), **FLUX2_TINY, timestep_guidance_channels=8,
+)  # fmt: skip
 
 
 def _flux3(batch: int, references: bool = False) -> Mapping[str, Any]:
@@ -41,12 +40,9 @@ def _flux3(batch: int, references: bool = False) -> Mapping[str, Any]:
     return inputs
 
 
-FLUX3 = tuple(
-    model(
-        "Flux3Transformer2DModel", inputs, "txt_mode_blocks.*.attn", "mode_blocks.image_cond.*.attn", **FLUX2_TINY,
-        cond_in_channels=4, timestep_channels=8,
-    )
-    for inputs in (_flux3, partial(_flux3, references=True))
+FLUX3 = family(
+    "Flux3Transformer2DModel", (_flux3, partial(_flux3, references=True)), "txt_mode_blocks.*.attn",
+    "mode_blocks.image_cond.*.attn", **FLUX2_TINY, cond_in_channels=4, timestep_channels=8,
 )  # fmt: skip
 
 
@@ -54,11 +50,9 @@ def _joined_mask(batch: int) -> torch.Tensor:
     return torch.cat([text_mask(batch), torch.ones(batch, ROWS * COLUMNS, dtype=torch.bool)], 1)
 
 
-CHROMA = (
-    model(
-        "ChromaTransformer2DModel", lambda batch: dict(packed(batch), attention_mask=_joined_mask(batch)), **FLUX_LIKE,
-        approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1,
-    ),
+CHROMA = family(
+    "ChromaTransformer2DModel", lambda batch: dict(packed(batch), attention_mask=_joined_mask(batch)), **FLUX_LIKE,
+    approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1,
 )  # fmt: skip
 
 
@@ -106,11 +100,9 @@ def qwen_image_21(batch: int, references: bool = False) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
-QWEN_IMAGE_21 = (
-    model(
-        "QwenImage21Transformer2DModel", qwen_image_21, **HEADS, **FOUR, num_layers=3, context_in_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    ),
+QWEN_IMAGE_21 = family(
+    "QwenImage21Transformer2DModel", qwen_image_21, **HEADS, **FOUR, num_layers=3, context_in_dim=16,
+    axes_dims_rope=(4, 6, 6),
 )  # fmt: skip
 
 
@@ -119,11 +111,9 @@ def _z_image(batch: int) -> Mapping[str, Any]:
     return dict(x=list(torch.randn(batch, 4, 1, 16, 20)), t=steps(batch, 0.5), cap_feats=texts)
 
 
-Z_IMAGE = (
-    model(
-        "ZImageTransformer2DModel", _z_image, "*_refiner.*", in_channels=4, dim=32, n_layers=3, n_refiner_layers=1,
-        n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[256, 16, 16],
-    ),
+Z_IMAGE = family(
+    "ZImageTransformer2DModel", _z_image, "*_refiner.*", in_channels=4, dim=32, n_layers=3, n_refiner_layers=1,
+    n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[256, 16, 16],
 )  # fmt: skip
 
 
@@ -134,13 +124,11 @@ def _krea2(batch: int) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
-KREA2 = (
-    model(
-        "Krea2Transformer2DModel", _krea2, "text_fusion.*", **HEADS, in_channels=4, num_layers=3,
-        num_key_value_heads=1, intermediate_size=32, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=2,
-        text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
-    ),
+KREA2 = family(
+    "Krea2Transformer2DModel", _krea2, "text_fusion.*", **HEADS, in_channels=4, num_layers=3, num_key_value_heads=1,
+    intermediate_size=32, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
+    text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+    axes_dims_rope=(4, 6, 6),
 )  # fmt: skip
 
 
@@ -193,7 +181,7 @@ def _glm_image(batch: int) -> Mapping[str, Any]:
 
 GLM_IMAGE_TINY = HEADS | FOUR | dict(num_layers=3, text_embed_dim=16, time_embed_dim=8, condition_dim=4)
 COGVIEW_TINY = GLM_IMAGE_TINY | dict(pos_embed_max_size=12, sample_size=8)
-GLM_IMAGE = (model("GlmImageTransformer2DModel", _glm_image, **GLM_IMAGE_TINY, prior_vq_quantizer_codebook_size=32),)
+GLM_IMAGE = family("GlmImageTransformer2DModel", _glm_image, **GLM_IMAGE_TINY, prior_vq_quantizer_codebook_size=32)
 COGVIEW = (
     model("CogView3PlusTransformer2DModel", _cogview, **COGVIEW_TINY),
     model("CogView4Transformer2DModel", _cogview, **COGVIEW_TINY, rope_axes_dim=(16, 16)),
@@ -202,12 +190,10 @@ COGVIEW = (
 LUMINA_TINY = dict(
     sample_size=8, in_channels=4, hidden_size=32, num_layers=3, num_attention_heads=2, num_kv_heads=1, multiple_of=8
 )
-LUMINA2 = (
-    model(
-        "Lumina2Transformer2DModel",
-        lambda batch: image(batch, encoder_attention_mask=text_mask(1).expand(batch, -1)), "*_refiner.*",
-        **LUMINA_TINY, num_refiner_layers=1, axes_dim_rope=(4, 6, 6), axes_lens=(32, 16, 16), cap_feat_dim=16,
-    ),
+LUMINA2 = family(
+    "Lumina2Transformer2DModel", lambda batch: image(batch, encoder_attention_mask=text_mask(1).expand(batch, -1)),
+    "*_refiner.*", **LUMINA_TINY, num_refiner_layers=1, axes_dim_rope=(4, 6, 6), axes_lens=(32, 16, 16),
+    cap_feat_dim=16,
 )  # fmt: skip
 
 
@@ -216,9 +202,7 @@ def _lumina_next(batch: int) -> Mapping[str, Any]:
     return image(batch, encoder_mask=text_mask(batch), image_rotary_emb=rotary, cross_attention_kwargs={})
 
 
-LUMINA_NEXT = (
-    model("LuminaNextDiT2DModel", _lumina_next, "layers.*.attn2", **LUMINA_TINY, cross_attention_dim=16),
-)  # fmt: skip
+LUMINA_NEXT = family("LuminaNextDiT2DModel", _lumina_next, "layers.*.attn2", **LUMINA_TINY, cross_attention_dim=16)
 
 
 def ideogram4(batch: int, padding: int = 0) -> Mapping[str, Any]:
@@ -234,17 +218,13 @@ def ideogram4(batch: int, padding: int = 0) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
-IDEOGRAM4 = (
-    model(
-        "Ideogram4Transformer2DModel", ideogram4, **HEADS, in_channels=4, num_layers=3, intermediate_size=32,
-        adaln_dim=8, llm_features_dim=16, mrope_section=(4, 2, 2),
-    ),
+IDEOGRAM4 = family(
+    "Ideogram4Transformer2DModel", ideogram4, **HEADS, in_channels=4, num_layers=3, intermediate_size=32, adaln_dim=8,
+    llm_features_dim=16, mrope_section=(4, 2, 2),
 )  # fmt: skip
-AURA_FLOW = (
-    model(
-        "AuraFlowTransformer2DModel", image, **HEADS, sample_size=8, in_channels=4, num_mmdit_layers=2,
-        num_single_dit_layers=2, joint_attention_dim=16, caption_projection_dim=32, pos_embed_max_size=144,
-    ),
+AURA_FLOW = family(
+    "AuraFlowTransformer2DModel", image, **HEADS, sample_size=8, in_channels=4, num_mmdit_layers=2,
+    num_single_dit_layers=2, joint_attention_dim=16, caption_projection_dim=32, pos_embed_max_size=144,
 )  # fmt: skip
 
 
@@ -253,7 +233,7 @@ def _bria_fibo(batch: int) -> Mapping[str, Any]:
     return dict(packed(batch), text_encoder_layers=layers, joint_attention_kwargs={"attention_mask": mask})
 
 
-BRIA_FIBO = (model("BriaFiboTransformer2DModel", _bria_fibo, **FLUX_LIKE, text_encoder_dim=12),)
+BRIA_FIBO = family("BriaFiboTransformer2DModel", _bria_fibo, **FLUX_LIKE, text_encoder_dim=12)
 
 
 def bria_fibo_2(batch: int, references: bool = False) -> Mapping[str, Any]:
@@ -263,14 +243,11 @@ def bria_fibo_2(batch: int, references: bool = False) -> Mapping[str, Any]:
     return image(batch, encoder_hidden_states=torch.randn(batch, 2, 6, 16), **edited if references else mask)
 
 
-BRIA_FIBO_2 = tuple(
-    model(
-        "BriaFibo2Transformer2DModel", inputs, "noise_refiner.*", "perceiver.*", "layers.*.cross_attention",
-        in_channels=4, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, cap_feat_dim=16, injection_layer_ids=(1,),
-        perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=6, gist_step=1, gist_min_text_len=2,
-        gist_max_text_len=8, axes_dims=(4, 6, 6), axes_lens=(64, 16, 16),
-    )
-    for inputs in (bria_fibo_2, partial(bria_fibo_2, references=True))
+BRIA_FIBO_2 = family(
+    "BriaFibo2Transformer2DModel", (bria_fibo_2, partial(bria_fibo_2, references=True)), "noise_refiner.*",
+    "perceiver.*", "layers.*.cross_attention", in_channels=4, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2,
+    cap_feat_dim=16, injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=6,
+    gist_step=1, gist_min_text_len=2, gist_max_text_len=8, axes_dims=(4, 6, 6), axes_lens=(64, 16, 16),
 )  # fmt: skip
 
 
@@ -279,24 +256,18 @@ def _ernie_image(batch: int) -> Mapping[str, Any]:
     return dict(hidden_states=torch.randn(batch, 4, ROWS, COLUMNS), timestep=steps(batch), **text)
 
 
-ERNIE_IMAGE = (
-    model(
-        "ErnieImageTransformer2DModel", _ernie_image, **FOUR, hidden_size=32, num_attention_heads=2, num_layers=3,
-        ffn_hidden_size=32, text_in_dim=16, rope_axes_dim=(4, 6, 6),
-    ),
+ERNIE_IMAGE = family(
+    "ErnieImageTransformer2DModel", _ernie_image, **FOUR, hidden_size=32, num_attention_heads=2, num_layers=3,
+    ffn_hidden_size=32, text_in_dim=16, rope_axes_dim=(4, 6, 6),
 )  # fmt: skip
-NUCLEUS_IMAGE = (
-    model(
-        "NucleusMoEImageTransformer2DModel", lambda batch: _masked(batch, img_shapes=[(1, ROWS, COLUMNS)] * batch),
-        **HEADS, **FOUR, patch_size=1, num_layers=3, num_key_value_heads=1, joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6), moe_enabled=False,
-    ),
+NUCLEUS_IMAGE = family(
+    "NucleusMoEImageTransformer2DModel", lambda batch: _masked(batch, img_shapes=[(1, ROWS, COLUMNS)] * batch), **HEADS,
+    **FOUR, patch_size=1, num_layers=3, num_key_value_heads=1, joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    moe_enabled=False,
 )  # fmt: skip
-PRX = (
-    model(
-        "PRXTransformer2DModel", lambda batch: image(batch, attention_mask=text_mask(batch)), in_channels=4,
-        context_in_dim=16, hidden_size=32, num_heads=2, depth=3, axes_dim=[8, 8],
-    ),
+PRX = family(
+    "PRXTransformer2DModel", lambda batch: image(batch, attention_mask=text_mask(batch)), in_channels=4,
+    context_in_dim=16, hidden_size=32, num_heads=2, depth=3, axes_dim=[8, 8],
 )  # fmt: skip
 
 
@@ -314,8 +285,8 @@ def _joyimage_plus(batch: int) -> Mapping[str, Any]:
 JOYIMAGE_TINY = FOUR | dict(
     hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=3, rope_dim_list=[4, 6, 6]
 )  # fmt: skip
-JOYIMAGE_EDIT = (model("JoyImageEditTransformer3DModel", joyimage, **JOYIMAGE_TINY),)
-JOYIMAGE_EDIT_PLUS = (model("JoyImageEditPlusTransformer3DModel", _joyimage_plus, **JOYIMAGE_TINY),)
+JOYIMAGE_EDIT = family("JoyImageEditTransformer3DModel", joyimage, **JOYIMAGE_TINY)
+JOYIMAGE_EDIT_PLUS = family("JoyImageEditPlusTransformer3DModel", _joyimage_plus, **JOYIMAGE_TINY)
 
 
 def _pixart(batch: int) -> Mapping[str, Any]:
@@ -323,11 +294,9 @@ def _pixart(batch: int) -> Mapping[str, Any]:
     return image(batch, encoder_attention_mask=text_mask(batch), added_cond_kwargs=sizes)
 
 
-PIXART = (
-    model(
-        "PixArtTransformer2DModel", _pixart, "transformer_blocks.*.attn2", **HEADS, in_channels=4, out_channels=8,
-        num_layers=3, cross_attention_dim=32, sample_size=8, caption_channels=16, use_additional_conditions=False,
-    ),
+PIXART = family(
+    "PixArtTransformer2DModel", _pixart, "transformer_blocks.*.attn2", **HEADS, in_channels=4, out_channels=8,
+    num_layers=3, cross_attention_dim=32, sample_size=8, caption_channels=16, use_additional_conditions=False,
 )  # fmt: skip
 
 
@@ -340,12 +309,10 @@ def _hunyuan_dit(batch: int) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
-HUNYUAN_DIT = (
-    model(
-        "HunyuanDiT2DModel", _hunyuan_dit, "blocks.*.attn2", **HEADS, in_channels=4, patch_size=2, sample_size=8,
-        hidden_size=32, num_layers=4, cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=8,
-        text_len=6, text_len_t5=7, use_style_cond_and_image_meta_size=True,
-    ),
+HUNYUAN_DIT = family(
+    "HunyuanDiT2DModel", _hunyuan_dit, "blocks.*.attn2", **HEADS, in_channels=4, patch_size=2, sample_size=8,
+    hidden_size=32, num_layers=4, cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=8,
+    text_len=6, text_len_t5=7, use_style_cond_and_image_meta_size=True,
 )  # fmt: skip
 
 IMAGE_MODELS = {

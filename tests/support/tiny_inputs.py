@@ -27,6 +27,11 @@ def model(
     )  # fmt: skip
 
 
+def family(cls: str, inputs: Any, *left_alone: str, **config: Any) -> tuple[TinyModel, ...]:
+    """Describe the tiny models of a family whose one class has one config, a model for each kind of inputs."""
+    return tuple(model(cls, one, *left_alone, **config) for one in (inputs if isinstance(inputs, tuple) else (inputs,)))
+
+
 def steps(batch: int, value: float = 500.0) -> torch.Tensor:
     return torch.full((batch,), value)
 

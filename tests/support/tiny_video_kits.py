@@ -48,25 +48,10 @@ def wan(model: Any = None, setup: Any = None, **call: Any) -> Kit:
     return kit(model or sharp_transformer(), parts.wan_vae(12), call, EULER(shift=3.0), setup, **more)
 
 
-def wan_two_experts() -> Kit:
-    """Wan 2.2 A14B: another transformer takes over below a noise level."""
-    return wan().but(transformer_2=sharp_transformer(5), boundary_ratio=0.8)
-
-
-def wan_image() -> Kit:
-    """Wan 2.1: the picture's features join the text."""
-    return wan(tiny_video("wan", 1, in_channels=12 + 4 + 12), SEEN, image=drawing(), **prompts(512, 64))
-
-
 def wan_first_last_frame() -> Kit:
     """From a first frame to a last one."""
     model = tiny_video("wan", 0, in_channels=12 + 4 + 12)
     return wan(model, image=drawing(), last_image=drawing(color=parts.COLORS[1]))
-
-
-def wan_image_22() -> Kit:
-    """Wan 2.2 TI2V: every token has its own timestep."""
-    return wan(image=drawing()).but(expand_timesteps=True)
 
 
 def wan_vace() -> Kit:
@@ -244,10 +229,6 @@ def helios(scheduler: Any = None) -> Kit:
     return kit(tiny_video("helios"), parts.wan_vae(4), call, scheduler or diffusers.HeliosScheduler(stages=1))
 
 
-def helios_pyramid() -> Kit:
-    return helios(diffusers.HeliosScheduler(gamma=0.25)).but(dict(pyramid_num_inference_steps_list=[4, 2, 1]))
-
-
 def anyflow() -> Kit:
     call, scheduler = dict(prompt_embeds=prompts()["prompt_embeds"]), diffusers.FlowMapEulerDiscreteScheduler()
     return kit(tiny_video("anyflow"), parts.wan_vae(4), call, scheduler)
@@ -340,7 +321,9 @@ VIDEO_PIPELINES: dict[str, Stock] = {
     "EasyAnimatePipeline": Stock(easyanimate),
     "EasyAnimateInpaintPipeline": Stock(partial(easyanimate, 9)),
     "HeliosPipeline": Stock(helios),
-    "HeliosPyramidPipeline": Stock(helios_pyramid),
+    "HeliosPyramidPipeline": Stock(
+        lambda: helios(diffusers.HeliosScheduler(gamma=0.25)).but(dict(pyramid_num_inference_steps_list=[4, 2, 1]))
+    ),
     "HunyuanVideoPipeline": Stock(hunyuan_video),
     "HunyuanSkyreelsImageToVideoPipeline": Stock(partial(hunyuan_video, in_channels=8), PICTURE, repeated=IMAGE),
     "HunyuanVideoImageToVideoPipeline": Stock(partial(hunyuan_video, 2), PICTURE, repeated=IMAGE),
@@ -375,11 +358,16 @@ VIDEO_PIPELINES: dict[str, Stock] = {
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": Stock(partial(skyreels, 1), dict(OFF_GRID, image=drawing())),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Stock(partial(skyreels, 1), CONTINUED),
     "WanPipeline": Stock(wan),
-    "WanPipeline, two experts": Stock(wan_two_experts),
+    # Wan 2.2 A14B: another transformer takes over below a noise level
+    "WanPipeline, two experts": Stock(lambda: wan().but(transformer_2=sharp_transformer(5), boundary_ratio=0.8)),
     "WanVideoToVideoPipeline": Stock(wan, dict(video=clip(), strength=1.0)),
-    "WanImageToVideoPipeline": Stock(wan_image),
+    # Wan 2.1: the picture's features join the text
+    "WanImageToVideoPipeline": Stock(
+        lambda: wan(tiny_video("wan", 1, in_channels=12 + 4 + 12), SEEN, image=drawing(), **prompts(512, 64))
+    ),
     "WanImageToVideoPipeline, first and last frame": Stock(wan_first_last_frame),
-    "WanImageToVideoPipeline, a timestep a token": Stock(wan_image_22),
+    # Wan 2.2 TI2V: every token has its own timestep
+    "WanImageToVideoPipeline, a timestep a token": Stock(lambda: wan(image=drawing()).but(expand_timesteps=True)),
     "WanImageToVideoPipeline, two experts": Stock(lambda: both_experts(wan_first_last_frame())),
     "WanVACEPipeline": Stock(wan_vace),
     "WanVACEPipeline, two experts": Stock(lambda: both_experts(wan_vace())),

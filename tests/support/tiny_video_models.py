@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tiny_inputs import FOUR, HEADS, masked_video, model, steps, text_mask, video
+from tiny_inputs import FOUR, HEADS, family, masked_video, model, steps, text_mask, video
 from wan_tiny import TINY as WAN_TINY
 
 CROSS, IMAGE_TEXT = "blocks.*.attn2", dict(image_dim=24, added_kv_proj_dim=32)
@@ -42,10 +42,8 @@ WAN_ANIMATE_TINY = WAN_TINY | IMAGE_TEXT | dict(
     motion_style_dim=8, motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2,
     inject_face_latents_blocks=3,
 )  # fmt: skip
-WAN_ANIMATE = (
-    model(
-        "WanAnimateTransformer3DModel", _wan_animate, CROSS, "face_adapter.*", **WAN_ANIMATE_TINY, reference_frames=1
-    ),
+WAN_ANIMATE = family(
+    "WanAnimateTransformer3DModel", _wan_animate, CROSS, "face_adapter.*", **WAN_ANIMATE_TINY, reference_frames=1,
 )  # fmt: skip
 
 
@@ -54,10 +52,10 @@ def _skyreels(batch: int, forced: bool = False) -> Mapping[str, Any]:
     return video(batch, 16, 64, **dict(timestep=first, enable_diffusion_forcing=True) if forced else {})
 
 
-SKYREELS = tuple(
-    model("SkyReelsV2Transformer3DModel", inputs, CROSS, **WAN_TINY | dict(in_channels=16))
-    for inputs in (_skyreels, partial(_skyreels, forced=True))
-)
+SKYREELS = family(
+    "SkyReelsV2Transformer3DModel", (_skyreels, partial(_skyreels, forced=True)), CROSS,
+    **WAN_TINY | dict(in_channels=16),
+)  # fmt: skip
 
 
 def _hunyuan(batch: int, channels: int = 4, **inputs: Any) -> Mapping[str, Any]:
@@ -85,12 +83,10 @@ def _hunyuan15(batch: int) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
-HUNYUAN15 = (
-    model(
-        "HunyuanVideo15Transformer3DModel", _hunyuan15, "context_embedder.*", **FOUR, **HEADS, num_layers=3,
-        num_refiner_layers=1, patch_size=1, text_embed_dim=16, text_embed_2_dim=12, image_embed_dim=8,
-        rope_axes_dim=(4, 6, 6),
-    ),
+HUNYUAN15 = family(
+    "HunyuanVideo15Transformer3DModel", _hunyuan15, "context_embedder.*", **FOUR, **HEADS, num_layers=3,
+    num_refiner_layers=1, patch_size=1, text_embed_dim=16, text_embed_2_dim=12, image_embed_dim=8,
+    rope_axes_dim=(4, 6, 6),
 )  # fmt: skip
 
 
@@ -104,20 +100,15 @@ def _framepack(batch: int) -> Mapping[str, Any]:
     return _hunyuan(batch, **inputs)
 
 
-FRAMEPACK = (
-    model(
-        "HunyuanVideoFramepackTransformer3DModel", _framepack, "context_embedder.*", **HUNYUAN_TINY,
-        has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True,
-    ),
+FRAMEPACK = family(
+    "HunyuanVideoFramepackTransformer3DModel", _framepack, "context_embedder.*", **HUNYUAN_TINY, has_image_proj=True,
+    image_proj_dim=8, has_clean_x_embedder=True,
 )  # fmt: skip
 
 
-MOCHI = (
-    model(
-        "MochiTransformer3DModel", lambda batch: video(batch, encoder_attention_mask=text_mask(batch)), **HEADS,
-        num_layers=3, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=8,
-        max_sequence_length=6,
-    ),
+MOCHI = family(
+    "MochiTransformer3DModel", lambda batch: video(batch, encoder_attention_mask=text_mask(batch)), **HEADS,
+    num_layers=3, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=8, max_sequence_length=6,
 )  # fmt: skip
 
 
@@ -168,10 +159,7 @@ def _ltx_conditioned(batch: int) -> Mapping[str, Any]:
 
 
 LTX_TINY = FOUR | HEADS | dict(cross_attention_dim=32, num_layers=3, caption_channels=16)
-LTX = tuple(
-    model("LTXVideoTransformer3DModel", inputs, "transformer_blocks.*.attn2", **LTX_TINY)
-    for inputs in (_ltx_conditioned, _ltx)
-)
+LTX = family("LTXVideoTransformer3DModel", (_ltx_conditioned, _ltx), "transformer_blocks.*.attn2", **LTX_TINY)
 
 
 def _ltx2(batch: int, reference: int = 0) -> Mapping[str, Any]:
@@ -222,12 +210,10 @@ def _minimax(batch: int) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
-MINIMAX = (
-    model(
-        "MiniMaxH3Transformer3DModel", _minimax, "token_refiner.*", **HEADS, hidden_size=24, num_layers=3,
-        num_refiner_layers=1, ffn_dim=32, in_channels=4, audio_in_channels=5, text_dim=16, freq_dim=8,
-        time_embed_hidden_dim=16, time_embed_dim=8, rope_freq_dim=2,
-    ),
+MINIMAX = family(
+    "MiniMaxH3Transformer3DModel", _minimax, "token_refiner.*", **HEADS, hidden_size=24, num_layers=3,
+    num_refiner_layers=1, ffn_dim=32, in_channels=4, audio_in_channels=5, text_dim=16, freq_dim=8,
+    time_embed_hidden_dim=16, time_embed_dim=8, rope_freq_dim=2,
 )  # fmt: skip
 
 
@@ -249,19 +235,15 @@ KANDINSKY5_TINY = dict(
     in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=8, model_dim=32, ff_dim=32,
     num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6),
 )  # fmt: skip
-KANDINSKY5 = (
-    model(
-        "Kandinsky5Transformer3DModel",
-        lambda batch: _kandinsky(batch, 7, 4, torch.arange(7), text_rope_pos=torch.arange(6)),
-        "text_transformer_blocks.*", "visual_transformer_blocks.*.cross_attention", **KANDINSKY5_TINY,
-    ),
+KANDINSKY5 = family(
+    "Kandinsky5Transformer3DModel",
+    lambda batch: _kandinsky(batch, 7, 4, torch.arange(7), text_rope_pos=torch.arange(6)), "text_transformer_blocks.*",
+    "visual_transformer_blocks.*.cross_attention", **KANDINSKY5_TINY,
 )  # fmt: skip
-KANDINSKY6 = (
-    model(
-        "Kandinsky6Transformer3DModel", _kandinsky6, "*_text_transformer_blocks.*", "*.cross_attention",
-        "*.audio_dec_block.*", "*_cross_attention", **KANDINSKY5_TINY, in_audio_dim=5, out_audio_dim=5,
-        visual_token_type_num_embeddings=2, ca_rope=True, cross_gates=True, reference_frames=1,
-    ),
+KANDINSKY6 = family(
+    "Kandinsky6Transformer3DModel", _kandinsky6, "*_text_transformer_blocks.*", "*.cross_attention",
+    "*.audio_dec_block.*", "*_cross_attention", **KANDINSKY5_TINY, in_audio_dim=5, out_audio_dim=5,
+    visual_token_type_num_embeddings=2, ca_rope=True, cross_gates=True, reference_frames=1,
 )  # fmt: skip
 
 
@@ -315,23 +297,18 @@ def _cosmos3(batch: int, more: bool = False) -> Mapping[str, Any]:
     return inputs
 
 
-COSMOS3 = tuple(
-    model(
-        "Cosmos3OmniTransformer", inputs, max_batch=1, head_dim=16, hidden_size=32, intermediate_size=32,
-        latent_channel=4, patch_latent_dim=16, num_attention_heads=4, num_hidden_layers=3, num_key_value_heads=2,
-        vocab_size=20, rope_axes_dim=(4, 2, 2), sound_gen=True, sound_dim=5,
-    )
-    for inputs in (_cosmos3, partial(_cosmos3, more=True))
+COSMOS3 = family(
+    "Cosmos3OmniTransformer", (_cosmos3, partial(_cosmos3, more=True)), max_batch=1, head_dim=16, hidden_size=32,
+    intermediate_size=32, latent_channel=4, patch_latent_dim=16, num_attention_heads=4, num_hidden_layers=3,
+    num_key_value_heads=2, vocab_size=20, rope_axes_dim=(4, 2, 2), sound_gen=True, sound_dim=5,
 )  # fmt: skip
 
 
-MOTIF = (
-    model(
-        "MotifVideoTransformer3DModel", lambda batch: masked_video(batch, image_embeds=torch.randn(batch, 3, 8)),
-        "*.cross_attn", "single_transformer_blocks.2.attn", **FOUR, **HEADS,
-        num_layers=2, num_single_layers=3, num_decoder_layers=1, text_embed_dim=16, image_embed_dim=8, mlp_ratio=1.0,
-        rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
-    ),
+MOTIF = family(
+    "MotifVideoTransformer3DModel", lambda batch: masked_video(batch, image_embeds=torch.randn(batch, 3, 8)),
+    "*.cross_attn", "single_transformer_blocks.2.attn", **FOUR, **HEADS, num_layers=2, num_single_layers=3,
+    num_decoder_layers=1, text_embed_dim=16, image_embed_dim=8, mlp_ratio=1.0, rope_axes_dim=(4, 6, 6),
+    enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
 )  # fmt: skip
 
 
@@ -358,16 +335,13 @@ def _anyflow(batch: int) -> Mapping[str, Any]:
     return video(batch, hidden_states=latents, timestep=time, r_timestep=time / 2)
 
 
-ANYFLOW = (model("AnyFlowTransformer3DModel", _anyflow, CROSS, **ANYFLOW_TINY, num_layers=3),)
+ANYFLOW = family("AnyFlowTransformer3DModel", _anyflow, CROSS, **ANYFLOW_TINY, num_layers=3)
 
 
-EASYANIMATE = (
-    model(
-        "EasyAnimateTransformer3DModel",
-        lambda batch: video(batch, encoder_hidden_states_t5=torch.randn(batch, 5, 12)), **FOUR, **HEADS, patch_size=2,
-        num_layers=3, mmdit_layers=2, time_embed_dim=8, text_embed_dim=16, text_embed_dim_t5=12, sample_width=16,
-        sample_height=8,
-    ),
+EASYANIMATE = family(
+    "EasyAnimateTransformer3DModel", lambda batch: video(batch, encoder_hidden_states_t5=torch.randn(batch, 5, 12)),
+    **FOUR, **HEADS, patch_size=2, num_layers=3, mmdit_layers=2, time_embed_dim=8, text_embed_dim=16,
+    text_embed_dim_t5=12, sample_width=16, sample_height=8,
 )  # fmt: skip
 
 
@@ -382,12 +356,10 @@ def _allegro(batch: int) -> Mapping[str, Any]:
     return masked_video(batch, attention_mask=mask, timestep=steps(batch).long(), image_rotary_emb=rotary)
 
 
-ALLEGRO = (
-    model(
-        "AllegroTransformer3DModel", _allegro, "transformer_blocks.*.attn2", **FOUR, num_attention_heads=2,
-        attention_head_dim=18, num_layers=3, cross_attention_dim=36, sample_height=8, sample_width=16, sample_frames=7,
-        caption_channels=16,
-    ),
+ALLEGRO = family(
+    "AllegroTransformer3DModel", _allegro, "transformer_blocks.*.attn2", **FOUR, num_attention_heads=2,
+    attention_head_dim=18, num_layers=3, cross_attention_dim=36, sample_height=8, sample_width=16, sample_frames=7,
+    caption_channels=16,
 )  # fmt: skip
 
 VIDEO_MODELS = {

@@ -9,11 +9,9 @@ import dit_accel
 from dit_accel import RadialAttention
 from dit_accel.methods.config import MethodConfig
 from dit_accel.report.report import Report
+from dit_accel.testing.tiny_models import tiny_wan
 
-TINY = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12, out_channels=12, text_dim=64,
-    freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=64,
-)  # fmt: skip
+TINY = {**tiny_wan().config, "in_channels": 12, "out_channels": 12, "text_dim": 64}
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 """Lists that leave tiles out of a tiny model's attention."""

@@ -131,8 +131,6 @@ class RestoresTiles(Protocol):
         """Take back tiles that probe rows find to matter, after a call's votes are learned.
 
         Args:
-            plan: what the call ran.
-            context: when it ran.
             probe: gives gaps and shares as `probe_gaps` does; it costs a pass over the keys.
             margin: log2 units by which a gap or share must exceed the threshold at which tiles are dropped.
         """
@@ -166,7 +164,6 @@ class DeltaHandler(AttentionHandler):
         self.restorers = tuple(other for other in others if isinstance(other, RestoresTiles))
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Remark on groups that are smaller than requested."""
         if self.settings.stride <= layout.tokens_per_frame:
             return None
         return (
@@ -266,9 +263,7 @@ def neighbour_correlation(corrections: Tensor, frames: int) -> Tensor:
     representative half of that at most, and a correlation that falls off exponentially has its root at half the way.
     Scaled by it, a correction is not expected to raise the error.
 
-    Args:
-        corrections: [B, H, G, D], in the order of `groups_of`.
-        frames: F; neighbours are of one frame or, where a frame is one group, of one frame and the next.
+    ``frames``: F; neighbours are of one frame or, where a frame is one group, of one frame and the next.
     """
     x = corrections.unflatten(2, (frames, -1))
     one, next_ = (x[:, :, :, :-1], x[:, :, :, 1:]) if x.shape[3] > 1 else (x[:, :, :-1], x[:, :, 1:])

@@ -172,7 +172,6 @@ class DFAHandler(AttentionHandler):
         self._shares.append({"step_index": context.step_index, "transformer": site.name, "foreground": shares})
 
     def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """Return the movement of each token, [B, F, Y, X]."""
         grid = layout.frames, layout.height, layout.width
         needs = self.settings.noise_needed()
         if needs is not None and (context.sigma is None or context.noise != "flow"):
@@ -238,7 +237,6 @@ class DFAHandler(AttentionHandler):
         self._shares.clear()
 
     def report(self) -> Section | None:
-        """Return the foreground's share at the full steps that others followed."""
         if not self._shares:
             return None
         found = [{**entry, "foreground": entry["foreground"].tolist()} for entry in self._shares]
@@ -249,7 +247,6 @@ class DFAHandler(AttentionHandler):
         return Section(method="dfa", title=title, data={"foreground": found})
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the rows that are left out where their share is set, and what is held of a model of known sizes."""
         settings, family = self.settings, self.model.family
         reusing = settings.reusing(steps)
         if not reusing or settings.share == 1:

@@ -95,7 +95,6 @@ class LVSAHandler(SparseHandler):
         super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
 
     def check_layout(self, layout: TokenLayout) -> str:
-        """Tell how much longer the clip is, and what each frame sees."""
         own, rule = self.settings, self.settings.rule
         stride, length = rule.stride(layout.frames), f"{layout.frames} latent frames"
         if stride == 1:
@@ -107,7 +106,6 @@ class LVSAHandler(SparseHandler):
         )
 
     def applies(self, layout: TokenLayout) -> bool:
-        """Whether the clip is so long that anything is left out."""
         return self.settings.rule.stride(layout.frames) > 1
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
@@ -116,7 +114,6 @@ class LVSAHandler(SparseHandler):
         return plan.with_tiles(settings.tiles(layout, step, device), self.model.tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the lists leave, mean over the anchors' offsets, and the lists' size."""
         settings, note = self.settings, self.check_layout(layout)
         if not self.applies(layout):
             return Saving(notes=(note,))

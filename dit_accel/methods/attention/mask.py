@@ -79,7 +79,6 @@ class MaskHandler(SparseHandler, ABC):
         return not self.kept(layout).all()
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Tell where the mask leaves nothing out."""
         kept = self.kept(layout)
         whole = f"{self.name} keeps all {kept.size} tiles of {layout.visual_tokens} visual tokens, and changes nothing"
         return whole if kept.all() else super().check_layout(layout)

@@ -123,7 +123,6 @@ class SolHandler(SparseHandler):
 
     @property
     def pools(self) -> bool:
-        """Whether tiles that are not exact enter as one key each."""
         return not self.settings.caches_rest
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
@@ -136,7 +135,6 @@ class SolHandler(SparseHandler):
         return plan.route(Routing(beta=beta, threshold=settings.threshold))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that routing is expected to leave, and the size of lists and bitmaps."""
         counted = "which tiles are routed is known only while it runs; the count is what Gaussian scores would keep"
         keep = self.settings.keep
         return self.saving_of(lambda share: keep(share, layout), layout, steps, expected=True, notes=(counted,))

@@ -79,8 +79,6 @@ def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float |
     """Return the heaviest candidate tiles of every block row, bool [B, H, NQ, NK]; of equal ones the first.
 
     Args:
-        masses: softmax mass of every tile, [B, H, NQ, NK].
-        candidates: bool, broadcastable to it: what may be chosen.
         kept: how many a row chooses, all where fewer are candidates; None: see ``mass``.
         mass: the fewest that reach this share of the row's mass over the candidates, one at least.
     """
@@ -117,7 +115,6 @@ class SparseDHandler(SparseHandler):
         return plan.narrow(keep=keep, pinned=self._text(context), rest="pooled" if self.pools else "skip")
 
     def needs_step(self, step: StepContext) -> bool:
-        """Tell whether the branch's pattern is chosen in this step."""
         chosen = any((key[0], key[2]) == (step.transformer, step.branch) for key in self.bits)
         return not chosen and self.is_active_somewhere(step)
 
@@ -125,7 +122,6 @@ class SparseDHandler(SparseHandler):
         self.bits.clear()
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the pattern leaves, where ``density`` says so, and what is carried."""
         settings, carried = self.settings, self.carried_bits(layout, steps)
         if settings.mass is not None:
             note = (

@@ -168,7 +168,6 @@ class UltraViCoHandler(AttentionHandler):
         return DecayRule(trained_frames=trained, alpha=alpha, beta=beta, period=settings.period, gamma=settings.gamma)
 
     def check_layout(self, layout: TokenLayout) -> str:
-        """Tell how much longer the clip is, and what was chosen for that."""
         rule, family = self.rule(layout.frames), self.model.family
         trained, frames = rule.trained_frames, layout.frames
         output = f" ({output_frames(trained * family.patch[0], family.vae[0])} output frames)" if family else ""
@@ -198,5 +197,4 @@ class UltraViCoHandler(AttentionHandler):
         return plan.decay(frame_decay(rule, layout, device)) if rule.decays else plan
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return that decay saves nothing, and what it does."""
         return Saving(notes=(self.check_layout(layout),))

@@ -53,7 +53,6 @@ class CalibratedHandler(StepCacheHandler):
 
     @classmethod
     def recipe(cls, config: CalibratedConfig, model: Model) -> Mapping[str, Any]:
-        """Return the values of a model for options that are unset, the numbers included."""
         name, numbers, family, kept_as = config.name, config.numbers, config.family, cls.recipe_name(config)
         recipe = model.adapter.recipe(kept_as, model.family)
         if getattr(config, numbers) is not None:

@@ -92,7 +92,6 @@ class DBHandler(SpanHandler):
             decision.added = self._passes[context.transformer].added
 
     def install(self, site: Site) -> None:
-        """Run around the forward and its blocks but the last; raise `ConfigError` if none is left to skip."""
         self.require_free(site)
         first, last = self._first_blocks, self._last_blocks
         middle = self.blocks_between(site, first, last)
@@ -116,7 +115,6 @@ class DBHandler(SpanHandler):
         return output
 
     def report(self) -> Section | None:
-        """Return what was computed and reused in the last generation, and how many blocks a reused forward runs."""
         always = self._first_blocks + self._last_blocks
         lines = [f"{name}: a reused forward runs {always} of {count} blocks" for name, count in self._counts.items()]
         return extended(super().report(), lines, blocks_always_run=always)

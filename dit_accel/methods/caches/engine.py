@@ -272,7 +272,6 @@ class StepCacheHandler(Handler):
         return decision
 
     def _held(self) -> int:
-        """Return the bytes that are kept from step to step at this moment."""
         return sum(holder.nbytes for holder in (*self._histories.values(), *self._decisions.values()))
 
     def _see(self, context: ForwardContext, decision: StepDecision) -> None:
@@ -330,7 +329,6 @@ class StepCacheHandler(Handler):
 
     @staticmethod
     def _end(context: ForwardContext) -> int:
-        """Return the run's last step."""
         return (context.num_inference_steps or context.step_index + 1) - 1
 
     def reset(self) -> None:

@@ -51,9 +51,6 @@ class History:
     forecast alike, however long ago it began.
 
     Args:
-        settings: how is forecast.
-        shapes: of the latents that went in.
-        start: the first step that the run made.
         held_on: where what is stored waits; None: where it was made.
         reach: steps past the last computed one that the predictor is used for; None: all.
         beside: it is of a branch beside another.
@@ -209,9 +206,7 @@ def given_beside(
 ) -> BranchOutput | None:
     """Return the output, in this step, of the branch that a forward runs beside; None: there is none, or not known.
 
-    Args:
-        histories: by transformer, branch and part.
-        part: of the forward, where it has a history of its own.
+    ``histories``: by transformer, branch and part.
     """
     history = histories.get((context.transformer, context.beside, *part))
     if history is None or (context.rows is None and history.shapes != shapes):
@@ -270,12 +265,10 @@ def _of_rows(leaves: list[Any], spec: TreeSpec, rows: Sequence[int]) -> tuple[li
 
 
 def _added(leaf: Any, more: Any) -> Any:
-    """Return the sum of two tensors in the first's type; anything else stays."""
     return _plus(leaf, more) if isinstance(leaf, Tensor) and isinstance(more, Tensor) else leaf
 
 
 def _minus(output: Any, base: Any) -> Any:
-    """Return an output less its base, as a tensor of its own."""
     if not isinstance(output, Tensor):
         return output
     if base is None or not output.is_floating_point():
@@ -291,7 +284,6 @@ def _plus(value: Tensor, base: Tensor | None) -> Tensor:
 
 
 def _weighted(values: list[Tensor], weights: list[float]) -> Tensor:
-    """Return the weighted sum of tensors."""
     last = values[-1]
     if len(values) == 1 or not last.is_floating_point():
         return last

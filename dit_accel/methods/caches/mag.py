@@ -59,7 +59,6 @@ class MagHandler(CalibratedHandler):
     """Steps of the last run."""
 
     def indicator(self, context: ForwardContext, decision: StepDecision) -> float | None:
-        """Return the curve's drift over the steps since the last computed one, this one included."""
         count = self._steps = context.num_inference_steps
         if count is None:
             raise ConfigError(

@@ -41,7 +41,6 @@ class DiffusersCache(MethodConfig):
         return NeedsNoise(asks=SEA, instead=instead) if SEA in _names(self.config) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config's name and its fields, as plain values."""
         of: Any = self.config
         fields = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
         return {
@@ -72,7 +71,6 @@ class NativeHandler(Handler):
 
     @classmethod
     def config_for(cls, given: Any) -> MethodConfig | None:
-        """Wrap one of diffusers' cache configs, or a subclass of one."""
         if not isinstance(given, type) and any(name in CONFIGS for name in _names(given)):
             return DiffusersCache(config=given)
         return super().config_for(given)
@@ -109,7 +107,6 @@ class NativeHandler(Handler):
         return out
 
     def reset(self) -> None:
-        """Drop what diffusers carries from step to step."""
         for enabled in self._enabled.values():
             enabled.reset()
 
@@ -117,7 +114,6 @@ class NativeHandler(Handler):
         self._ran.clear()
 
     def report(self) -> Section:
-        """Tell, by branch, which steps were computed whole and which were reused, in part or wholly."""
         lines = [f"on {name}: {len(enabled.hooks)} modules hooked" for name, enabled in self._enabled.items()]
         whole = {name: max(ran for key, ran in self._ran.items() if key[0] == name) for name, _, _ in self._ran}
         for name, branch in dict.fromkeys(key[:2] for key in self._ran):
@@ -213,7 +209,6 @@ class _Enabled:
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    """Return diffusers' hooks on a module by name."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
 
@@ -223,7 +218,6 @@ def _names(config: Any) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a config's value as JSON can hold it."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, (tuple, list)):

@@ -104,7 +104,6 @@ class ProfilingCache(StepCacheConfig):
         return listed[-1] if listed and count is not None and listed[-1] >= count else None
 
     def _sets(self, options: Sequence[str]) -> bool:
-        """Tell whether the user sets any of some options."""
         return any(getattr(self, option) is not None for option in options)
 
     @property
@@ -176,7 +175,6 @@ class ProfilingHandler(SpanHandler):
 
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options on a model; raise `ConfigError` where nobody names blocks."""
         recipe = super().recipe(config, model)
         if config.blocks is None and "blocks" not in recipe:
             known = sorted(name for name, family in families().items() if config.name in family.recipes)

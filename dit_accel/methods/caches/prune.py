@@ -58,7 +58,6 @@ class PruneHandler(SpanHandler):
     settings: DBPrune  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def install(self, site: Site) -> None:
-        """Run around the forward and what may be skipped of it; raise `ConfigError` if no block is left to skip."""
         self.require_free(site)
         first, last = self.settings.first_blocks or 0, self.settings.last_blocks or 0
         self.cover_blocks(site, self.blocks_between(site, first, last))

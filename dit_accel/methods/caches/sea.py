@@ -66,9 +66,7 @@ class SeaHandler(SignalHandler):
 def on_grid(latents: Tensor, layout: TokenLayout | None, grid: Any) -> tuple[Tensor, tuple[int, ...]]:
     """Return latents with frames, height and width on axes of their own, and these axes.
 
-    Args:
-        latents: [B, tokens, C], or with axes of their own as the model takes them.
-        grid: the adapter's; where it is `latents_grid`, it says which axes the latents have.
+    ``grid``: the adapter's; where it is `latents_grid`, it says which axes the latents have.
     """
     if latents.dim() == 3:
         tokens = latents.shape[1]

@@ -275,7 +275,6 @@ class SpanHandler(StepCacheHandler):
         self._ran.clear()
 
     def report(self) -> Section | None:
-        """Return what was computed and reused in the last generation, by forwards and by blocks."""
         ran, count = (sum(numbers) for numbers in zip(*self._ran, strict=True)) if self._ran else (0, 0)
         share = ran / count if count else 1.0
         line = f"blocks computed: {share:.3f} of the run's ({ran} of {count})"

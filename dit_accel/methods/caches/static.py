@@ -44,7 +44,6 @@ class StaticCache(StepCacheConfig):
         return full
 
     def always_computed(self, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
-        """Return the reason why step ``index`` is computed, or None if it is skipped."""
         if self.steps is not None and len(self.steps) != count:
             raise ConfigError(
                 f"{self.name}.steps has {len(self.steps)} entries, this run has {count or 'an unknown number of'} "

@@ -99,7 +99,6 @@ class TeaHandler(SignalHandler, CalibratedHandler):
             return self._signal_of(self.transformer_of(context), context.inputs).detach()
 
     def rescaled(self, context: ForwardContext, change: float) -> float:
-        """Return the polynomial of a change, at least 0."""
         polynomial = self._polynomial(context.transformer)
         assert polynomial is not None
         return rescaled(polynomial, change)

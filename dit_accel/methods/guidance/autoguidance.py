@@ -70,7 +70,6 @@ class AutoGuidanceHandler(PerturbedHandler):
 
     @property
     def specs(self) -> tuple[str, ...]:
-        """What is perturbed: the whole model."""
         return ("weak",)
 
     def require_given(self) -> None:
@@ -98,7 +97,6 @@ class AutoGuidanceHandler(PerturbedHandler):
     def perturbed_output(
         self, site: Site, context: ForwardContext, run: Callable[..., Any], given: Mapping[str, Any]
     ) -> Any:
-        """Return the weaker model's prediction for the same inputs."""
         weak, inputs = self._weak, {**context.inputs, **given}
         assert weak is not None
         if fits(site.transformer, weak):
@@ -109,7 +107,6 @@ class AutoGuidanceHandler(PerturbedHandler):
         return weak(**inputs)
 
     def _share(self, parallel: Any) -> None:
-        """Have the weaker model shared as a transformer is; None: run whole."""
         if parallel is self._parallel:
             return
         if self._unshare is not None:

@@ -254,7 +254,6 @@ class PerturbedHandler(WindowedHandler):
         self._compared = False
 
     def nothing_done(self) -> str | None:
-        """Tell why nothing was perturbed in a run, or None."""
         reason = super().nothing_done()
         if reason is None or self.settings.mode == "branch":
             return reason
@@ -268,7 +267,6 @@ class PerturbedHandler(WindowedHandler):
         return sum(passes.held for passes in self._passes.values())
 
     def report(self) -> Section | None:
-        """Return which forwards were perturbed, and how far they lay from the conditional ones."""
         self.warn_of_nothing()
         log: list[PerturbedForward] = self._log
         if not self._seen:

@@ -55,9 +55,7 @@ def read_heads(
 ) -> Heads:
     """Return the heads that specs name.
 
-    Args:
-        specs: see `split_specs`; layers count over all stacks, behind a stack's name within it.
-        published: name -> specs.
+    ``specs``: see `split_specs`; layers count over all stacks, behind a stack's name within it.
     """
     found: dict[int, set[int]] = {}
     for spec in split_specs(specs):

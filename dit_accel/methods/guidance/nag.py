@@ -140,7 +140,6 @@ class NAGHandler(WindowedHandler, AttentionHandler):
     def _around(
         self, site: Site, text: CrossAttentionNAG | JointNAG, context: ForwardContext, run: Callable[..., Any]
     ) -> Any:
-        """Run a forward; guided, if it is conditional."""
         latents = context.inputs[site.adapter.latents]
         if not self.acts(context, latents):
             return run()

@@ -118,7 +118,6 @@ class CrossAttentionNAG:
         return around
 
     def _guided(self, positive: Tensor, negative: Tensor, rows: Rows) -> Tensor:
-        """Return the output of a cross-attention, its conditional rows guided away from the negative one."""
         own = positive if rows is None else positive[rows[0]]
         settings = self._settings
         guided = normalized(own, negative, settings.scale, settings.tau, settings.alpha).to(positive.dtype)

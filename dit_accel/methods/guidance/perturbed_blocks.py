@@ -15,9 +15,7 @@ from ..site import Block
 class PerturbedBlocks:
     """What runs around the blocks of one transformer.
 
-    Args:
-        first: the first perturbed block, from which a perturbed pass may begin; None: it runs whole.
-        skip: blocks that a perturbed pass leaves out.
+    ``first``: the first perturbed block, from which a perturbed pass may begin; None: it runs whole.
     """
 
     def __init__(self, first: int | None, skip: frozenset[int] = frozenset()) -> None:
@@ -48,9 +46,7 @@ class PerturbedBlocks:
     def perturbing(self, rows: Rows = None, taken: Rows = None) -> Iterator[bool]:
         """Perturb what runs inside; tell whether it begins at the first perturbed block.
 
-        Args:
-            rows: the rows of the forward that are perturbed.
-            taken: which rows of the recorded forward this one has.
+        ``taken``: which rows of the recorded forward this one has.
         """
         begun = self._taken(taken)
         self._begun, self._saved, self.rows = begun, None, rows  # a reset inside the pass must not take it away

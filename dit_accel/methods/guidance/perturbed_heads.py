@@ -42,9 +42,7 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         Where some rows alone are perturbed the core has the others follow ``plan``. What follows from q, k and v, and
         not from places and heads alone, sets ``by_place`` to False.
 
-        Args:
-            share: how far each head is perturbed, in [0, 1], [H].
-            whole: every head is perturbed.
+        ``share``: how far each head is perturbed, in [0, 1], [H].
         """
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:

@@ -35,7 +35,6 @@ def with_rows_again(inputs: Mapping[str, Any], rows: slice, batch: int, adapter:
 
 
 def _index(rows: slice, axis: int) -> Any:
-    """Return the index of rows along an axis of a tensor; a list has its rows along the first."""
     return (slice(None),) * axis + (rows,) if axis else rows
 
 

@@ -126,5 +126,4 @@ class PAGHandler(PerturbedHeadsHandler):
     def perturb(
         self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
     ) -> AttentionPlan:
-        """Put V in the place of the output of the layer's perturbed heads."""
         return self.mix_values(plan, share, whole, context)

@@ -50,10 +50,7 @@ def put_in_place(
 ) -> AttentionPlan:
     """Return a plan whose heads give something else in the place of a share of their attention.
 
-    Args:
-        share: of each head, [H] or [B, H].
-        tokens: bool [S], the rows that change; None: all.
-        whole: nothing is left of the attention, so that none need be computed.
+    ``whole``: nothing is left of the attention, so that none need be computed.
     """
     plan = plan.mix(share, tokens, only_values=True) if whole and tokens is None else plan
     return plan.guide(OtherOutput(other=other, share=share, tokens=tokens))
@@ -114,7 +111,6 @@ def attended(call: Call, q: Tensor) -> Tensor:
 
 
 def _valid(call: Call) -> Tensor:
-    """Return which keys are valid, bool [B or 1, 1, S, 1]."""
     mask = call.key_mask()
     mask = torch.ones(1, call.tokens, dtype=torch.bool, device=call.k.device) if mask is None else mask
     return mask[:, None, :, None]

@@ -123,7 +123,6 @@ def low_band(values: Tensor, grid: tuple[int, int], small: tuple[int, int]) -> T
     Args:
         values: [B, tokens, C] of a grid, or [B, C, height, width].
         grid: rows and columns of its tokens.
-        small: those of the smaller picture.
     """
     if values.dim() == 3:
         return low_band(values.transpose(1, 2).unflatten(2, grid), grid, small).flatten(2).transpose(1, 2)

@@ -106,7 +106,6 @@ class RoPEHandler(Handler):
         )  # fmt: skip
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Tell how much longer the output is than trained."""
         config = self.settings
         parts = [
             f"{tokens} tokens along {axis}, trained on {self._trained[axis]}"

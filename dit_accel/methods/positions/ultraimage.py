@@ -237,7 +237,6 @@ class UltraImageHandler(AttentionHandler):
         )  # fmt: skip
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Tell how much larger the picture is, and what is done about it."""
         size = f"{layout.height} x {layout.width} tokens"
         trained = " x ".join(str(self._trained[axis]) for axis in AXES)
         if not self.applies(layout):
@@ -303,7 +302,6 @@ class UltraImageHandler(AttentionHandler):
         self.guide.pulled.clear()
 
     def report(self) -> Section | None:
-        """Return the range of the entropies and of the factors, by transformer and branch."""
         lines, data = self._guide_lines(), {}
         if not self._compared and not lines:
             return None

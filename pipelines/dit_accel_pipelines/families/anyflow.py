@@ -19,7 +19,6 @@ ANYFLOW = Adapter(
     rope=Rope(
         owner="rope",
         method="_build_freqs",
-        form="theta",
         caches=("_freqs_cache",),
         values="complex",
         axes=thirds,

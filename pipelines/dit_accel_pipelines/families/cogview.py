@@ -49,7 +49,6 @@ COGVIEW = Adapter(
     grid=text_first,
     rope=Rope(
         owner="rope",
-        form="theta",
         axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2),
         absent=lambda config: (
             None if "rope_axes_dim" in config else "CogView3+ adds sinusoidal positions to the patches"
@@ -72,9 +71,7 @@ GLM_IMAGE = replace(
     transformers=("GlmImageTransformer2DModel",),
     guidance=Guidance(in_turn=("GlmImagePipeline",)),
     grid=_with_cached_references,
-    rope=Rope(
-        owner="rope", form="theta", axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2)
-    ),
+    rope=Rope(owner="rope", axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2)),
     joined_text="cached keys of its reference images are those of the prompt alone",
     families=(),
 )

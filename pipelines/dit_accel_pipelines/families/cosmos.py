@@ -41,7 +41,6 @@ COSMOS = Adapter(
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="crossattn_proj"),
     rope=Rope(
         owner="rope",
-        form="theta",
         parts=("t_ntk_factor", "h_ntk_factor", "w_ntk_factor"),
         axes=scaled_thirds,
         max_positions=cosmos_lengths,

@@ -16,10 +16,5 @@ ERNIE_IMAGE = Adapter(
     grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
     joined_text="the lengths of its texts come as an input of their own",
     makes_images=True,
-    rope=Rope(
-        owner="pos_embed",
-        form="theta",
-        values="angles",
-        axes=by_config("rope_axes_dim", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
-    ),
+    rope=Rope(owner="pos_embed", values="angles", axes=by_config("rope_axes_dim", ("text", "height", "width"), 256.0)),
 )

@@ -31,10 +31,7 @@ def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     return transformer.transformer_blocks[0].norm1(image, emb=time)[0]
 
 
-FLUX_ROPE = Rope(
-    owner="pos_embed", form="theta",
-    axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
-)  # fmt: skip
+FLUX_ROPE = Rope(owner="pos_embed", axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0))
 DOUBLE_THEN_JOINED = (
     BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
     BlockList(pattern="single_transformer_blocks.*", joined=True),

@@ -49,11 +49,7 @@ FLUX2 = Adapter(
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=_with_cached_references,
     separate_text_attention=True,  # while the cache is filled, references attend to themselves
-    rope=Rope(
-        owner="pos_embed",
-        form="theta",
-        axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 2000.0, theta_key="rope_theta"),
-    ),
+    rope=Rope(owner="pos_embed", axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 2000.0)),
     joined_text=JoinedText(place="before", alone=("kv_cache",)),
     split_text="before",
     families=released("flux2", forwards_per_step=1),
@@ -75,9 +71,5 @@ FLUX3 = Adapter(
     variable_text_length=True,
     joined_text=JoinedText(place="before"),
     makes_images=True,
-    rope=Rope(
-        owner="pos_embed",
-        form="theta",
-        axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 10000.0, theta_key="rope_theta"),
-    ),
+    rope=Rope(owner="pos_embed", axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 10000.0)),
 )

@@ -14,7 +14,6 @@ from .released import released
 
 
 def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid off the latents, the history's latents and the lengths of image and prompt."""
     frames, height, width, _, after = latents_grid(
         config, inputs, text="after", joined=("image_embeds", "encoder_hidden_states")
     )

@@ -13,7 +13,6 @@ from .wan import WAN21
 
 
 def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid off the latents and the history's latents."""
     frames, height, width, *_ = latents_grid(config, inputs)
     parts = (("latents_history_short", 1), ("latents_history_mid", 2), ("latents_history_long", 4))
     history = sum(patch_count(inputs.get(name), [size * n for size in config.patch_size]) for name, n in parts)
@@ -31,7 +30,7 @@ HELIOS = Adapter(
         form="frequencies",
         values="halves",
         parts=("freqs_base_t", "freqs_base_y", "freqs_base_x"),
-        axes=by_config("rope_dim", VISUAL_AXES, 10000.0, theta_key="rope_theta"),
+        axes=by_config("rope_dim", VISUAL_AXES, 10000.0),
     ),
     families=released("helios", **WAN21),
 )

@@ -43,10 +43,7 @@ HIDREAM = Adapter(
     grid=padded_image,
     timestep="timesteps",
     rope=Rope(
-        owner="pe_embedder",
-        form="theta",
-        values="matrix",
-        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
+        owner="pe_embedder", values="matrix", axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0)
     ),
     joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=released("hidream"),

@@ -23,11 +23,7 @@ HUNYUAN_IMAGE = Adapter(
     transformers=("HunyuanImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=image_then_texts,
-    rope=Rope(
-        owner="rope",
-        form="theta",
-        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(64, 64)),
-    ),
+    rope=Rope(owner="rope", axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, default=(64, 64))),
     joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=released("hunyuan-image", patch=(1, 1, 1)),
     makes_images=True,

@@ -41,10 +41,7 @@ def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     return norm(video, time, first_frame, (latents.shape[-2] // patch) * (latents.shape[-1] // patch))[0]
 
 
-HUNYUAN_ROPE = Rope(
-    owner="rope", form="theta",
-    axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
-)  # fmt: skip
+HUNYUAN_ROPE = Rope(owner="rope", axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, default=(16, 56, 56)))
 
 HUNYUAN_VIDEO = Adapter(
     name="hunyuan-video",

@@ -27,7 +27,6 @@ PRX = Adapter(
     makes_images=True,
     rope=Rope(
         owner="pe_embedder",
-        form="theta",
         values="matrix",
         axes=by_config("axes_dim", ("height", "width"), 10000.0, theta_key="theta", default=(32, 32)),
     ),

@@ -33,8 +33,6 @@ joy_sizes = partial(read_sizes, head_dim=None, width="hidden_size", mlp_ratio="m
 RESCALES = {"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}
 ROPE = Rope(
     method="get_rotary_pos_embed",
-    form="theta",
-    parts=("theta",),
     axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
 )
 

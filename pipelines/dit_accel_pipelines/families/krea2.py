@@ -28,9 +28,5 @@ KREA2 = Adapter(
     grid=text_then_image,
     joined_text="its blocks take text of several layers of the encoder",
     makes_images=True,
-    rope=Rope(
-        owner="rotary_emb",
-        form="theta",
-        axes=by_config("axes_dims_rope", ("image", "height", "width"), 1000.0, theta_key="rope_theta"),
-    ),
+    rope=Rope(owner="rotary_emb", axes=by_config("axes_dims_rope", ("image", "height", "width"), 1000.0)),
 )

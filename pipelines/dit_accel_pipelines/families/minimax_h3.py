@@ -22,22 +22,14 @@ def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return frames, height, width, inputs["position_ids"].shape[0] - frames * height * width, 0
 
 
+INDICES = [f"{of}_indices" for of in ("timestep", "video", "audio", "text")]
+
 MINIMAX_H3 = Adapter(
     name="minimax-h3",
     transformers=("MiniMaxH3Transformer3DModel",),
     guidance=Guidance(
         alone=("MiniMaxH3ModularPipeline",),
-        rows=dict.fromkeys(
-            (
-                "timestep",
-                "timestep_indices",
-                "token_tags",
-                "position_ids",
-                "video_indices",
-                "audio_indices",
-                "text_indices",
-            )
-        ),
+        rows=dict.fromkeys(("timestep", "token_tags", "position_ids", *INDICES)),
     ),
     toward_clean=True,
     self_attention=("transformer_blocks.*.attn",),

@@ -88,7 +88,7 @@ Z_IMAGE = Adapter(
         form="object of tables",
         values="complex",
         parts=("freqs_cis",),
-        axes=by_config("axes_dims", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
+        axes=by_config("axes_dims", ("text", "height", "width"), 256.0),
         max_positions=lengths_of_image("axes_lens", (512, 512)),
     ),
     joined_text="it takes texts as a list and packs them with the image",

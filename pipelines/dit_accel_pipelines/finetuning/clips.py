@@ -77,7 +77,6 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str]]:
-    """Give the videos that a metadata file lists."""
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
@@ -97,7 +96,6 @@ def _listed(file: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _caption(text: str, where: str) -> str:
-    """Return a caption in one line."""
     caption = " ".join(text.split())
     if not caption:
         raise ConfigError(f"{where} has an empty caption; say what the video shows")

@@ -109,7 +109,6 @@ def encode_clips(
 
 
 def _encoded(pipe: Any, trainable: Trainable, job: Clip | str, recipe: FineTuning) -> Text:
-    """Return the latents of a clip, or a caption, encoded."""
     if isinstance(job, str):
         return {name: value[0] for name, value in trainable.text(pipe, job).items()}
     frames = torch.from_numpy(job.read(int(recipe.num_frames or 0)))

@@ -40,7 +40,6 @@ def add_lora(transformer: Any, trainable: Trainable, recipe: FineTuning) -> dict
 
 
 def _projections(name: str, module: nn.Module, trainable: Trainable) -> list[str]:
-    """Return the layers around an attention module that a LoRA changes."""
     projections = trainable.projections
     if trainable.joined_output is None or getattr(module, "to_out", None) is not None:
         return [f"{name}.{projection}" for projection in projections]

@@ -23,7 +23,6 @@ REASONS = {
 
 @torch.no_grad()
 def _encoded(pipe: Any, video: Tensor) -> Tensor:
-    """Return the mean of the autoencoder's distribution, float32."""
     return pipe.vae.encode(video.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode().float()
 
 
@@ -34,7 +33,6 @@ def _normalised(found: Tensor, mean: Any, std: Any, scale: float = 1.0) -> Tenso
 
 
 def _longest(pipe: Any) -> int:
-    """Read the most tokens of text that the pipeline's call takes."""
     return CallSignature.of(type(pipe)).default("max_sequence_length")
 
 

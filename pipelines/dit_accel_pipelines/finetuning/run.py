@@ -54,11 +54,6 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
     Started by accelerate launch or torchrun, every process calls this alike: each trains on clips of its own, or, with
     ``ulysses``, each group of so many, on a part of their tokens each. What is wrong is raised in all of them.
 
-    Args:
-        recipe: what to train.
-        stages: progress bars and notes; None shows none.
-        command: the command line, for the record.
-
     Raises:
         DitAccelError: for a recipe that can't be met, clips that don't fit it, or a checkpoint of another training.
         Busy: if another run trains into the same folder.
@@ -169,7 +164,6 @@ def _encoded(
 
 
 def _spread(transformer: Any, degree: int) -> None:
-    """Let each group of processes, which are neighbours, share its clips' tokens and heads."""
     try:
         enable_ulysses(transformer, degree)
     except (RuntimeError, ValueError) as error:

@@ -61,9 +61,6 @@ def generate(
     """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
 
     Args:
-        request: what to generate.
-        stages: progress bars, notes and warnings; None shows none.
-        command: the command line, for the side-car.
         process: which of several processes this is: each, or each group that works together, makes some of the prompts;
             None: the only one.
         resume: leave outputs as they are whose side-car tells the same request.

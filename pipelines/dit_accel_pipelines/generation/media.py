@@ -120,10 +120,7 @@ def to_uint8(video: np.ndarray) -> Frames:
 def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, columns: int = SHEET_COLUMNS) -> "Image":
     """Lay out videos one below the other, evenly spaced frames of each side by side, a label before each row.
 
-    Args:
-        videos: uint8 [F, height, width, 3] each, all of the same height and width.
-        labels: one text per video, or none at all.
-        columns: frames shown of each video.
+    ``videos``: uint8 [F, height, width, 3] each, all of the same height and width.
     """
     from PIL import Image, ImageDraw, ImageFont
 

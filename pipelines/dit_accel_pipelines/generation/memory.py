@@ -59,7 +59,6 @@ def check_fits(*, height: int, width: int, num_frames: int) -> None:
 
 
 def _memory() -> int | None:
-    """Return the machine's main memory in bytes, None where the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

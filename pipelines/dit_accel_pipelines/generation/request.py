@@ -224,7 +224,6 @@ def _resolve_sizes(request: Request, family: Family, call: CallSignature) -> tup
 
 
 def _filled(request: Request, defaults: Mapping[str, Any]) -> Request:
-    """Return a request with defaults where it has None."""
     missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
     return dataclasses.replace(request, **missing)
 

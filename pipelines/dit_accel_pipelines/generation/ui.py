@@ -186,7 +186,6 @@ def _shown(gradio: Any, made: Any) -> list[Any]:
 
 
 def _require_gradio() -> None:
-    """Raise `MissingBackend` without Gradio, which is told to report nothing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         from gradio import __version__ as found  # pyright: ignore[reportMissingImports]
@@ -197,7 +196,6 @@ def _require_gradio() -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise `ConfigError` where nothing can listen at an address."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as tried:

@@ -23,7 +23,6 @@ def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
 
     Args:
         transformer: a diffusers transformer, the same on every process; ``torch.distributed`` is set up.
-        degree: how many processes share it.
         options: further options of ``ContextParallelConfig``, such as ``ulysses_anything``, or a ``mesh`` of
             `ulysses_mesh`, by which a group may go on while others do not.
 
@@ -134,9 +133,7 @@ def joined_group(rank: int, degree: int) -> Iterator[Group]:
 
     Where ``torch.distributed`` is set up already, it stays as it is.
 
-    Args:
-        rank: this one's number on its machine, that of its device.
-        degree: how many neighbours form a group; of 1 nothing is set up.
+    ``degree``: how many neighbours form a group; of 1 nothing is set up.
     """
     if degree == 1:
         yield ALONE

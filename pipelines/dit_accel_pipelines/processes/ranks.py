@@ -74,7 +74,6 @@ class Ranks:
             self._state = None
 
     def _gathered(self, value: Any) -> list[Any]:
-        """Return every process's value, in their order."""
         if self.count == 1:
             return [value]
         from torch.distributed import all_gather_object

@@ -39,9 +39,7 @@ def range_tiles(
 ) -> Tensor:
     """Return bool [N], on the CPU: the tiles that hold a token of the ranges or, ``inward``, no other token.
 
-    Args:
-        order: position in the tiles' order -> token index; None: the sequence's own order.
-        inward: count the tiles that lie wholly in the ranges.
+    ``order``: position in the tiles' order -> token index; None: the sequence's own order.
     """
     inside = torch.zeros(layout.tokens, dtype=torch.bool)
     for start, end in zip(ranges[::2], ranges[1::2], strict=True):
