@@ -51,12 +51,10 @@ def map_picture(values: np.ndarray, names: Mapping[int, str], title: str, side: 
     return whole
 
 
-def block_strip(
-    computed: np.ndarray, width: int, names: tuple[str, str] = ("computed", "reused"), *, tall: int = 9
-) -> Image.Image:
+def block_strip(computed: np.ndarray, width: int, names: tuple[str, str] = ("computed", "reused")) -> Image.Image:
     """Return what ran at each step [blocks, steps]: one bar where all blocks agree, else a row a block."""
     rows = computed[:1] if (computed == computed[:1]).all() else computed
-    tall = 18 if len(rows) == 1 else tall
+    tall = 18 if len(rows) == 1 else 9
     whole = Image.new("RGB", (width, len(rows) * tall + 30), "white")
     draw, step = ImageDraw.Draw(whole), width / computed.shape[1]
     for (row, column), ran in np.ndenumerate(rows):

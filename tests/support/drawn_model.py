@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.model import ModelRun
 from fake_model import FakeModel, command, faked
@@ -13,6 +14,12 @@ STUDIES = Path(__file__).parents[2] / "eval" / "studies"
 """Where this repository's judges of suites lie, ``judge_NAME.py``."""
 standing_in = faked
 run_suite = partial(command, "run")
+
+
+def drawn(seed: int = 3, frames: int = 9) -> np.ndarray:
+    """Return a drawn held-out clip of wan-plain's world, uint8; of any number of frames."""
+    _, scene, _ = clip_of(seed, frames=1, held_out=True)
+    return draw_plain(scene, 4 * -(-frames // 4) + 1)[:frames]
 
 
 class DrawnModel(FakeModel):
