@@ -116,7 +116,9 @@ def test_the_more_a_clip_is_hurt_the_lower_it_scores():
 
 def test_a_wrong_word_is_told_by_its_question():
     asked = one_thing()
-    assert not failed(judged(asked))
+    right = judged(asked)
+    assert not failed(right)
+    assert (right.share("path"), right.share("relation")) == (1.0, None)  # means over the things; nothing was asked
     for question, *wrong in (
         ("present", {"color": "green"}), ("shape", {"shape": "circle"}, {"shape": "triangle"}),
         ("texture", {"texture": "striped"}), ("ground", {"ground": "maroon"}),
@@ -185,13 +187,6 @@ def test_an_empty_clip_fails_all_that_is_asked_of_its_object():
     assert judge.judge_clips(noise, scene).score < 0.4
 
 
-def test_shares_are_means_over_the_things_and_none_where_nothing_was_asked():
-    scene = one_thing()
-    verdict = judged(scene)
-    assert verdict.share("path") == 1.0
-    assert verdict.share("relation") is None
-
-
 def test_masks_fit_what_was_drawn():
     for scene in SCENES[:8]:
         parts, truth = unmix.unmix(painter.draw(scene, 5)), painter.masks(scene, 5)
@@ -201,8 +196,5 @@ def test_masks_fit_what_was_drawn():
             found = parts.masks[color]
             least = 0.8 if scene.style in ("", "dim") else 0.4  # outlines are black, soft edges mixed
             assert np.minimum(found, drawn).sum() >= least * np.maximum(found, drawn).sum()
-
-
-def test_a_clip_of_another_form_is_refused():
     with pytest.raises(ValueError, match=r"\[frames, height, width, 3\].*found \(3, 64, 64\)"):
         judge.judge_clips(np.zeros((3, 64, 64)), one_thing())

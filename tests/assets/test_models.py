@@ -100,11 +100,13 @@ def test_every_model_s_world_is_drawn_by_number_with_captions_in_known_words(nam
 
 
 def test_worlds_that_are_drawn_in_one_size_say_so():
-    assert catalog.drawn_clip("wan-tiny", 0, height=64, width=96, frames=5)[1].shape == (5, 64, 96, 3)
-    with pytest.raises(ValueError, match="64 x 64 pixels, got 96 x 64"):
-        catalog.drawn_clip("wan-plain", 0, height=64, width=96, frames=5)
-    with pytest.raises(ValueError, match=r"frames=7: .*4k\+1 frames"):
-        catalog.drawn_clip("wan-tiny", 0, height=64, width=64, frames=7)
+    def drawn(name: str, width: int, frames: int) -> tuple[int, ...]:
+        return catalog.drawn_clip(name, 0, height=64, width=width, frames=frames)[1].shape
+
+    assert drawn("wan-tiny", 96, 5) == (5, 64, 96, 3)
+    for name, width, frames, said in (("wan-plain", 96, 5, "got 96 x 64"), ("wan-tiny", 64, 7, r"frames=7: .*4k\+1")):
+        with pytest.raises(ValueError, match=said):
+            drawn(name, width, frames)
 
 
 def test_drawn_clips_of_held_out_prompts_score_well_and_others_do_not(monkeypatch):

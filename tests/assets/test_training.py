@@ -51,13 +51,11 @@ def same(one: Path, other: Path) -> None:
     left, right = (torch.load(path, weights_only=False) for path in (one, other))
     for state in (left, right):
         del state["clock"]
-    flat_left, flat_right = (torch.utils._pytree.tree_flatten(state) for state in (left, right))
-    assert flat_left[1] == flat_right[1]
-    tensors = 0
-    for a, b in zip(flat_left[0], flat_right[0], strict=True):
+    (values, structure), (others, other) = (torch.utils._pytree.tree_flatten(state) for state in (left, right))
+    assert structure == other
+    for a, b in zip(values, others, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        tensors += isinstance(a, torch.Tensor)
-    assert tensors > 50
+    assert sum(isinstance(a, torch.Tensor) for a in values) > 50
 
 
 def test_the_autoencoders_training_resumes_bit_for_bit(tmp_path):
@@ -101,11 +99,6 @@ def test_a_training_goes_on_from_an_embedded_models_weights(tmp_path, monkeypatc
         assert not all(torch.equal(other[key], value) for key, value in wanted.items())
 
 
-def test_a_pool_holds_whole_shards(tmp_path):
-    with pytest.raises(ValueError, match=r"3 clips.*multiple of 2"):
-        pool.Pool(tmp_path, None, 0, 32, 32, 17, 3)
-
-
 def test_what_is_seen_at_a_token_is_what_the_painter_shows_there():
     scene = world.scene_of(3, 6, height=48, width=64)  # of two things
     seen = reading.coverage(scene, 17)
@@ -124,39 +117,29 @@ def test_a_reader_that_knows_the_answers_loses_what_shared_tokens_leave_open_alo
     seen = reading.coverage(scene, 1)[None]
     shares = seen.float().div(255).flatten(2)[0].mT
     shares = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1)
-    reader = reading.Reader(4)
-    torch.nn.init.zeros_(reader.answer.weight)
-    torch.nn.init.zeros_(reader.answer.bias)
-    states = torch.zeros(1, len(shares), 4)
+    logs, reader = shares.clamp(min=1e-9).log(), reading.Reader(4)
+    for x in (reader.answer.weight, reader.answer.bias):
+        torch.nn.init.zeros_(x)
+    states, answers = torch.zeros(1, len(shares), 4), []
     even = reader.loss(states, [scene], seen).item()
     assert even == pytest.approx(np.log(reading.WIDTHS).mean(), rel=1e-5)
-
-    def told(states):
-        """Log-shares of each question's words, of the things that are there."""
-        answers = torch.full((1, len(shares), sum(reading.WIDTHS)), -30.0)
-        start = 0
-        for (name, words), width in zip(reading.QUESTIONS.items(), reading.WIDTHS, strict=True):
-            for index, thing in enumerate(scene.things):
-                answers[0, :, start + words.index(getattr(thing, name))] = shares[:, index].clamp(min=1e-9).log()
-            answers[0, :, start + len(words)] = shares[:, -1].clamp(min=1e-9).log()
-            start += width
-        return answers
-
-    reader.answer.forward = told
-    assert {len({getattr(thing, name) for thing in scene.things}) for name in reading.QUESTIONS} == {len(scene.things)}
-    least = -(shares * shares.clamp(min=1e-9).log()).sum(-1).mean().item()
+    for (name, words), width in zip(reading.QUESTIONS.items(), reading.WIDTHS, strict=True):
+        answer = torch.full((len(shares), width), -30.0)  # log-shares of the question's words, of what is there
+        chosen = [words.index(getattr(thing, name)) for thing in scene.things]
+        assert len(set(chosen)) == len(scene.things)
+        answer[:, [*chosen, len(words)]] = logs[:, [*range(len(chosen)), -1]]
+        answers.append(answer)
+    reader.answer.forward = lambda states: torch.cat(answers, -1)[None]
+    least = -(shares * logs).sum(-1).mean().item()
     assert reader.loss(states, [scene], seen).item() == pytest.approx(least, abs=1e-4)
     assert least < even / 3
 
 
 def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
-    assert not loop.Budget(0.0).left()
     budget = loop.Budget(1.0)
-    assert budget.left()
+    assert (loop.Budget(0.0).left(), budget.left(), budget.due()) == (False, True, False)
     budget.stop()
-    assert not budget.left()
-    assert loop.Budget(1.0, every=0.0).due()
-    assert not loop.Budget(1.0).due()
+    assert (budget.left(), loop.Budget(1.0, every=0.0).due()) == (False, True)
     assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
 
 
@@ -180,21 +163,20 @@ def test_figures_are_kept_for_the_same_weights_and_setting_alone(tmp_path):
     assert accept.kept_figures(path, subject) == subject
     path.write_text(json.dumps({**subject, "judge": {"score": 0.5}}))
     assert accept.kept_figures(path, subject)["judge"] == {"score": 0.5}
-    assert accept.kept_figures(path, {**subject, "weights": "cd"}) == {**subject, "weights": "cd"}
-    assert accept.kept_figures(path, {**subject, "size": 48}) == {**subject, "size": 48}
+    for other in ({**subject, "weights": "cd"}, {**subject, "size": 48}):
+        assert accept.kept_figures(path, other) == other
 
 
 def test_the_mass_of_the_heaviest_tiles():
     tokens, width = 256, 8
-    even = concentration.tile_mass(torch.zeros(tokens, width), torch.zeros(tokens, width))
+    key = torch.zeros(tokens, width)
+    even = concentration.tile_mass(key, key)
     assert torch.allclose(even, torch.full((4, 4), 0.25))
     assert concentration.heaviest(even, 0.25) == pytest.approx(0.25)
-    key = torch.zeros(tokens, width)
-    key[64:128] = 20.0  # one tile draws all
-    single = concentration.tile_mass(torch.ones(tokens, width), key)
-    assert concentration.heaviest(single, 0.25) == pytest.approx(1.0)
-    ragged = concentration.tile_mass(torch.zeros(100, width), torch.zeros(100, width))
+    ragged = concentration.tile_mass(key[:100], key[:100])
     assert torch.allclose(ragged, torch.tensor([[0.64, 0.36], [0.64, 0.36]]))
+    key[64:128] = 20.0  # one tile draws all
+    assert concentration.heaviest(concentration.tile_mass(key + 1, key), 0.25) == pytest.approx(1.0)
 
 
 def test_the_attention_of_training_computes_what_the_pipelines_does():
@@ -230,7 +212,9 @@ def test_a_training_starts_with_the_sharper_queries_of_an_embedded_model():
     assert len(held) == 8 * 4 + 12 * 4 + 8 * 2
 
 
-def test_folders_without_weights_are_named(tmp_path):
+def test_parts_of_shards_and_folders_without_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"3 clips.*multiple of 2"):
+        pool.Pool(tmp_path, None, 0, 32, 32, 17, 3)
     for trained in (export.trained_pipeline, train_image.trained_flux):
         with pytest.raises(FileNotFoundError, match=r"checkpoint at .*train"):
             trained(tmp_path)
@@ -258,30 +242,29 @@ def test_sharper_queries_are_those_of_self_attention_alone():
         for factor in (1.0, 1.5)
     )
     for block, other in zip(plain.blocks, sharper.blocks, strict=True):
-        assert torch.equal(other.attn1.norm_q.weight, 1.5 * block.attn1.norm_q.weight)
-        assert torch.equal(other.attn1.norm_k.weight, block.attn1.norm_k.weight)
-        assert torch.equal(other.attn2.norm_q.weight, block.attn2.norm_q.weight)
-        assert not other.attn1.to_k.weight.requires_grad
-        assert other.attn2.to_q.weight.requires_grad
-        assert block.attn1.to_q.weight.requires_grad
+        for factor, layer, name in ((1.5, "attn1", "norm_q"), (1, "attn1", "norm_k"), (1, "attn2", "norm_q")):
+            weight, sharp = (getattr(getattr(x, layer), name).weight for x in (block, other))
+            assert torch.equal(sharp, factor * weight)
+        held = (other.attn1.to_k, other.attn2.to_q, block.attn1.to_q)
+        assert [x.weight.requires_grad for x in held] == [False, True, True]
 
 
 @pytest.mark.slow
 def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_path, monkeypatch):
-    monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_layers", 1)
-    monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_single_layers", 1)
+    for name in ("num_layers", "num_single_layers"):
+        monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], name, 1)
     vae = train_image.ImageVaeTraining(steps=2, picture=48, crop=32, batch=1)
     flux = train_image.FluxTraining(steps=3, picture=48, batch=2)
     for name, parts in (("whole", (3,)), ("parts", (1, 2))):
+        folder = tmp_path / name
         for part in parts:
-            train_image.train_autoencoder(vae, tmp_path / name / "image-vae", Steps(part))
+            train_image.train_autoencoder(vae, folder / "image-vae", Steps(part))
         for part in parts:
-            train_image.train_flux(flux, tmp_path / name / "flux", tmp_path / name / "image-vae" / "vae", Steps(part))
+            train_image.train_flux(flux, folder / "flux", folder / "image-vae" / "vae", Steps(part))
     for run in ("image-vae", "flux"):
         same(tmp_path / "whole" / run / "checkpoint.pt", tmp_path / "parts" / run / "checkpoint.pt")
-    monkeypatch.setattr(
-        sys, "argv", ["export.py", "--image", "--runs", str(tmp_path / "whole"), "--out", str(tmp_path / "flux-tiny")]
-    )
+    words = ("export.py", "--image", "--runs", tmp_path / "whole", "--out", tmp_path / "flux-tiny")
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
     monkeypatch.setattr(export, "LOGS", tmp_path)
     export.main()
     judged(subjects.Image(), tmp_path / "flux-tiny", tmp_path / "whole", (48, 64))
@@ -304,9 +287,8 @@ def judged(subject: subjects.Subject, model: Path | None, runs: Path, size: tupl
     videos = list(subject.generate(pipe, scenes, subject.frames, 2, 4.0))
     assert [video.shape for video in videos] == [(subject.frames, *size, 3)] * 5
     assert all(np.isfinite(video).all() for video in videos)
-    again = next(subject.generate(pipe, scenes[:1], subject.frames, 2, 4.0))
+    again, unguided = (next(subject.generate(pipe, scenes[:1], subject.frames, 2, scale)) for scale in (4.0, 1.0))
     assert np.abs(again - videos[0]).max() < 1e-3
-    unguided = next(subject.generate(pipe, scenes[:1], subject.frames, 2, 1.0))
     assert not np.array_equal(unguided, again)
     rows = (2 if subject.frames == 1 else 5) * size[0]
     assert samples.sheet(videos).height == 2 * rows
@@ -317,7 +299,6 @@ def judged(subject: subjects.Subject, model: Path | None, runs: Path, size: tupl
     assert np.isfinite(accept.reconstruction(subject, pipe, scenes[:2])["mean_db"])
     masses, tokens = concentration.heaviest_mass(subject, pipe, share=0.25, guidance=4.0, steps=2)
     grid = (48 // 8) ** 2
-    blocks = 2
-    assert masses.shape == (2, blocks, 2)
+    assert masses.shape == (2, 2, 2)
     assert tokens == (grid + 64 if subject.frames == 1 else 3 * grid)
     assert ((masses > 0) & (masses <= 1 + 1e-6)).all()

@@ -72,42 +72,27 @@ def test_a_call_gives_what_dense_attention_gives(mask, flat, whole, kv_heads):
     assert bool(run.declined) != planned
 
 
-def test_the_scale_of_a_call_is_kept():
-    q, k, v = tensors()
-
-    def call(options):
-        return comfy.optimized_attention(q, k, v, heads=4, transformer_options=options, skip_reshape=True, scale=0.5)
-
-    out, _ = attended(call)
-    torch.testing.assert_close(out, comfy.plain(q, k, v, 4, skip_reshape=True, scale=0.5), rtol=1e-4, atol=1e-5)
+def test_the_scale_of_a_call_is_kept_and_an_override_outside_a_forward_passes_everything_on():
+    given, options = tensors(), dict(skip_reshape=True, scale=0.5)
+    out, _ = attended(lambda more: comfy.optimized_attention(*given, heads=4, transformer_options=more, **options))
+    torch.testing.assert_close(out, comfy.plain(*given, 4, **options), rtol=1e-4, atol=1e-5)
+    given, override = tensors(flat=True), Override(Run((), "torch").attend, None)
+    assert torch.equal(override(comfy.plain, *given, 4), comfy.plain(*given, 4))
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"kwargs": {"window": 3}}, "window"), ({"q": torch.zeros(2, 4, 40, 16, dtype=torch.float64)}, "float64"),
-        ({"v": torch.zeros(2, 4, 40, 8)}, "shapes"), ({"k": torch.zeros(2, 3, 40, 16)}, "shapes"),
-    ],
-)  # fmt: skip
-def test_calls_that_are_not_understood_are_refused_with_their_reason(changed, said):
-    q, k, v = tensors()
-    arguments = {"q": q, "k": k, "v": v, "heads": 4, "mask": None, "attn_precision": None, "skip_reshape": True,
-                 "skip_output_reshape": False, "kwargs": {}}  # fmt: skip
-    found = call_from(AttentionArguments(**{**arguments, **changed}), "torch")
-    assert isinstance(found, str)
-    assert said in found
-
-
-def test_logits_in_float32_of_half_tensors_are_left_to_the_model():
-    q, k, v = (x.half() for x in tensors())
-    found = call_from(AttentionArguments(q, k, v, 4, None, torch.float32, True, False, {}), "torch")
-    assert "float32" in str(found)
-
-
-def test_an_override_outside_a_forward_passes_everything_on():
-    q, k, v = tensors(flat=True)
-    override = Override(Run((), "torch").attend, None)
-    assert torch.equal(override(comfy.plain, q, k, v, 4), comfy.plain(q, k, v, 4))
+def test_calls_that_are_not_understood_are_refused_with_their_reason():
+    """Logits in float32 of half tensors are left to the model, too."""
+    wide, narrow, heads = torch.zeros(2, 4, 40, 16).double(), torch.zeros(2, 4, 40, 8), torch.zeros(2, 3, 40, 16)
+    half = dict(zip("qkv", (x.half() for x in tensors()), strict=True)) | {"attn_precision": torch.float32}
+    arguments = dict(zip("qkv", tensors(), strict=True)) | {"heads": 4, "mask": None, "attn_precision": None}
+    arguments |= {"skip_reshape": True, "skip_output_reshape": False, "kwargs": {}}
+    for changed, said in (
+        ({"kwargs": {"window": 3}}, "window"), ({"q": wide}, "float64"), ({"v": narrow}, "shapes"),
+        ({"k": heads}, "shapes"), (half, "float32"),
+    ):  # fmt: skip
+        refusal = call_from(AttentionArguments(**{**arguments, **changed}), "torch")
+        assert isinstance(refusal, str)
+        assert said in refusal
 
 
 def test_a_kernel_that_fails_leaves_the_call_and_all_after_it_dense(monkeypatch):
@@ -129,9 +114,8 @@ def test_a_kernel_that_fails_leaves_the_call_and_all_after_it_dense(monkeypatch)
 
 def test_a_sequence_that_the_model_packs_itself_is_placed_as_it_says():
     q, k, v = tensors()
-    told = SimpleNamespace(
-        seq_len=TOKENS, segments=[(0, 5, "text"), (5, 8, "audio"), (8, 40, "video")], signature=(5, 2, 8, 8, 3)
-    )
+    segments = [(0, 5, "text"), (5, 8, "audio"), (8, 40, "video")]
+    told = SimpleNamespace(seq_len=TOKENS, segments=segments, signature=(5, 2, 8, 8, 3))
 
     def call(options):
         options["minimax_h3_layout"] = told

@@ -34,6 +34,12 @@ def test_the_folder_is_imported_by_a_name_of_comfyuis_and_without_it(monkeypatch
     assert asyncio.iscoroutinefunction(module.comfy_entrypoint)
 
 
+def workflows() -> list[list[dict]]:
+    """The nodes of each committed workflow."""
+    paths = (ROOM / "workflows").glob("*.json")
+    return [list(json.loads(path.read_text(encoding="utf-8")).values()) for path in paths]
+
+
 class Part:
     """What ComfyUI's node API makes of a node's description."""
 
@@ -44,17 +50,16 @@ class Part:
 def test_sparse_attention_waits_for_as_many_tokens_as_the_pages_say(monkeypatch):
     """The node as it is put down, the pages, and the workflows, which are long enough."""
     least, acting = SolAttention.worthwhile_tokens, []
-    kinds = dict.fromkeys(
-        ("Model", "Combo", "Float", "Int", "String", "Latent"), SimpleNamespace(Input=Part, Output=Part)
-    )
+    names = ("Model", "Combo", "Float", "Int", "String", "Latent")
+    kinds = dict.fromkeys(names, SimpleNamespace(Input=Part, Output=Part))
     api = SimpleNamespace(ComfyExtension=object, io=SimpleNamespace(ComfyNode=object, Schema=Part, **kinds), ui=None)
     monkeypatch.setitem(sys.modules, "comfy_api", SimpleNamespace(latest=api))
     monkeypatch.setitem(sys.modules, "comfy_api.latest", api)
     schema = importlib.import_module("dit_accel_comfyui.nodes").Sparse.define_schema()
     monkeypatch.delitem(sys.modules, "dit_accel_comfyui.nodes")
     assert {one.args[0]: one.given.get("default") for one in schema.given["inputs"]}["min_tokens"] == least
-    for path in (ROOM / "workflows").glob("*.json"):
-        graph = {node["class_type"]: node["inputs"] for node in json.loads(path.read_text(encoding="utf-8")).values()}
+    for nodes in workflows():
+        graph = {node["class_type"]: node["inputs"] for node in nodes}
         if sparse := graph.get("DitAccelSparse"):
             size = graph["EmptyHunyuanLatentVideo"]
             tokens = (size["width"] // 16) * (size["height"] // 16) * ((size["length"] - 1) // 4 + 1)
@@ -82,9 +87,6 @@ def test_the_nodes_reach_into_the_core_by_its_engine_alone():
 def test_workflows_name_methods_that_there_are():
     from dit_accel_comfyui.patch import method_config
 
-    found = []
-    for path in (ROOM / "workflows").glob("*.json"):
-        for node in json.loads(path.read_text(encoding="utf-8")).values():
-            if "method" in node["inputs"] and node["class_type"].startswith("DitAccel"):
-                found.append(method_config(node["inputs"]["method"], node["inputs"]["options"], {}).name)
-    assert {"sol", "ultravico", "easycache"} <= set(found)
+    ours = [node["inputs"] for nodes in workflows() for node in nodes if node["class_type"].startswith("DitAccel")]
+    names = {method_config(inputs["method"], inputs["options"], {}).name for inputs in ours if "method" in inputs}
+    assert {"sol", "ultravico", "easycache"} <= names

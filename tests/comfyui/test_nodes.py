@@ -15,6 +15,7 @@ from dit_accel.methods.attention.sparsed import SparseDHandler
 SMALL = "block_size = 16\ndense_layers = 0"
 NOISE = torch.randn(1, 4, 6, 8, 8, generator=torch.Generator().manual_seed(1))
 WORDS = [torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
+KEEP_ALL = [("sol", "beta = -8.0"), ("sparsed", "density = 1.0"), ("lite", "threshold = -1000.0")]
 EVERY_OTHER = "every = 2\nwarmup_steps = 2\nlast_steps = 1"
 
 
@@ -48,9 +49,7 @@ class Counting(comfy.Wan):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize(
-    ("method", "options"), [("sol", "beta = -8.0"), ("sparsed", "density = 1.0"), ("lite", "threshold = -1000.0")]
-)
+@pytest.mark.parametrize(("method", "options"), KEEP_ALL)
 def test_settings_that_keep_every_tile_give_dense_attention(method, options, size):
     model = comfy.Wan(size=size)
     patcher = sparse(model, method, options)

@@ -19,14 +19,18 @@ def sizes(layout):
     return layout.frames, layout.height, layout.width, layout.text_before, layout.text_after
 
 
+WAN, FLUX = named("WanModel", patch_size=(1, 2, 2)), named("Flux", patch_size=2)
+HUNYUAN = named("HunyuanVideo", patch_size=[1, 2, 2])
+
+
 @pytest.mark.parametrize(
     ("model", "latents", "tokens", "expected"),
     [
-        (named("WanModel", patch_size=(1, 2, 2)), (1, 16, 21, 60, 104), 21 * 30 * 52, (21, 30, 52, 0, 0)),
-        (named("WanModel", patch_size=(1, 2, 2)), (1, 16, 21, 61, 103), 21 * 31 * 52, (21, 31, 52, 0, 0)),
-        (named("Flux", patch_size=2), (1, 16, 128, 128), 4096 + 512, (1, 64, 64, 512, 0)),
+        (WAN, (1, 16, 21, 60, 104), 21 * 30 * 52, (21, 30, 52, 0, 0)),
+        (WAN, (1, 16, 21, 61, 103), 21 * 31 * 52, (21, 31, 52, 0, 0)),
+        (FLUX, (1, 16, 128, 128), 4096 + 512, (1, 64, 64, 512, 0)),
         (named("Cosmos", patch_spatial=2, patch_temporal=1), (1, 16, 4, 8, 8), 64, (4, 4, 4, 0, 0)),
-        (named("HunyuanVideo", patch_size=[1, 2, 2]), (1, 16, 33, 90, 160), 33 * 45 * 80 + 512, (33, 45, 80, 0, 512)),
+        (HUNYUAN, (1, 16, 33, 90, 160), 33 * 45 * 80 + 512, (33, 45, 80, 0, 512)),
         (named("LTXVModel"), (1, 128, 13, 16, 24), 13 * 16 * 24, (13, 16, 24, 0, 0)),
     ],
 )
@@ -39,42 +43,25 @@ def test_a_sequence_is_placed_by_the_latents_and_the_text(model, latents, tokens
 
 def test_further_pictures_stand_behind_the_one_that_is_made():
     inputs = {"x": torch.zeros(1, 16, 8, 8), "context": torch.zeros(1, 7, 8), "ref_latents": [torch.zeros(1, 16, 4, 4)]}
-    placing = placement_of(named("Flux", patch_size=2), inputs)
-    assert isinstance(placing, TokenPlacement)
-    assert sizes(placing.layout(16 + 7 + 4)) == (1, 4, 4, 7, 4)
+    assert sizes(placement_of(FLUX, inputs).layout(16 + 7 + 4)) == (1, 4, 4, 7, 4)
 
 
-@pytest.mark.parametrize(
-    ("model", "tokens", "text"),
-    [
-        (named("WanModel", patch_size=(1, 2, 2)), 4 * 16 + 1, 7), (named("WanModel", patch_size=(1, 2, 2)), 63, 7),
-        (named("WanModel", patch_size=(1, 2, 2)), 64, 64), (named("Flux", patch_size=2), 70, 7),
-        (named("HunyuanVideo", patch_size=(1, 2, 2)), 64, 7), (named("HunyuanVideo", patch_size=(1, 2, 2)), 70, 70),
-        (named("Flux", patch_size=2), 80, 7),
-    ],
-)  # fmt: skip
-def test_another_number_of_tokens_is_refused_and_told(model, tokens, text):
-    placing = placement_of(model, {"x": torch.zeros(1, 16, 4, 8, 8), "context": torch.zeros(1, text, 8)})
-    assert isinstance(placing, TokenPlacement)
-    found = placing.layout(tokens)
-    assert isinstance(found, str)
-    assert str(tokens) in found
-
-
-@pytest.mark.parametrize(
-    ("model", "inputs", "said"),
-    [
-        (named("UNetModel"), {"x": torch.zeros(1, 4, 8, 8)}, "UNetModel"),
-        (named("Odd", patch_size="big"), {"x": torch.zeros(1, 4, 8, 8)}, "patch_size"),
-        (named("Flux", patch_size=2), {"x": torch.zeros(1, 4, 8, 8)}, "context"),
-        (named("AudioModel", patch_size=1), {"x": torch.zeros(1, 4, 8)}, "axes"),
-        (named("Wan", patch_size=(1, 2, 2)), {"x": torch.zeros(1, 4, 1, 8, 8), "keyframe_idxs": 1}, "keyframe_idxs"),
-    ],
-)
-def test_a_forward_that_can_not_be_placed_says_why(model, inputs, said):
-    found = placement_of(model, inputs)
-    assert isinstance(found, str)
-    assert said in found
+def test_another_number_of_tokens_and_a_forward_that_can_not_be_placed_say_why():
+    for model, tokens, text in (
+        (WAN, 4 * 16 + 1, 7), (WAN, 63, 7), (WAN, 64, 64), (FLUX, 70, 7), (FLUX, 80, 7), (HUNYUAN, 64, 7),
+        (HUNYUAN, 70, 70),
+    ):  # fmt: skip
+        placing = placement_of(model, {"x": torch.zeros(1, 16, 4, 8, 8), "context": torch.zeros(1, text, 8)})
+        assert isinstance(refusal := placing.layout(tokens), str)
+        assert str(tokens) in refusal
+    picture = {"x": torch.zeros(1, 4, 8, 8)}
+    for model, inputs, said in (
+        (named("UNetModel"), picture, "UNetModel"), (named("Odd", patch_size="big"), picture, "patch_size"),
+        (FLUX, picture, "context"), (named("AudioModel", patch_size=1), {"x": torch.zeros(1, 4, 8)}, "axes"),
+        (WAN, {"x": torch.zeros(1, 4, 1, 8, 8), "keyframe_idxs": 1}, "keyframe_idxs"),
+    ):  # fmt: skip
+        assert isinstance(refusal := placement_of(model, inputs), str)
+        assert said in refusal
 
 
 def test_a_packed_sequence_is_placed_as_the_model_tells_it():
@@ -95,12 +82,9 @@ def test_inputs_are_told_by_name_however_they_are_passed():
     assert found == {"x": 1, "timestep": 2, "context": 3, "transformer_options": {}, "reference_latent": 4}
 
 
-@pytest.mark.parametrize(("sigma", "step"), [(1.0, 0), (0.8, 1), (0.80001, 1), (0.7, 1), (0.5, 2), (0.05, 2), (2.0, 0)])
-def test_a_noise_level_tells_the_step(sigma, step):
-    assert Steps((1.0, 0.8, 0.5, 0.0)).index(sigma) == step
-
-
-def test_without_noise_levels_no_step_is_told():
+def test_a_noise_level_tells_the_step():
+    for sigma, step in ((1.0, 0), (0.8, 1), (0.80001, 1), (0.7, 1), (0.5, 2), (0.05, 2), (2.0, 0)):
+        assert Steps((1.0, 0.8, 0.5, 0.0)).index(sigma) == step
     with pytest.raises(ConfigError, match="sample_sigmas"):
         Steps().index(1.0)
 

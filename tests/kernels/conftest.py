@@ -14,24 +14,26 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 
 
-@pytest.fixture(params=["loop", "operations"])
-def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the torch backend computes float32 on a CPU: by its compiled loop, or by torch's own operations."""
-    from dit_accel_kernels.backends.torch import compiled, fused
+def torch_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the torch backend compute float32 on a CPU by its compiled loop, or by torch's own operations."""
+    from dit_accel_kernels.backends.torch import fused
 
-    if request.param == "operations":
+    if way == "operations":
         monkeypatch.setattr(fused, "library", lambda: None)
-    elif compiled.library() is None:
+    elif fused.library() is None:
         pytest.skip("no C++ compiler is here to build the loop")
-    return request.param
+
+
+@pytest.fixture(params=["loop", "operations"])
+def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of the torch backend."""
+    torch_by(request.param, monkeypatch)
 
 
 @pytest.fixture
 def by_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave float32 on a CPU to torch's own operations."""
-    from dit_accel_kernels.backends.torch import fused
-
-    monkeypatch.setattr(fused, "library", lambda: None)
+    torch_by("operations", monkeypatch)
 
 
 @pytest.fixture
@@ -46,10 +48,7 @@ def unwritten_is_nan() -> Iterator[None]:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend's name; that of torch stands for both of its ways on a CPU, `loop` and `operations`."""
-    from dit_accel_kernels.backends.torch import fused
-
-    if request.param == "operations":
-        monkeypatch.setattr(fused, "library", lambda: None)
-    elif request.param == "loop" and fused.library() is None:
-        pytest.skip("no C++ compiler is here to build the loop")
-    return "torch" if request.param in ("loop", "operations") else request.param
+    if request.param not in ("loop", "operations"):
+        return request.param
+    torch_by(request.param, monkeypatch)
+    return "torch"

@@ -46,9 +46,8 @@ def run_aot(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProces
 @pytest.mark.slow
 def test_spills_and_shared_memory_are_found(tmp_path):
     """On a toy loop: the small one passes everywhere, the large one doesn't."""
-    done, records = run_aot(
-        tmp_path, "--module", "toy_kernels", "--match", "plain|large", "--target", "sm_80,sm_90,gfx942"
-    )
+    toys = ("--module", "toy_kernels", "--match")
+    done, records = run_aot(tmp_path, *toys, "plain|large", "--target", "sm_80,sm_90,gfx942")
     assert done.returncode == 1, done.stderr
     assert len(records) == 6
     for target in ("sm_80", "sm_90", "gfx942"):
@@ -57,7 +56,7 @@ def test_spills_and_shared_memory_are_found(tmp_path):
     for target, fault in (("sm_80", "spills"), ("gfx942", "bytes of shared memory of 65536")):
         assert f"toy-large on {target}: " in done.stdout
         assert any(fault in found for found in aot.faults(records["toy-large", target]))
-    done, _ = run_aot(tmp_path, "--module", "toy_kernels", "--match", "nothing")
+    done, _ = run_aot(tmp_path, *toys, "nothing")
     assert "no launch matches --match 'nothing': try --match ''" in done.stderr
 
 
@@ -180,14 +179,11 @@ def test_every_variant_is_as_recorded_or_compiles(tmp_path):
     assert not {key: aot.faults(record) for key, record in records.items() if aot.faults(record)}
 
 
-def test_the_committed_table_has_no_fault():
+def test_the_committed_table_has_no_fault_and_faults_are_found():
     """No variant spills in its hot loop, asks for too much shared memory or leaves the tensor cores unused."""
     assert {r["target"] for r in RECORDS} == set(TARGETS)
     assert {r["launch"].split("-")[0] for r in RECORDS} >= {"fwd", "dq", "dkdv", "pool"}
     assert not {(r["launch"], r["target"]): aot.faults(r) for r in RECORDS if aot.faults(r)}
-
-
-def test_spills_count_in_the_hot_loop_and_with_the_table_s_compiler():
     [known] = aot.table_versions()
     record = dict(launch="fwd-bf16-d128-b128-plain", target="sm_90", triton=known, tensor="wgmma")
     record |= dict(spills=3, hot_spills=3, stack=12, shared=0, shared_limit=1)
@@ -268,10 +264,8 @@ def test_the_hot_loop_is_the_innermost_one_with_products_and_no_exit():
 
 def test_of_several_loops_the_one_with_the_fewest_instructions_a_product_is_hot():
     """A loop with a mask beside it, and one without a product."""
-    masked = ["HMMA.16816.F32", "FSEL", "FSEL", "BRA"]
-    plain = ["HMMA.16816.F32", "HMMA.16816.F32", "MUFU.EX2", "BRA"]
-    code = []
-    for names in (masked, plain, ["LDG.E", "BRA"]):
+    plain, code = ["HMMA.16816.F32", "HMMA.16816.F32", "MUFU.EX2", "BRA"], []
+    for names in (["HMMA.16816.F32", "FSEL", "FSEL", "BRA"], plain, ["LDG.E", "BRA"]):
         start = len(code)
         code += [Instruction(start + i, x, target=start if x == "BRA" else None) for i, x in enumerate(names)]
     assert [x.opcode for x in hot_loop(code)] == plain

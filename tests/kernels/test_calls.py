@@ -62,8 +62,8 @@ def fa4_call(num_q: int, num_k: int, features: str = "pooled", **options) -> Cal
 
 FA4 = {
     "a list a head": fa4_call(140, 400, batch=2, groups=4, dim=24, dtype=torch.float16),
-    "keys left out, wide rows": fa4_call(300, 200, "pooled length mask heads", dim=64, blocks=(256, 128)),
     "masks inside": fa4_call(270, 270, "pooled inside mask decay", groups=2),
+    "keys left out, wide rows": fa4_call(300, 200, "pooled length mask heads", dim=64, blocks=(256, 128)),
     "nothing pooled": fa4_call(300, 300, ""),
     "more tiles than a word of bits": fa4_call(20, 4200, dim=8, heads=1),
     "decay and order": fa4_call(300, 300, "pooled decay order", groups=2),
@@ -148,9 +148,8 @@ def test_gradients_of_head_scales_are_exact_at_0_and_below_too():
     scales = torch.tensor([[0.0, 1.0, -0.7, 0.3], [2.0, 0.0, 0.0, 1e-30]], dtype=WIDE, requires_grad=True)
     features = dict(layout="bhsd", key_length=torch.tensor([30, 17]), token_order=torch.randperm(30))
     features |= dict(identity_mix=torch.tensor([0.0, 0.5, 1.0, 0.3]))
-    found, expected = (
-        gradients(name, inputs, seeds, tiles, head_scale=scales, **features) for name in ("torch", "reference")
-    )
+    call = (inputs, seeds, tiles)
+    found, expected = (gradients(name, *call, head_scale=scales, **features) for name in ("torch", "reference"))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert found[3].shape == scales.shape
     assert not found[0][0, 0].any()

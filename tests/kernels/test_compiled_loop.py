@@ -181,22 +181,18 @@ def test_what_belongs_to_somebody_else_is_not_loaded(quick, monkeypatch):
 
 
 @posix
-def test_owners(monkeypatch):
-    found = os.stat(__file__)
-    for uid, trusted in ((found.st_uid, True), (found.st_uid + 1, found.st_uid == 0)):
-        monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
-        assert compiled._trusted_owner(found) is trusted
-    monkeypatch.delattr(os, "getuid")
-    assert compiled._trusted_owner(found)
-
-
-@posix
-def test_a_folder_is_open_to_others_unless_they_may_move_nothing_of_ours():
+def test_owners_and_folders_that_are_open_to_others(monkeypatch):
     """User 7: a group of that number is the user's own, as many systems make it."""
+    status = os.stat(__file__)
+    for uid, trusted in ((status.st_uid, True), (status.st_uid + 1, status.st_uid == 0)):
+        monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
+        assert compiled._trusted_owner(status) is trusted
     for mode, group, open_to in (
         (0o700, 5, False), (0o755, 5, False), (0o757, 5, True), (0o1777, 5, False), (0o775, 5, True), (0o775, 7, False),
     ):  # fmt: skip
         assert compiled._open_to_others(SimpleNamespace(st_mode=mode, st_uid=7, st_gid=group)) is open_to
+    monkeypatch.delattr(os, "getuid")
+    assert compiled._trusted_owner(status)
 
 
 @posix
@@ -235,31 +231,23 @@ def test_what_others_could_swap_is_refused_and_not_changed(fresh, monkeypatch, t
 
 
 def test_without_a_place_to_write_torch_computes(fresh, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(compiled, "_commands", lambda: [["c++"]])
-    with pytest.warns(UserWarning, match=rf"loop.*{tmp_path / 'file'}"):
-        assert again().library is None
-    monkeypatch.delenv("XDG_CACHE_HOME")
-
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.warns(UserWarning, match=r"loop.*home directory"):
-        assert again().library is None
+    for home, why in ((Path(__file__), Path(__file__).name), ("", "home directory")):  # a file, and none
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+        with pytest.warns(UserWarning, match=rf"loop.*{why}"):
+            assert again().library is None
     assert attends()
 
 
 @needs_compiler
-@pytest.mark.parametrize("lacks", ["a function", "bytes of a call"])
-def test_a_library_that_is_not_the_loop_is_refused(quick, tmp_path, lacks):
-    size = ctypes.sizeof(binding.LoopCall) - 8 * (lacks == "bytes of a call")
-    keys = "" if lacks == "a function" else KEYS
-    compiled.SOURCE.write_text(SOURCE % (tmp_path / "witness", size, keys))
-    why = r"no compiled.*pack" if keys == "" else rf"{size} bytes, not of {size + 8}"
-    with pytest.warns(UserWarning, match=why):
-        assert compiled.compiled_loop().library is None
+def test_a_library_that_is_not_the_loop_is_refused(quick, tmp_path):
+    """It lacks a function, or takes a call of other bytes."""
+    size = ctypes.sizeof(binding.LoopCall)
+    for taken, keys, why in ((size, "", r"no compiled.*pack"), (size - 8, KEYS, f"{size - 8} bytes, not of {size}")):
+        compiled.SOURCE.write_text(SOURCE % (tmp_path / "witness", taken, keys))
+        with pytest.warns(UserWarning, match=why):
+            assert again().library is None
 
 
 @needs_compiler

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    BackendUnavailableError,
-    Selection,
-    TileLists,
-    Vote,
-    dense_speed,
-    predicted_speedup,
-    resolve_backend,
-)
+from dit_accel_kernels import Selection, TileLists, Vote, dense_speed, predicted_speedup, resolve_backend
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends import flex as flex_backend
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import compiled, fused
+from dit_accel_kernels.errors import BackendUnavailableError
 from kernel_cases import attend, frame_decay, full, lists_of, qkv
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
@@ -55,11 +48,8 @@ def amx(monkeypatch):
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
 
 
-def test_the_committed_table_is_what_the_bench_makes_of_the_committed_records():
+def test_the_table_is_what_the_bench_makes_of_the_records_of_which_a_measured_row_replaces_a_reported_one():
     assert cpu_table.rows(cpu_table.read()) == ROWS
-
-
-def test_a_measured_row_replaces_a_reported_one_and_records_say_what_the_processor_has():
     record = {"processor": "amx", "device": "X", "dtype": "bf16", "shape": [1, 4, 16384, 128], "block": 128}
     records = [{**record, "candidate": "flex", "density": d, "of_ideal": s} for d, s in ((0.5, 2), (0.1, 1))]
     made = cpu_table.rows(records)
@@ -119,9 +109,7 @@ def test_what_no_row_serves_is_torchs_and_nothing_is_known_of_it(amx, monkeypatc
     monkeypatch.setattr(cpu, "processor_kind", lambda: "other")
     assert (auto(0.5), speed(0.5)) == ("torch", None)
     assert predicted_speedup(torch.device("meta"), torch.bfloat16, lists(0.5)) is None
-
-
-def test_flex_is_left_out_where_it_does_not_run(amx, monkeypatch):
+    monkeypatch.setattr(cpu, "processor_kind", lambda: "amx")  # where flex is left out if it does not run
     assert resolve_backend("auto", CPU, torch.bfloat16, 128, full(16384, 16384, 96, 128)) == "torch"
     assert resolve_backend("auto", CPU, torch.bfloat16, 128) == "torch"
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: "a C++ compiler")

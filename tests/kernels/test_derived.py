@@ -95,17 +95,13 @@ def test_the_specification_compiles_with_what_is_remembered_elsewhere():
     assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(q, mask), call(q, mask))
 
 
-def test_lists_made_in_inference_mode_are_remembered_and_count_writes():
+def test_lists_are_remembered_many_in_turn_and_those_made_in_inference_mode_too():
     with torch.inference_mode():
         tiles, frames = random_tiles(), frame_decay(TOKENS)
     parts = (tiles.exact_offsets, tiles.exact_indices, tiles.pooled_offsets, tiles.pooled_indices)
     assert not any(x.is_inference() for x in (*parts, frames.table, frames.q_frames, frames.k_frames))
     made: StorageCache[object] = StorageCache()
     assert made.get(parts, (), object) is made.get(parts, (), object)
-
-
-def test_many_lists_in_turn_are_each_made_once():
-    made: StorageCache[object] = StorageCache()
     lists = [torch.arange(3) for _ in range(200)]
     first = [made.get([x], (), object) for x in lists]
     assert [made.get([x], (), object) for x in lists] == first

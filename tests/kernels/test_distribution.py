@@ -64,7 +64,8 @@ def test_two_versions_compute_in_one_process_without_meeting(tmp_path, forget):
         (folder / "checks.py").write_text(text.replace(SCALE, f"scale={factor} * q.shape[-1] ** -0.5 if"))
         copies.append(load(folder, "_foreign_first") if name == "first" else importlib.import_module("_foreign.second"))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 48, 48, 16, torch.float32)]
-    offsets, indices = torch.tensor([[0, 2, 3, 4]], dtype=torch.int32), torch.tensor([0, 2, 1, 2], dtype=torch.int32)
+    offsets, indices = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 2, 3, 4]], [0, 2, 1, 2]))
+    sizes = dict(block_q=16, block_k=16, num_q=48, num_k=48)
 
     def dense(factor, q, k, v):
         mask = torch.zeros(3, 3, dtype=torch.bool)
@@ -75,9 +76,7 @@ def test_two_versions_compute_in_one_process_without_meeting(tmp_path, forget):
     for last in (2, 1):
         indices.numpy()[1] = last  # unseen by torch: each copy follows it on its own
         for factor, copy in zip(factors, copies, strict=True):
-            tiles = copy.TileLists(
-                block_q=16, block_k=16, num_q=48, num_k=48, exact_offsets=offsets, exact_indices=indices
-            )
+            tiles = copy.TileLists(**sizes, exact_offsets=offsets, exact_indices=indices)
             expected = grads_and_out(lambda *x, factor=factor: dense(factor, *x), leaves)
             for backend in ("torch", "triton", "reference"):
 
@@ -93,11 +92,8 @@ def test_two_versions_compute_in_one_process_without_meeting(tmp_path, forget):
     for name, copy in zip(names, copies, strict=True):
         with FakeTensorMode():
             fake = [torch.empty(x.shape) for x in leaves]
-            sizes = dict(block_q=16, block_k=16, num_q=48, num_k=48)
-            ints = dict(dtype=torch.int32)
-            lists = copy.TileLists(
-                **sizes, exact_offsets=torch.empty(1, 4, **ints), exact_indices=torch.empty(4, **ints)
-            )
+            empty = (torch.empty(size, dtype=torch.int32) for size in ((1, 4), (4,)))
+            lists = copy.TileLists(**sizes, **dict(zip(("exact_offsets", "exact_indices"), empty, strict=True)))
             assert copy.block_sparse_attention(*fake, lists, layout="bhsd").shape == (1, 2, 48, 16)
         assert getattr(torch.ops, name).block_sparse_attention.default.namespace == name
     tables = [importlib.import_module(f"{copy.__name__}.backends.triton.launch").launch_table() for copy in copies]
@@ -113,9 +109,7 @@ def test_the_package_nowhere_depends_on_its_name():
 def test_the_hub_tree_loads_under_a_foreign_name_and_computes(tmp_path, forget):
     out = tmp_path / "tree"
     builds = prepare.prepare(out)
-    assert [build.relative_to(out).as_posix() for build in builds] == [
-        "build/torch-cuda", "build/torch-rocm", "build/torch-xpu",
-    ]  # fmt: skip
+    assert [x.relative_to(out).as_posix() for x in builds] == [f"build/torch-{x}" for x in ("cuda", "rocm", "xpu")]
     config = tomllib.loads((out / "build.toml").read_text())
     assert (config["general"]["edition"], config["general"]["license"]) == (5, "Apache-2.0")
     assert (out / "CARD.md").read_text().startswith("---\nlibrary_name: kernels\n")
@@ -127,9 +121,8 @@ def test_the_hub_tree_loads_under_a_foreign_name_and_computes(tmp_path, forget):
         metadata = json.loads((build / "metadata.json").read_text())
         files = {path.relative_to(build).as_posix(): path for path in build.rglob("*") if path.is_file()}
         del files["metadata.json"]
-        assert metadata["digest"]["files"] == {
-            name: base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode() for name, path in files.items()
-        }
+        digests = {name: hashlib.sha256(path.read_bytes()).digest() for name, path in files.items()}
+        assert metadata["digest"]["files"] == {name: base64.b64encode(x).decode() for name, x in digests.items()}
         assert set(files) == {path.as_posix() for path in sources} | {"_ops.py"}
         assert build.name == f"torch-{metadata['backend']['type']}"
         assert metadata["name"] == config["general"]["name"]
@@ -138,10 +131,9 @@ def test_the_hub_tree_loads_under_a_foreign_name_and_computes(tmp_path, forget):
     kernel = load(builds[0], f"_foreign{ids[0]}")
     q, k, v = qkv(1, 2, 2, 40, 40, 16, torch.float32)
     tiles = kernel.TileLists.full(40, 40, block_q=16, block_k=16)
-    expected = scaled_dot_product_attention(q, k, v)
     for backend in ("torch", "triton"):
-        found = kernel.block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend)
-        torch.testing.assert_close(found, expected)
+        attended = kernel.block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend)
+        torch.testing.assert_close(attended, scaled_dot_product_attention(q, k, v))
     with pytest.raises(FileExistsError, match=str(out / "CARD.md")):
         prepare.prepare(out)
 

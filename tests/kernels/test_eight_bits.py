@@ -9,15 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    BackendUnavailableError,
-    Routing,
-    Selection,
-    Vote,
-    block_sparse_attention_backward,
-    block_sparse_attention_eager,
-    pack_bits,
-)
+from dit_accel_kernels import Routing, Selection, Vote, block_sparse_attention_backward, block_sparse_attention_eager
+from dit_accel_kernels.bits import pack_bits
+from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.precision import centre_of, rounded
 from kernel_cases import attend, frame_decay, full, qkv, random_lists
 
@@ -62,15 +56,12 @@ def test_what_all_keys_share_costs_nothing():
     assert 1e-4 < (far[0] - truth[0]).norm() / truth[0].norm() < 0.02
 
 
-def test_the_centre_is_the_mean_of_the_valid_keys():
+def test_the_centre_is_the_mean_of_the_valid_keys_but_with_frame_decay():
+    """min(x, t x) depends on where 0 is: with the keys' mean taken off it would give another attention."""
     means, length = torch.randn(2, 3, 4, 8), torch.tensor([[4.0, 4, 4, 1], [4, 0, 2, 0]])
     expected = (means * length[:, None, :, None]).sum(2) / torch.tensor([13.0, 6.0])[:, None, None]
     torch.testing.assert_close(centre_of(means, length)[:, :, 0], expected)
     assert centre_of(means, length * 0).abs().max() == 0
-
-
-def test_frame_decay_keeps_the_keys_where_they_are():
-    """min(x, t x) depends on where 0 is: with the keys' mean taken off it would give another attention."""
     q, k, v = qkv(1, 1, 1, 32, 32, 16, torch.float64)
     decay = frame_decay(32, table=(1.0, 0.2), first=0)
     truth, found = (reference(q, k + 1, v, full(32), frame_decay=decay, precision=x)[0] for x in (None, "int8"))

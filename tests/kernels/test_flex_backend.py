@@ -10,9 +10,8 @@ from kernel_cases import assert_within_rounding, attend, frame_decay, full, list
 from torch._dynamo.utils import counters
 
 LISTS = random_lists(1, 40, 40, 16, 16)
-COMPILES = pytest.mark.skipif(
-    flex_backend.missing_requirement("cpu") is not None, reason="FlexAttention cannot compile here"
-)
+MISSING = flex_backend.missing_requirement("cpu")
+COMPILES = pytest.mark.skipif(MISSING is not None, reason=f"FlexAttention needs {MISSING}")
 
 
 def refused(text: str, tiles=LISTS, dtype: torch.dtype = torch.float32, **arguments) -> None:

@@ -90,9 +90,8 @@ def test_more_pooled_tiles_than_are_kept_at_a_time():
     states = torch.ones(3, 700)
     states[1] = 0
     states[:, ::50] = 2
-    check_against_reference(
-        *qkv(1, 2, 2, 40, 1400, 16, torch.float32), lists_of(states, 16, 2, 40, 1400), layout="bhsd"
-    )
+    tiles = lists_of(states, 16, 2, 40, 1400)
+    check_against_reference(*qkv(1, 2, 2, 40, 1400, 16, torch.float32), tiles, layout="bhsd")
 
 
 @pytest.mark.parametrize("vote", CRITERIA, ids=lambda vote: vote.criterion)

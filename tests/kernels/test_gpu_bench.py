@@ -73,15 +73,12 @@ gpu.compile_ahead = lambda *given: None
 gpu.CASE_SECONDS = 1
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_name = lambda: "a card"
-if __name__ == "__main__":
-    gpu.main()
 """
 SMALL = """
 kinds = [case for case in gpu.grid.cases() if case.at.dim == 64 and case.kind == "plain"]
 gpu.groups = lambda: {"small": [kinds[0], kinds[-1], gpu.timed.timings()[1]]}
-if __name__ == "__main__":
-    gpu.main()
 """
+MAIN = "if __name__ == '__main__': gpu.main()"
 
 
 def begin(script: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -106,7 +103,7 @@ def records_in(path: Path) -> dict[str, dict]:
 @pytest.mark.slow
 def test_what_crashes_or_hangs_costs_nothing_but_itself(tmp_path):
     script, out = tmp_path / "faulty.py", tmp_path / "gpu.jsonl"
-    script.write_text(BARE + FAULTY)
+    script.write_text(BARE + FAULTY + MAIN)
     code, shown = run(script, "--out", str(out))
     records = records_in(out)
     assert list(records) == ["first", "crash", "missing", "hang", "rival", "last"]
@@ -126,7 +123,7 @@ def test_what_crashes_or_hangs_costs_nothing_but_itself(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_ends_what_runs_and_keeps_what_has_ended(tmp_path):
     script, out = tmp_path / "faulty.py", tmp_path / "gpu.jsonl"
-    script.write_text((BARE + FAULTY).replace('"crash", ', "").replace("CASE_SECONDS = 1", "CASE_SECONDS = 99"))
+    script.write_text((BARE + FAULTY + MAIN).replace('"crash", ', "").replace("CASE_SECONDS = 1", "CASE_SECONDS = 99"))
     with begin(script, "--out", str(out)) as process:
         while not out.exists() or '"missing"' not in out.read_text():  # after which a case hangs
             assert process.poll() is None
@@ -144,7 +141,7 @@ def test_ctrl_c_ends_what_runs_and_keeps_what_has_ended(tmp_path):
 @pytest.mark.slow
 def test_a_dry_run_goes_the_same_way_and_resumes(tmp_path):
     script, out = tmp_path / "small.py", tmp_path / "dry.jsonl"
-    script.write_text(BARE + SMALL)
+    script.write_text(BARE + SMALL + MAIN)
     code, shown = run(script, "--dry-run", "sm_90", "--out", str(out))
     assert code == 0, shown[-4000:]
     first, last, rival = (r for r in records_in(out).values())
@@ -276,19 +273,15 @@ def test_compiling_ahead_takes_each_launch_once_and_no_longer_than_it_may(monkey
     assert done == ["shared"]
 
 
-def test_findings_of_another_card_or_code_do_not_count(working):
+def test_findings_of_another_card_or_code_do_not_count_and_a_group_must_start(working, monkeypatch, capsys):
     gpu.work("a", [Fake("good")], working, None)
     for other in ({"device": "another"}, {"code": "2"}):
         assert gpu.Results(working.path, {**HERE, **other}).remaining([Fake("good")])
     assert not working.remaining([Fake("good")])
-
-
-def test_a_group_that_can_not_start_is_a_fault(working, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "one_process", lambda *given: (1, "", ["ImportError: no triton"]))
-    cases = [Fake("good")]
-    gpu.supervise("a", cases, working, None)
-    assert gpu.report({"a": cases}, working)
-    assert "FAILED a: start: its process ended with 1" in capsys.readouterr().out
+    gpu.supervise("b", [Fake("new")], working, None)
+    assert gpu.report({"b": [Fake("new")]}, working)
+    assert "FAILED b: start: its process ended with 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("target", "options"), [("bench-gpu", ""), ("bench-gpu-dry", "--dry-run sm_90")])
@@ -371,7 +364,6 @@ def test_a_timed_call_shows_what_was_predicted_for_this_card(monkeypatch):
 
 
 def test_kept_tiles_have_the_diagonal_and_the_density():
-    chosen = timed.count_bits(keep_bits(1, 3, 40, 0.25, "cpu"))
-    assert chosen.unique().tolist() == [10]
     bits = timed.unpack_bits(keep_bits(1, 3, 40, 0.25, "cpu"), 40)
+    assert bits.sum(-1).unique().tolist() == [10]
     assert bits.diagonal(dim1=-2, dim2=-1).all()

@@ -7,16 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    TileLists,
-    block_sparse_attention_backward,
-    cache,
-    release_captured,
-    values,
-)
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists, block_sparse_attention_backward, cache
+from dit_accel_kernels import release_captured, values
 from dit_accel_kernels.problem import Problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,16 +40,13 @@ def test_states_survive_the_round_trip(case):
     assert (tiles.pooled_indices is None) == (tiles.tiles_pooled == 0)
 
 
-def test_offsets_are_absolute_and_int32():
+def test_offsets_are_absolute_and_full_lists_dense_and_states_of_two_dimensions_one_shared_list():
     tiles = lists_of([[[2, 2], [0, 2]], [[1, 0], [2, 1]]], 4, 4, 8, 7)
     assert tiles.exact_offsets.tolist() == [[0, 2, 3], [3, 3, 4]]
     assert tiles.exact_indices.tolist() == [0, 1, 1, 0]
     assert tiles.pooled_offsets.tolist() == [[0, 0, 0], [0, 1, 2]]
     assert tiles.pooled_indices.tolist() == [0, 1]
     assert {t.dtype for t in (tiles.exact_offsets, tiles.exact_indices, tiles.pooled_indices)} == {torch.int32}
-
-
-def test_full_lists_are_dense_and_states_of_two_dimensions_one_shared_list():
     tiles = full(100, 63, 32, 16)
     assert (tiles.density, tuple(tiles.states().shape)) == (1.0, (1, 4, 4))
     empty = lists_of(torch.zeros(2, 2), 4, 4, 8, 8)
@@ -170,10 +159,10 @@ def test_elsewhere_lists_say_that_they_changed(monkeypatch):
 def test_lists_that_a_graph_reads_warn_when_they_change(monkeypatch):
     monkeypatch.setattr(cache, "_CAPTURED", {})
     lists, made = torch.arange(5), cache.StorageCache()
-    made.get([lists], (), object)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "capturing", lambda device: True)
-        captured = made.get([lists], (), object)
+    for captures in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "capturing", lambda device, captures=captures: captures)
+            captured = made.get([lists], (), object)
     assert made.get([lists], (), object) is captured
     lists.add_(1)
     with pytest.warns(UserWarning, match=r"CUDA graph.*capture"):

@@ -73,7 +73,7 @@ def test_a_mask_mod_is_exact(name):
     check_against_dense(tiles, mask)
 
 
-def test_a_mask_mod_is_evaluated_by_rows_of_tiles(monkeypatch):
+def test_a_mask_mod_is_evaluated_by_rows_of_tiles_and_equal_masks_are_kept_once(monkeypatch):
     rows = []
 
     def counted(rule, batch, heads, num_q, num_k, device):
@@ -83,9 +83,6 @@ def test_a_mask_mod_is_evaluated_by_rows_of_tiles(monkeypatch):
     monkeypatch.setattr(flex, "create_mask", counted)
     TileLists.from_mask_mod(causal, **SIZES)
     assert rows == [(16, TOKENS)] * 6 + [(4, TOKENS)]
-
-
-def test_causal_lists_have_one_mask_on_the_diagonal():
     tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=64, num_k=64)
     expected = torch.full((4, 4), EXACT, dtype=torch.uint8).tril() + torch.eye(4, dtype=torch.uint8)
     assert torch.equal(tiles.states()[0], expected)

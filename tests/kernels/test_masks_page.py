@@ -26,9 +26,8 @@ def sequences() -> torch.Tensor:
 
 def neighbours() -> torch.Tensor:
     seen = torch.ones(512, 512, dtype=torch.bool)
-    for spot, length, count in zip(
-        torch.unravel_index(torch.arange(512), (4, 8, 16)), (4, 8, 16), (3, 3, 5), strict=True
-    ):
+    spots = torch.unravel_index(torch.arange(512), (4, 8, 16))
+    for spot, length, count in zip(spots, (4, 8, 16), (3, 3, 5), strict=True):
         first = (spot - count // 2).clamp(0, length - count)
         seen &= (spot >= first[:, None]) & (spot < first[:, None] + count)
     return seen
@@ -36,12 +35,11 @@ def neighbours() -> torch.Tensor:
 
 def video() -> torch.Tensor:
     seen = torch.zeros(512, 512, dtype=torch.bool)
-    for one in range(8):
-        for two in range(8):
-            apart = abs(one - two)
-            width = 0 if apart in (5, 7) else 64 // 2 ** (apart // 2)
-            near = (torch.arange(64)[:, None] - torch.arange(64)).abs() < width
-            seen[one * 64 : one * 64 + 64, two * 64 : two * 64 + 64] = near
+    for frame, other in torch.cartesian_prod(torch.arange(8), torch.arange(8)).tolist():
+        apart = abs(frame - other)
+        width = 0 if apart in (5, 7) else 64 // 2 ** (apart // 2)
+        near = (torch.arange(64)[:, None] - torch.arange(64)).abs() < width
+        seen[frame * 64 : frame * 64 + 64, other * 64 : other * 64 + 64] = near
     return seen
 
 

@@ -46,9 +46,8 @@ class _NoSyncs(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         kwargs = kwargs or {}
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
-        )
+        places = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in places)
         counted = name == "repeat_interleave" and kwargs.get("output_size") is None and isinstance(args[-1], Tensor)
         if name in WAITING or by_mask or counted:
             raise HostSyncError(str(func))
@@ -177,9 +176,7 @@ def test_planned_calls_never_wait(feature, call, rest, monkeypatch):
 
 @pytest.mark.sample
 @pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
-@pytest.mark.parametrize(
-    ("feature", "call"), [(feature, call) for feature, call in CALLS if feature not in ("decay", "everything")]
-)
+@pytest.mark.parametrize(("feature", "call"), [x for x in CALLS if x[0] not in ("decay", "everything")])
 def test_plans_are_made_without_a_wait(feature, call, rest, monkeypatch):
     """All but those with decay, which read the number of frames once."""
     tiles, features, inputs = lists(rest, feature), FEATURES[feature]("cpu"), tensors()

@@ -62,6 +62,7 @@ def scores_of(q: Tensor, k: Tensor, tiles: TileLists, routing: Routing, **argume
 
 @THRESHOLDS
 def test_routing_scores_are_logits_of_means_in_log2_units(threshold):
+    """Equal keys have no spread but the 1e-6 that is added to the variance: a thousandth of beta over their scores."""
     q, k, _ = qkv(1, 2, 1, 48, 64, 8, WIDE)
     routing, head_scale = Routing(beta=0.7, threshold=threshold), torch.tensor([1.0, 0.5])
     q_mean, k_mean = q.unflatten(2, (3, 16)).mean(3), k.unflatten(2, (4, 16)).mean(3)
@@ -72,11 +73,6 @@ def test_routing_scores_are_logits_of_means_in_log2_units(threshold):
         if threshold == "exact":
             spread = scores.var(-1, correction=0, keepdim=True)
             torch.testing.assert_close(bar, scores.mean(-1, keepdim=True) + 0.7 * (spread + 1e-6).sqrt())
-
-
-@THRESHOLDS
-def test_equal_keys_have_equal_scores_just_under_the_threshold(threshold):
-    """No spread but the 1e-6 that is added to the variance: a thousandth, in log2 units, times beta."""
     q, k, _ = qkv(1, 2, 2, 48, 64, 8, WIDE)
     k[:] = k[:, :, :1]
     scores, bar = scores_of(q, k, full(48, 64), Routing(beta=2.0, threshold=threshold))

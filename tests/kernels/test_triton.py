@@ -9,19 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    FrameDecay,
-    Routing,
-    Selection,
-    TileLists,
-    Vote,
-    count_bits,
-    pack_bits,
-    unpack_bits,
-)
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote, count_bits
+from dit_accel_kernels.bits import pack_bits, unpack_bits
 from dit_accel_kernels import states as states_module
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
@@ -54,14 +43,6 @@ pytestmark = [
 ROUTINGS = [Routing(beta=0.3), Routing(beta=0.3, threshold="exact")]
 VOTES = [Vote(threshold=-1.5), Vote(criterion="mass", threshold=0.1), Vote(criterion="budget", threshold=0.2)]
 OFF = 100 * torch.finfo(torch.float32).eps  # how near a threshold, relatively, what is found may lie on either side
-
-
-@pytest.mark.sample
-@pytest.mark.parametrize("frame", [4, 16, 17, 50])
-@pytest.mark.parametrize("table", [(1.0,), (0.7,), (1.0, 1.0, 0.8, 0.8, 0.5), (0.9, 0.5, 1.0)])
-def test_decay_tables(frame, table):
-    tiles, decay = random_lists(1, 70, 70, 16, 16), frame_decay(70, frame=frame, table=table)
-    check_against_reference(*qkv(1, 1, 1, 70, 70, 16, torch.float32), tiles, "triton", layout="bhsd", frame_decay=decay)
 
 
 def test_strided_inputs_and_layout_of_the_output():
@@ -115,9 +96,7 @@ def test_the_backward_follows_what_the_forward_routed(backend, mix, monkeypatch)
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]
     tiles, grad_out = random_lists(1, 70, 70, 16, 16), torch.randn(1, 2, 70, 16)
     selection = Selection(keep=pack_bits(torch.rand(1, 2, 5, 5) < 0.8), routing=Routing(beta=0.0), vote=Vote())
-    arguments: dict = dict(token_order=torch.randperm(70)) | (
-        dict(identity_mix=torch.tensor([0.2, 0.7])) if mix else {}
-    )
+    arguments: dict = dict(token_order=torch.randperm(70), identity_mix=torch.tensor([0.2, 0.7]) if mix else None)
     found = attend(*leaves, tiles, selection=selection, return_tiles=True, backend=backend, **arguments)
     grads = torch.autograd.grad(found[0], leaves, grad_out)
     assert len(calls) == 1
@@ -241,9 +220,8 @@ def check_votes(q, k, v, tiles, selection, **arguments) -> Tensor:
     """Kept bits against the specification in float64, but for tiles that a nearby threshold decides otherwise."""
 
     def votes(inputs, selection: Selection, backend: str) -> Tensor:
-        return unpack_bits(
-            attend(*inputs, tiles, selection=selection, backend=backend, **arguments)[-1], tiles.key_tiles
-        )
+        kept = attend(*inputs, tiles, selection=selection, backend=backend, **arguments)[-1]
+        return unpack_bits(kept, tiles.key_tiles)
 
     vote, wide = selection.vote, [x.to(WIDE) for x in (q, k, v)]
     bars = [vote.threshold + OFF * sign * max(1.0, abs(vote.threshold)) for sign in (-1, 0, 1)]
@@ -292,11 +270,8 @@ def test_votes_fill_several_words(vote, block_k, count):
     """Many tiles and a ragged one: in one chunk, in a chunk that is longer, in three; thresholds above 0 included."""
     tokens = count * block_k + 7
     strict = Vote(threshold=0.3) if vote.criterion == "maxgap" else replace(vote, threshold=0.03)
-    inputs, selection = (
-        uneven(1, 2, 2, 20, tokens, block_k, torch.float32),
-        Selection(vote=strict, reverse=block_k == 48),
-    )
-    found = check_votes(*inputs, full(20, tokens, 20, block_k), selection, scale=0.5)
+    inputs, tiles = uneven(1, 2, 2, 20, tokens, block_k, torch.float32), full(20, tokens, 20, block_k)
+    found = check_votes(*inputs, tiles, Selection(vote=strict, reverse=block_k == 48), scale=0.5)
     assert 2 < found.sum() < found.numel() / 2
 
 

@@ -46,15 +46,12 @@ def test_sections_hold_what_they_promise():
     assert seen == {0, 1, 2}
 
 
-def test_longest_rows_come_first():
+def test_longest_rows_come_first_and_plans_are_made_once_for_a_list_and_in_every_call_with_a_mask():
     tiles = random_lists(2, 100, 100, 16, 16)
     plan = row_plan(problem_from(tiles, *qkv(1, 2, 2, 100, 100, 16, torch.float32)))
     work = (tiles.states() == EXACT).sum(-1) * 16 + (tiles.states() == POOLED).sum(-1)
     assert (work.gather(1, plan.q_order.long()).diff(dim=1) <= 0).all()
     assert torch.equal(plan.q_order.sort(-1).values, torch.arange(7, dtype=torch.int32).expand(2, 7))
-
-
-def test_plans_are_made_once_for_a_list_and_in_every_call_with_a_mask():
     tiles, length = random_lists(1, 100, 100, 16, 16), torch.tensor([90])
     inputs = qkv(1, 2, 2, 100, 100, 16, torch.float32)
     plain = problem_from(tiles, *inputs)
@@ -232,6 +229,7 @@ def test_parts_of_the_heads_give_the_same(monkeypatch, groups, routes, copies):
     keep = pack_bits(torch.rand(2, 4, 3, 3) < 0.8)
     selection = Selection(keep=keep, vote=Vote(), routing=Routing(beta=0.0) if routes else None)
     features = dict(key_length=torch.tensor([40, 21]), head_scale=torch.rand(2, 4) + 0.5)
+    features |= dict(return_lse=True, return_tiles=True)
     scratch, real, results = [], triton_expand.expand, []
 
     def expand(problem, plan, routed):
@@ -243,9 +241,7 @@ def test_parts_of_the_heads_give_the_same(monkeypatch, groups, routes, copies):
     for limit in (1 << 30, copies * one):
         monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", limit)
         scratch.clear()
-        given = attend(
-            *leaves, tiles, backend="triton", selection=selection, return_lse=True, return_tiles=True, **features
-        )
+        given = attend(*leaves, tiles, backend="triton", selection=selection, **features)
         total = given[0].sum() + given[1][given[1].isfinite()].sum()
         results.append([*given, *torch.autograd.grad(total, leaves)])
     assert all(map(torch.equal, *results))

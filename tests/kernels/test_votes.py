@@ -10,33 +10,15 @@ import math
 import numpy as np
 import pytest
 import torch
+import vote_calls as votes
 from dit_accel_kernels import FrameDecay, Selection, Vote, count_bits, pack_bits
 from hypothesis import strategies as st
 from kernel_cases import attend, full
 from numpy_attention import Attention, Case
 from torch import Tensor
-from vote_calls import (
-    ALL,
-    BLOCK,
-    COUNT,
-    CRITERIA,
-    DIRECTIONS,
-    EVERY,
-    NUM_K,
-    NUM_Q,
-    SCALE,
-    SEEDS,
-    TILES,
-    VOTES,
-    WIDE,
-    by_token,
-    call,
-    dtype_of,
-    inputs,
-    logits,
-    property_of,
-    some_tiles,
-)
+from vote_calls import ALL, BLOCK, COUNT, CRITERIA, DIRECTIONS, EVERY, NUM_K, NUM_Q, SCALE, SEEDS, TILES, VOTES, WIDE
+
+OF_MASS = st.sampled_from(["mass", "budget"])
 
 
 def dense(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,40 +37,40 @@ def same(backend: str, found: Tensor, expected: Tensor) -> None:
 @EVERY
 @DIRECTIONS
 def test_1_no_threshold_drops_nothing(backend, reverse):
-    q, k, v = inputs(backend, 0, spread=20.0)
-    out, lse, bits = call(backend, q, k, v, vote=Vote(threshold=-math.inf), reverse=reverse)
+    q, k, v = votes.inputs(backend, 0, spread=20.0)
+    out, lse, bits = votes.call(backend, q, k, v, vote=Vote(threshold=-math.inf), reverse=reverse)
     assert torch.equal(bits, ALL)
-    same(backend, out, call(backend, q, k, v, reverse=reverse)[0])
+    same(backend, out, votes.call(backend, q, k, v, reverse=reverse)[0])
     torch.testing.assert_close(out, dense(backend, q, k, v))
-    torch.testing.assert_close(lse, logits(q, k).mul(math.log(2)).logsumexp(-1).to(lse.dtype))
+    torch.testing.assert_close(lse, votes.logits(q, k).mul(math.log(2)).logsumexp(-1).to(lse.dtype))
 
 
 @EVERY
 @DIRECTIONS
 def test_2_an_endless_threshold_leaves_one_tile_and_the_pinned(backend, reverse):
-    q, k, v = inputs(backend, 0)
+    q, k, v = votes.inputs(backend, 0)
     vote, first = Vote(threshold=math.inf), torch.zeros_like(ALL)
     first[..., COUNT - 2 if reverse else 0] = True  # the ragged tile comes last in both directions
-    bits = call(backend, q, k, v, vote=vote, reverse=reverse)[2]
+    bits = votes.call(backend, q, k, v, vote=vote, reverse=reverse)[2]
     assert torch.equal(bits, first)
     for back in (False, True):
-        assert torch.equal(call(backend, q, k, v, keep=bits, vote=vote, reverse=back)[2], bits)
+        assert torch.equal(votes.call(backend, q, k, v, keep=bits, vote=vote, reverse=back)[2], bits)
     pinned = torch.tensor([[False, True, False, True], [False] * 4])
-    bits = call(backend, q, k, v, pinned=pinned, vote=vote, reverse=reverse)[2]
+    bits = votes.call(backend, q, k, v, pinned=pinned, vote=vote, reverse=reverse)[2]
     assert torch.equal(bits, first | pinned)
-    assert torch.equal(call(backend, q, k, v, keep=bits, pinned=pinned, vote=vote, reverse=reverse)[2], bits)
+    assert torch.equal(votes.call(backend, q, k, v, keep=bits, pinned=pinned, vote=vote, reverse=reverse)[2], bits)
 
 
 @EVERY
 @VOTES
 def test_3_the_first_call_is_dense_and_a_call_without_a_vote_leaves_the_bits(backend, vote):
-    q, k, v = inputs(backend, 0)
+    q, k, v = votes.inputs(backend, 0)
     keep = pack_bits(ALL)
     voted = attend(q, k, v, TILES, scale=SCALE, backend=backend, selection=Selection(keep=keep, vote=vote))
     expected = dense(backend, q, k, v)
     same(backend, voted[0], expected)
     assert torch.equal(keep, pack_bits(ALL))
-    found = call(backend, q, k, v, keep=ALL)
+    found = votes.call(backend, q, k, v, keep=ALL)
     same(backend, found[0], expected)
     assert len(found) == 2  # no bits
 
@@ -98,7 +80,7 @@ def test_3_the_first_call_is_dense_and_a_call_without_a_vote_leaves_the_bits(bac
 def test_4_bits_only_fall_one_tile_stays_and_none_lies_beyond_the_last(backend, vote):
     keep = pack_bits(ALL)
     for step in range(3):
-        q, k, v = inputs(backend, 5 + step)
+        q, k, v = votes.inputs(backend, 5 + step)
         selection = Selection(keep=keep, vote=vote, reverse=step % 2 > 0)
         after = attend(q, k, v, TILES, scale=SCALE, backend=backend, selection=selection)[1]
         assert not (after & ~keep).any()
@@ -116,10 +98,10 @@ def test_6_tiles_are_visited_by_section_where_all_of_them_are_whole(reverse, vot
     decay = FrameDecay(table=torch.tensor([1.0, 1.0, 0.3]), q_frames=frames[:NUM_Q], k_frames=frames)
     tiles, kept = full(NUM_Q, 3 * BLOCK, BLOCK), []
     for seed in range(4):
-        q, k, v = inputs("reference", seed)
+        q, k, v = votes.inputs("reference", seed)
         k, v = k[:, :, : 3 * BLOCK], v[:, :, : 3 * BLOCK]
         options = dict(tiles=tiles, keep=ALL[..., :3], vote=vote, reverse=reverse, decay=decay)
-        bits = [call(backend, q, k, v, **options)[2] for backend in ("reference", "torch")]
+        bits = [votes.call(backend, q, k, v, **options)[2] for backend in ("reference", "torch")]
         arrays = Case(
             q=q.double().numpy(), k=k.double().numpy(), v=v.double().numpy(), states=tiles.states().numpy(),
             block_q=BLOCK, block_k=BLOCK, scale=SCALE, table=decay.table.double().numpy(),
@@ -137,29 +119,29 @@ def test_6_tiles_are_visited_by_section_where_all_of_them_are_whole(reverse, vot
 @DIRECTIONS
 @pytest.mark.parametrize("threshold", [0.0, -1.0])
 def test_7_no_row_loses_its_largest_key(backend, reverse, threshold):
-    q, k, v = inputs(backend, 2)
-    keep = some_tiles(2)
-    bits = call(backend, q, k, v, keep=keep, vote=Vote(threshold=threshold), reverse=reverse)[2]
-    largest = logits(q, k).masked_fill(~by_token(keep), -torch.inf).argmax(-1, keepdim=True)
-    assert by_token(bits).gather(-1, largest).all()
+    q, k, v = votes.inputs(backend, 2)
+    keep = votes.some_tiles(2)
+    bits = votes.call(backend, q, k, v, keep=keep, vote=Vote(threshold=threshold), reverse=reverse)[2]
+    largest = votes.logits(q, k).masked_fill(~votes.by_token(keep), -torch.inf).argmax(-1, keepdim=True)
+    assert votes.by_token(bits).gather(-1, largest).all()
 
 
 @pytest.mark.slow
-@property_of(seed=SEEDS, low=st.floats(-12, 0), high=st.floats(-12, 0))
+@votes.property_of(seed=SEEDS, low=st.floats(-12, 0), high=st.floats(-12, 0))
 def test_8_bits_settle_after_both_directions_and_a_higher_threshold_drops_more(backend, seed, low, high):
-    q, k, v = inputs(backend, seed)
+    q, k, v = votes.inputs(backend, seed)
     low, high = sorted((low, high))
-    loose, tight = (call(backend, q, k, v, vote=Vote(threshold=x))[2] for x in (low, high))
+    loose, tight = (votes.call(backend, q, k, v, vote=Vote(threshold=x))[2] for x in (low, high))
     assert not (tight & ~loose).any()
-    keep = call(backend, q, k, v, keep=tight, vote=Vote(threshold=high), reverse=True)[2]
+    keep = votes.call(backend, q, k, v, keep=tight, vote=Vote(threshold=high), reverse=True)[2]
     for reverse in (False, True):
-        assert torch.equal(call(backend, q, k, v, keep=keep, vote=Vote(threshold=high), reverse=reverse)[2], keep)
+        assert torch.equal(votes.call(backend, q, k, v, keep=keep, vote=Vote(threshold=high), reverse=reverse)[2], keep)
 
 
 def missing(x: Tensor, dropped: Tensor, visited: Tensor) -> Tensor:
     """Share of the softmax mass of the visited tiles that the dropped ones hold, largest query of each block row."""
-    p = torch.softmax((x * math.log(2)).masked_fill(~by_token(visited), -torch.inf), -1).nan_to_num(0.0)
-    share = (p * by_token(dropped)).sum(-1)
+    p = torch.softmax((x * math.log(2)).masked_fill(~votes.by_token(visited), -torch.inf), -1).nan_to_num(0.0)
+    share = (p * votes.by_token(dropped)).sum(-1)
     share = torch.nn.functional.pad(share, (0, -NUM_Q % BLOCK)).unflatten(2, (-1, BLOCK))
     return share.amax(-1)
 
@@ -177,90 +159,87 @@ def odds(tiles: Tensor, gap: float) -> Tensor:
 
 def drift(backend: str, seed: int, size: float, steps: int):
     """Calls whose logits move, and how far at most any of them does between any two calls, log2 units."""
-    q, k, v = inputs(backend, seed)
+    q, k, v = votes.inputs(backend, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     calls = [(q, k + size * torch.randn(k.shape, generator=generator, dtype=WIDE).to(k.dtype), v) for _ in range(steps)]
-    x = torch.stack([logits(q, k) for q, k, _ in calls])
+    x = torch.stack([votes.logits(q, k) for q, k, _ in calls])
     return calls, x, float((x.amax(0) - x.amin(0)).max())
 
 
-@property_of(seed=SEEDS, gap=st.floats(0, 8))
+@votes.property_of(seed=SEEDS, gap=st.floats(0, 8))
 def test_9_what_is_lost_is_the_missing_share_of_a_difference(backend, seed, gap):
     """o - o_K = e (o_S - o_K): the next call's output differs by the dropped mass times where it would have pulled."""
-    q, k, v = inputs(backend, seed)
-    before, lse, bits = call(backend, q, k, v, vote=Vote(threshold=-gap))
-    after, _ = call(backend, q, k, v, keep=bits)
-    lost, lost_lse = call(backend, q, k, v, keep=~bits)
+    q, k, v = votes.inputs(backend, seed)
+    before, lse, bits = votes.call(backend, q, k, v, vote=Vote(threshold=-gap))
+    after, _ = votes.call(backend, q, k, v, keep=bits)
+    lost, lost_lse = votes.call(backend, q, k, v, keep=~bits)
     share = (lost_lse - lse).exp()[..., None].to(before.dtype)
     torch.testing.assert_close(before - after, share * (lost - after))
 
 
-@property_of(seed=SEEDS, gap=st.floats(0, 15), reverse=st.booleans(), kept=st.floats(0.3, 1))
+@votes.property_of(seed=SEEDS, gap=st.floats(0, 15), reverse=st.booleans(), kept=st.floats(0.3, 1))
 def test_9a_bound_a_of_one_call(backend, seed, gap, reverse, kept):
-    q, k, v = inputs(backend, seed)
-    keep = some_tiles(seed, kept)
-    bits = call(backend, q, k, v, keep=keep, vote=Vote(threshold=-gap), reverse=reverse)[2]
+    q, k, v = votes.inputs(backend, seed)
+    keep = votes.some_tiles(seed, kept)
+    bits = votes.call(backend, q, k, v, keep=keep, vote=Vote(threshold=-gap), reverse=reverse)[2]
     dropped = keep & ~bits
-    assert below(missing(logits(q, k), dropped, keep), odds(dropped.sum(-1), gap), q.dtype)
+    assert below(missing(votes.logits(q, k), dropped, keep), odds(dropped.sum(-1), gap), q.dtype)
 
 
 @pytest.mark.slow
-@property_of(seed=SEEDS, size=st.floats(0, 0.3), spare=st.floats(0, 6))
+@votes.property_of(seed=SEEDS, size=st.floats(0, 0.3), spare=st.floats(0, 6))
 def test_9b_bound_b_over_drifting_calls(backend, seed, size, spare):
     calls, x, most = drift(backend, seed, size, 3)
     keep = ALL
     for step, (q, k, v) in enumerate(calls):
         assert below(missing(x[step], ~keep, ALL), odds((~keep).sum(-1), spare), q.dtype)
-        keep = call(backend, q, k, v, keep=keep, vote=Vote(threshold=-(2 * most + spare)), reverse=step % 2 > 0)[2]
-    assert below(missing(x[-1], ~keep, ALL), odds((~keep).sum(-1), spare), dtype_of(backend))
+        vote = Vote(threshold=-(2 * most + spare))
+        keep = votes.call(backend, q, k, v, keep=keep, vote=vote, reverse=step % 2 > 0)[2]
+    assert below(missing(x[-1], ~keep, ALL), odds((~keep).sum(-1), spare), votes.dtype_of(backend))
 
 
-@property_of(
-    seed=SEEDS, criterion=st.sampled_from(["mass", "budget"]), share=st.floats(0.001, 0.5), reverse=st.booleans()
-)
+@votes.property_of(seed=SEEDS, criterion=OF_MASS, share=st.floats(0.001, 0.5), reverse=st.booleans())
 def test_9c_bound_c_of_one_call(backend, seed, criterion, share, reverse):
-    q, k, v = inputs(backend, seed)
-    bits = call(backend, q, k, v, vote=Vote(criterion=criterion, threshold=share), reverse=reverse)[2]
+    q, k, v = votes.inputs(backend, seed)
+    bits = votes.call(backend, q, k, v, vote=Vote(criterion=criterion, threshold=share), reverse=reverse)[2]
     bound = share * (~bits).sum(-1) if criterion == "mass" else share
-    assert below(missing(logits(q, k), ~bits, ALL), bound, q.dtype)
+    assert below(missing(votes.logits(q, k), ~bits, ALL), bound, q.dtype)
 
 
 @pytest.mark.slow
-@property_of(
-    seed=SEEDS, size=st.floats(0, 0.3), criterion=st.sampled_from(["mass", "budget"]), share=st.floats(0.001, 0.2)
-)
+@votes.property_of(seed=SEEDS, size=st.floats(0, 0.3), criterion=OF_MASS, share=st.floats(0.001, 0.2))
 def test_9c_bound_c_over_drifting_calls(backend, seed, size, criterion, share):
     """A share of the mass grows by at most 2^(2 D): D log2 units up for it, D down for the rest."""
     calls, x, most = drift(backend, seed, size, 3)
     keep = ALL
     for step, (q, k, v) in enumerate(calls):
         vote = Vote(criterion=criterion, threshold=share)
-        keep = call(backend, q, k, v, keep=keep, vote=vote, reverse=step % 2 > 0)[2]
+        keep = votes.call(backend, q, k, v, keep=keep, vote=vote, reverse=step % 2 > 0)[2]
         spent = share * ((~keep).sum(-1) if criterion == "mass" else step + 1)
         assert below(missing(x[step], ~keep, ALL), 4.0**most * spent, q.dtype)
 
 
 @EVERY
 def test_12_batches_and_heads_do_not_influence_each_other(backend):
-    q, k, v = (torch.cat([a, b]) for a, b in zip(inputs(backend, 1), inputs(backend, 2), strict=True))
-    together = call(backend, q, k, v, vote=CRITERIA[0])[2]
+    q, k, v = (torch.cat([a, b]) for a, b in zip(votes.inputs(backend, 1), votes.inputs(backend, 2), strict=True))
+    together = votes.call(backend, q, k, v, vote=CRITERIA[0])[2]
     assert len({tuple(row.flatten().tolist()) for row in together.flatten(0, 1)}) > 1
     for b, h in np.ndindex(2, 2):
-        alone = call(backend, *(x[b : b + 1, h : h + 1] for x in (q, k, v)), vote=CRITERIA[0])[2]
+        alone = votes.call(backend, *(x[b : b + 1, h : h + 1] for x in (q, k, v)), vote=CRITERIA[0])[2]
         assert torch.equal(together[b : b + 1, h : h + 1], alone)
 
 
 @EVERY
 def test_13_shards_of_keys_join_by_their_lse(backend):
-    q, k, v = inputs(backend, 4)
-    keep = some_tiles(4)
+    q, k, v = votes.inputs(backend, 4)
+    keep = votes.some_tiles(4)
     keep[..., 2] = True
-    whole, whole_lse = call(backend, q, k, v, keep=keep)
+    whole, whole_lse = votes.call(backend, q, k, v, keep=keep)
     parts = []
     for tiles in (slice(0, 2), slice(2, COUNT)):
         shard = [x[:, :, tiles.start * BLOCK : tiles.stop * BLOCK] for x in (k, v)]
         lists = full(NUM_Q, shard[0].shape[2], BLOCK)
-        parts.append(call(backend, q, *shard, lists, keep=keep[..., tiles], vote=CRITERIA[0])[:2])
+        parts.append(votes.call(backend, q, *shard, lists, keep=keep[..., tiles], vote=CRITERIA[0])[:2])
     lse = torch.stack([lse for _, lse in parts]).logsumexp(0)
     joined = sum(out * (part - lse).exp()[..., None].to(out.dtype) for out, part in parts)
     torch.testing.assert_close(joined, whole)
@@ -270,7 +249,7 @@ def test_13_shards_of_keys_join_by_their_lse(backend):
 @EVERY
 def test_14_compiled_calls_choose_the_same_bits(backend):
     vote = CRITERIA[2 if backend == "torch" else 0]
-    given, keep = inputs(backend, 6), pack_bits(some_tiles(6))
+    given, keep = votes.inputs(backend, 6), pack_bits(votes.some_tiles(6))
 
     def voted(q, k, v, keep):
         return attend(q, k, v, TILES, scale=SCALE, backend=backend, selection=Selection(keep=keep, vote=vote))

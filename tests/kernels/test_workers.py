@@ -1,7 +1,5 @@
 """Work is shared by threads without leaving a trace: every piece once, errors raised, torch's settings as they were."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import threading
@@ -13,7 +11,7 @@ from dit_accel_kernels.backends.torch import workers
 from dit_accel_kernels.backends.torch.workers import buffer, run_all, worker_threads
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -21,7 +19,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def test_every_piece_once_on_threads_of_one_core_each(two_threads):
+def test_every_piece_once_on_threads_of_one_core_each():
     done, threads, buffers_seen = [], set(), set()
     both = threading.Barrier(2, timeout=30)
 
@@ -44,7 +42,7 @@ def test_every_piece_once_on_threads_of_one_core_each(two_threads):
     assert inherited == [2]
 
 
-def test_the_first_error_is_raised_and_stops_the_rest(two_threads):
+def test_the_first_error_is_raised_and_stops_the_rest():
     done = []
 
     def work(piece, buffers):
@@ -57,7 +55,7 @@ def test_the_first_error_is_raised_and_stops_the_rest(two_threads):
     assert len(done) < 100_000
 
 
-def test_an_interrupt_stops_the_workers_and_restores_the_threads(two_threads):
+def test_an_interrupt_stops_the_workers_and_restores_the_threads():
     done, started, main = [], threading.Event(), threading.get_ident()
 
     def work(piece, buffers):
@@ -80,7 +78,7 @@ def test_an_interrupt_stops_the_workers_and_restores_the_threads(two_threads):
     assert len(done) < 500
 
 
-def test_gradients_and_inference_mode_are_the_callers(two_threads):
+def test_gradients_and_inference_mode_are_the_callers():
     x = torch.ones(4, requires_grad=True)
     with torch.inference_mode():
         target = torch.zeros(2, 4)
@@ -92,12 +90,9 @@ def test_gradients_and_inference_mode_are_the_callers(two_threads):
     with torch.inference_mode():
         run_all(work, range(2), 2)
     assert target.sum() == 8
-
-
-def test_one_thread_works_in_place():
     names = []
     run_all(lambda piece, buffers: names.append(threading.current_thread()), range(3), 1)
-    assert set(names) == {threading.current_thread()}
+    assert set(names) == {threading.current_thread()}  # one thread works in place
     assert worker_threads(1) == (1, 1)
     assert worker_threads(64) == (workers.MOST_WORKERS, 64 // workers.MOST_WORKERS)
 
@@ -129,7 +124,7 @@ def _child(queue):
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_a_forked_child_starts_workers_of_its_own(two_threads):
+def test_a_forked_child_starts_workers_of_its_own():
     run_all(lambda piece, buffers: None, range(8), 2)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

@@ -1,7 +1,6 @@
 """Builds the distributions from what is committed, and tries them as a stranger gets them: ``make release-check``.
 
 The steps, each of which ends the run with one sentence if it finds something:
-
 1. nothing is uncommitted, the three distributions, CITATION.cff and CHANGELOG.md agree on the version and its date;
 2. source distributions and wheels are built from an export of the commit, wheels from the source distributions;
 3. ``twine check --strict`` reads their metadata;
@@ -9,7 +8,7 @@ The steps, each of which ends the run with one sentence if it finds something:
    takes from the usual index; without dit-accel-assets it must attach, and say what to install for embedded models;
 5. with dit-accel-assets it must make a clip by the command line and by Python, in an empty folder.
 
-At the end it prints what would be uploaded, with hashes, and the command. It uploads nothing.
+It uploads nothing; at the end it prints what would be uploaded, with hashes, and the command.
 
     make dist                                        # step 2 alone, into dist/
     make release-check                               # all steps
@@ -30,6 +29,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from email import message_from_bytes
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +37,7 @@ SMOKE = Path(__file__).with_name("smoke.py")
 PROJECTS = {"dit-accel-kernels": "kernels", "dit-accel-assets": "assets", "dit-accel": "."}
 """Distribution -> its folder, in the order in which they are uploaded: none before what it needs."""
 
+told = partial(print, flush=True)
 PROMPT = "a red circle moving right on a navy background"
 
 
@@ -210,11 +211,6 @@ def run(what: str, *command: str | Path, at: Path | None = None) -> None:
     if ended.returncode:
         raise Refused(f"{what} fails:\n{(ended.stdout + ended.stderr).strip()[-2000:]}")
     told(f"{time.monotonic() - begin:7.1f} s  {what}")
-
-
-def told(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,7 @@ class Expected:
 
 
 def read_expected(path: Path) -> list[Expected]:
-    """Read the differences of a TOML file, a ``[[difference]]`` each.
-
-    Raises:
-        ValueError: for an entry that lacks a field, has another one, no reason or an unknown mode, or comes twice.
-    """
+    """Read the differences of a TOML file, a ``[[difference]]`` each; ValueError for one that is not as it must be."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     names = {field.name for field in fields(Expected)}
     if unknown := table.keys() - {"difference"}:

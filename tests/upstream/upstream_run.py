@@ -1,19 +1,14 @@
 """Runs diffusers' own test suite with dit-accel attached to every model that its tests build: ``make test-diffusers``.
 
-The tests are upstream's, none of them is kept here. They come from a sparse, shallow clone of diffusers at the
-installed version's tag in ``.diffusers/``, or from the checkout that ``DIFFUSERS_TESTS`` names; where neither can be
-had, the run is skipped. They are run four times on the CPU, without the hub:
-
-- plain: as they are;
-- neutral: with no method attached; each forward must equal a plain one in every bit;
-- keep-all: with LiteAttention that plans every attention call and drops no tile; forwards in float32 must agree with
-  plain ones but for rounding;
-- active: with SolAttention, which changes what attention calls give.
+They come from a sparse, shallow clone of diffusers at the installed version's tag in ``.diffusers/``, or from the
+checkout that ``DIFFUSERS_TESTS`` names; where neither can be had, the run is skipped. They are run four times on the
+CPU, without the hub: plain; neutral, with no method attached, where each forward must equal a plain one in every bit;
+keep-all, with LiteAttention that plans every call and drops no tile, where forwards in float32 must agree with plain
+ones but for rounding; and active, with SolAttention, which changes what attention calls give.
 
 Attaching and detaching a model that was just built must leave each of its attributes the object that it was; after
-each test nothing of ours may be left in a model. Beyond that a test must end attached as it ends plain.
-``expected.toml`` lists the tests that don't, with reasons; one that is not listed fails the run, and so does a listed
-one that ends as it does plain.
+each test nothing of ours may be left in a model. Beyond that a test must end attached as it ends plain, but for those
+that ``expected.toml`` lists with reasons; a listed one that ends as it does plain fails the run too.
 
     make test-diffusers                        # the transformers' tests, all modes
     make test-diffusers ARGS="--modes neutral tests/pipelines/wan"
