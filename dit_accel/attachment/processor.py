@@ -38,9 +38,7 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], engine
 
     A copy or a pickle of it is the untouched processor.
 
-    Args:
-        processor: the module's processor; left as it is, its attributes are shared with the result.
-        classes: the attachment's processor class -> subclass, filled here.
+    ``processor``: the module's processor; left as it is, its attributes are shared with the result.
     """
     cls = type(processor)
     if cls not in classes:

@@ -27,10 +27,8 @@ from .steps import Course, PipelineRun, Schedule, Timeline, noise_level, schedul
 class DenoisingState:
     """Which run, step and branch the transformers of one attachment are in.
 
-    Args:
-        pipe: the pipeline, or None where methods are attached to a transformer alone.
-        engine: what runs begin in (another generation, or a single forward in training), and forgets what methods
-            learned where that may belong to another branch.
+    ``engine``: what runs begin in (another generation, or a single forward in training), and forgets what methods
+    learned where that may belong to another branch.
     """
 
     def __init__(self, pipe: Any, engine: Engine) -> None:

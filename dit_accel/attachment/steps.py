@@ -138,7 +138,6 @@ class Schedule:
         Args:
             timesteps: the noisiest one that a forward is given; several where it is not known which that is.
             dtype: of the tensor that held it, which tells how it was rounded; None: it was in none.
-            number: which of the run's different timesteps it is, from 0.
         """
         if getattr(self._scheduler, "num_inference_steps", None) is None and len(self) == self._trained:
             return None

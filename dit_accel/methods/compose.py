@@ -19,7 +19,6 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
     """Return the handlers of some methods on a model in the order in which they act, however they were given.
 
     Args:
-        configs: one of each method; another library's objects where a handler wraps them.
         model: the model; its tiling is replaced by the one that the methods agree on.
         alone: these are all the methods; False: others may follow, so that one which needs a partner is not refused.
 

@@ -28,9 +28,7 @@ _BENEATH = ("torch", "triton", "threading", "contextlib", "functools")
 def attach_requested(pipe: Any, setting: str | None = None, logger: logging.Logger = LOGGER) -> Attachment | None:
     """Attach to a pipeline what its server asks for; log one line, and on any error leave the pipeline plain.
 
-    Args:
-        pipe: a diffusers pipeline that is loaded and placed.
-        setting: as `read_setting` takes it. None: the text of the environment variable ``DIT_ACCEL``.
+    ``setting``: as `read_setting` takes it. None: the text of the environment variable ``DIT_ACCEL``.
 
     Returns:
         The attachment; None where nothing was requested or it was refused.

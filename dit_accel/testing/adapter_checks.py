@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection
 
 from ..adapters.adapter import Adapter
 from . import method_checks, model_checks
-from .block_cache_checks import check_block_caches
 from .block_checks import check_blocks
-from .cache_checks import check_caches
+from .cache_checks import check_block_caches, check_caches
 from .guidance_checks import check_guidance
 from .recording import require
 from .rope_checks import check_rope
@@ -56,28 +55,17 @@ def check_adapter(
             try:
                 results[name] = check(case) or "passed"
             except Exception as error:
-                raise AssertionError(
-                    f"{model.transformer.__name__} {number}: check {name!r} failed: {error}"
-                ) from error
+                description = f"{model.transformer.__name__} {number}: check {name!r} failed: {error}"
+                raise AssertionError(description) from error
     return verdicts
 
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {
-    "places": model_checks.check_places,
-    "neutral": method_checks.check_neutral,
-    "full": model_checks.check_full,
-    "layout": model_checks.check_layout,
-    "blocks": check_blocks,
-    "rope": check_rope,
-    "signal": model_checks.check_signal,
-    "caches": check_caches,
-    "block caches": check_block_caches,
-    "active": method_checks.check_active,
-    "batch": method_checks.check_batch,
-    "padding": method_checks.check_padding,
-    "pairs": method_checks.check_pairs,
-    "guidance": check_guidance,
-    "refused": model_checks.check_refused,
+    "places": model_checks.check_places, "neutral": method_checks.check_neutral, "full": model_checks.check_full,
+    "layout": model_checks.check_layout, "blocks": check_blocks, "rope": check_rope,
+    "signal": model_checks.check_signal, "caches": check_caches, "block caches": check_block_caches,
+    "active": method_checks.check_active, "batch": method_checks.check_batch, "padding": method_checks.check_padding,
+    "pairs": method_checks.check_pairs, "guidance": check_guidance, "refused": model_checks.check_refused,
     "compile": model_checks.check_compile,
-}
+}  # fmt: skip
 """Name -> check, in the order in which they run; each raises `AssertionError`, or tells why it does not apply."""

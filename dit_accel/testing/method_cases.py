@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.adapter import Adapter
-from ..adapters.rotary import changeable_axes, rope_of
+from ..adapters.rotary import changeable_axes
 from ..errors import ConfigError
 from ..methods.attention.delta import DeltaAttention
 from ..methods.attention.lite.lite_config import LiteAttention
@@ -76,47 +75,36 @@ def configs_of(*settings: MethodConfig | tuple[MethodConfig, ...]) -> tuple[Meth
     return tuple({type(config): config for config in reversed(flat)}.values())[::-1]
 
 
-_SPARSED = SparseD(block_size=16, density=0.5, dense_steps=0, dense_last_steps=0, dense_layers=0)
-_SPARSED_NEUTRAL = SparseD(block_size=16, dense_steps=1000)
+_SPARSE: dict[str, Any] = {"block_size": 16, "dense_steps": 0, "dense_last_steps": 0, "dense_layers": 0}
+_WAITING: dict[str, Any] = {"block_size": 16, "dense_steps": 1000}
+_SPARSED, _SPARSED_NEUTRAL, _DELTA = SparseD(density=0.5, **_SPARSE), SparseD(**_WAITING), DeltaAttention(stride=8)
 
 METHOD_CASES: dict[str, MethodCase] = {
     "lite": MethodCase(
-        neutral=LiteAttention(block_size=16, dense_steps=1000),
+        neutral=LiteAttention(**_WAITING), warm=1,
         active=LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True),
-        warm=1,
     ),
     "lvsa": MethodCase(neutral=LVSA(trained_frames=1000), active=LVSA(block_size=16, trained_frames=2, window=0)),
     "radial": MethodCase(
-        neutral=RadialAttention(block_size=16, dense_steps=1000),
-        active=RadialAttention(
-            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
-        ),
+        neutral=RadialAttention(**_WAITING),
+        active=RadialAttention(decay_factor=0.2, near="half", sink=False, **_SPARSE),
     ),
     "sparsed": MethodCase(neutral=_SPARSED_NEUTRAL, active=_SPARSED),
-    "delta": MethodCase(
-        neutral=(DeltaAttention(stride=8), _SPARSED_NEUTRAL), active=(DeltaAttention(stride=8), _SPARSED)
-    ),
-    "sol": MethodCase(
-        neutral=SolAttention(block_size=16, dense_steps=1000),
-        active=SolAttention(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0),
-    ),
+    "delta": MethodCase(neutral=(_DELTA, _SPARSED_NEUTRAL), active=(_DELTA, _SPARSED)),
+    "sol": MethodCase(neutral=SolAttention(**_WAITING), active=SolAttention(**_SPARSE)),
     "rope": MethodCase(
-        neutral=RoPE(kind="pi", trained_frames=1000, trained_height=1000, trained_width=1000),
+        neutral=RoPE(kind="pi", trained_frames=1000, trained_height=1000, trained_width=1000), thins=False,
         active=RoPE(kind="pi", trained_frames=2, trained_height=2, trained_width=2),
-        thins=False,
     ),
     "ultraimage": MethodCase(
-        neutral=UltraImage(correct=False, trained_height=1000, trained_width=1000),
+        neutral=UltraImage(correct=False, trained_height=1000, trained_width=1000), warm=1, thins=False,
         active=UltraImage(correct=False, trained_height=2, trained_width=2, focus_max=2.0, rows=16),
-        warm=1,
-        thins=False,
     ),
     "ultravico": MethodCase(
-        neutral=UltraViCo(trained_frames=1000),
+        neutral=UltraViCo(trained_frames=1000), thins=False,
         active=UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5, first_frame=True),
-        thins=False,
     ),
-}
+}  # fmt: skip
 """Method name -> the configs that `check_adapter` tries; open to every package."""
 
 
@@ -141,7 +129,14 @@ CACHE_CASES: dict[str, MethodCase] = {
 
 def cases_for(case: Case) -> dict[str, MethodCase]:
     """Return the cases of the methods that a tiny model can take."""
-    return cases_of(case.adapter, case.transformer)
+    adapter, possible, with_positions = case.adapter, {}, _has_positions(case)
+    for name, tried in METHOD_CASES.items():
+        lacking = (Place.BLOCKS in tried.places and adapter.blocks == ()) or (
+            Place.POSITIONS in tried.places and not with_positions
+        )
+        if not lacking and not any(config.name in adapter.refused for config in configs_of(tried.active)):
+            possible[name] = tried
+    return possible
 
 
 def caches_for(case: Case) -> dict[str, MethodCase]:
@@ -159,23 +154,11 @@ def caches_for(case: Case) -> dict[str, MethodCase]:
     return possible
 
 
-def cases_of(adapter: Adapter, transformer: Any) -> dict[str, MethodCase]:
-    """Return the cases of the methods that a transformer can take."""
-    possible = {}
-    for name, tried in METHOD_CASES.items():
-        lacking = (Place.BLOCKS in tried.places and adapter.blocks == ()) or (
-            Place.POSITIONS in tried.places and not _has_positions(adapter, transformer)
-        )
-        if not lacking and not any(config.name in adapter.refused for config in configs_of(tried.active)):
-            possible[name] = tried
-    return possible
-
-
-def _has_positions(adapter: Adapter, transformer: Any) -> bool:
+def _has_positions(case: Case) -> bool:
     """Tell whether a model has rotary positions along an axis that can be too long."""
     try:
-        rope = rope_of(adapter.name, adapter.rope, transformer.config)
-        return bool(changeable_axes(adapter.name, rope, transformer.config))
+        rope = case.rope
+        return rope is not None and bool(changeable_axes(case.adapter.name, rope, case.transformer.config))
     except ConfigError:
         return False
 

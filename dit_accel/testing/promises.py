@@ -331,20 +331,9 @@ def require_together(case: Case, methods: tuple[MethodConfig, ...], warm: int) -
 
 
 PROMISES: dict[str, Promise] = {
-    "neutral": check_neutral,
-    "active": check_active,
-    "planned": check_planned,
-    "skips": check_skips,
-    "runs": check_runs,
-    "branches": check_branches,
-    "batch": check_batch,
-    "free": check_free,
-    "beside guidance": check_beside_guidance,
-    "not a number": check_not_a_number,
-    "gradients": check_gradients,
-    "memory": check_memory,
-    "toml": check_toml,
-    "refusals": check_refusals,
-    "companions": check_companions,
-}
+    "neutral": check_neutral, "active": check_active, "planned": check_planned, "skips": check_skips,
+    "runs": check_runs, "branches": check_branches, "batch": check_batch, "free": check_free,
+    "beside guidance": check_beside_guidance, "not a number": check_not_a_number, "gradients": check_gradients,
+    "memory": check_memory, "toml": check_toml, "refusals": check_refusals, "companions": check_companions,
+}  # fmt: skip
 """Name -> what checks the promise, in the order in which `check_method` runs them."""

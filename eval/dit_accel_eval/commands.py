@@ -74,8 +74,9 @@ def run_suite(
 
     read = read_suite(suite)
     usual = (2 if timed or read.timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
+    folder = suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
     job = Job(
-        suite=read, out=out or results_of(suite) / f"{read.name}.jsonl", timed=timed or read.timed,
+        suite=read, out=out or folder / f"{read.name}.jsonl", timed=timed or read.timed,
         cache=cache or default_cache(), threads=threads or usual, frames=frames, talk=not quiet,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
@@ -85,11 +86,6 @@ def run_suite(
         run_job(job, clips_of(read, clips), workers, quiet=quiet)
     if not quiet and (only_table or Ranks().first):
         _show_run(job, result_lines(job.out), written=not only_table)
-
-
-def results_of(suite: Path) -> Path:
-    """Return the folder of a suite's results: beside the file, or in ``results`` beside ``suites``."""
-    return suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
 
 
 def _show_run(job: "Job", lines: "list[ResultLine]", *, written: bool) -> None:
@@ -125,8 +121,7 @@ def report_results(
         ),
     ] = None,
     clips: Annotated[
-        int | None,
-        typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0),
+        int | None, typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0)
     ] = None,
 ) -> None:
     """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.

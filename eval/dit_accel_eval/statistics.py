@@ -6,7 +6,7 @@ docs/evaluating.md says how often it is wrong.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -162,3 +162,12 @@ def holm(values: Mapping[Key, float]) -> dict[Key, float]:
         most = max(most, min(1.0, (len(values) - place) * values[key]))
         corrected[key] = most
     return {key: corrected[key] for key in values}
+
+
+def frontier(points: Iterable[Key], place: Callable[[Key], tuple[float, float]]) -> list[Key]:
+    """Return the points that none surpasses at as little cost, cheapest first, by a function of cost and worth."""
+    found: list[Key] = []
+    for point in sorted(points, key=lambda one: (place(one)[0], -place(one)[1])):
+        if not found or place(point)[1] > place(found[-1])[1]:
+            found.append(point)
+    return found

@@ -149,37 +149,34 @@ def _run(options: argparse.Namespace) -> str:
     arms = grid(options.solvers, shifts, options.steps, None if dynamic else shift_of(shipped))
     of = f"-{options.reference_steps}" if options.reference_steps else ""
     out = options.out or RESULTS / f"rivals-{options.model}{of}.toml"
-    command = f"python eval/studies/best_rival.py --model {options.model}"
-    command += f" --reference-steps {options.reference_steps}" if options.reference_steps else ""
+    suite = Suite(
+        name=out.stem, model=options.model, reference_steps=options.reference_steps, clips=options.clips,
+        first_clip=options.first_clip, arms=arms,
+    )  # fmt: skip
     if options.confirm:
         low, high = CONFIRMING
-        other = Suite(
-            name=f"{out.stem}-confirmed", model=options.model, clips=high - low + 1, first_clip=low,
-            arms=again(read_ladder(out)), reference_steps=options.reference_steps,
-        )  # fmt: skip
-        ran = _run_suite(other, out.with_stem(other.name), options.workers)
-        write_ladder(confirmed(out, other, read_lines(ran.out)), out, command)
-        return f"{out}: {read_ladder(out).loose or 'all rungs are confirmed'}"
-    suite = Suite(
-        name=out.stem, model=options.model, clips=options.clips, first_clip=options.first_clip, arms=arms,
-        reference_steps=options.reference_steps,
-    )  # fmt: skip
-    first = dataclasses.replace(suite, clips=min(FIRST, suite.clips))
-    job = _run_suite(first, out, options.workers)
-    last = dataclasses.replace(suite, arms=finalists(suite, read_lines(job.out)))
-    _run_suite(last, out, options.workers)
-    write_ladder(ladder_of(suite, read_lines(job.out)), out, command)
-    return f"{out}: {read_ladder(out)}"
+        changes = dict(name=f"{out.stem}-confirmed", clips=high - low + 1, first_clip=low)
+        other = dataclasses.replace(suite, **changes, arms=again(read_ladder(out)))
+        data = confirmed(out, other, _ran(other, out.with_stem(other.name), options.workers))
+    else:
+        lines = _ran(dataclasses.replace(suite, clips=min(FIRST, suite.clips)), out, options.workers)
+        lines = _ran(dataclasses.replace(suite, arms=finalists(suite, lines)), out, options.workers)
+        data = ladder_of(suite, lines)
+    command = f"python eval/studies/best_rival.py --model {options.model}"
+    command += f" --reference-steps {options.reference_steps}" if options.reference_steps else ""
+    write_ladder(data, out, command)
+    ladder = read_ladder(out)
+    return f"{out}: {(ladder.loose or 'all rungs are confirmed') if options.confirm else ladder}"
 
 
-def _run_suite(suite: Suite, out: Path, workers: int) -> Job:
-    job = Job(
-        suite=suite, out=out.with_suffix(".runs.jsonl"), cache=default_cache(), timed=False, threads=1, talk=False
-    )
+def _ran(suite: Suite, out: Path, workers: int) -> list[Line]:
+    """Run what a suite lacks; returns all lines beside a ladder."""
+    out = out.with_suffix(".runs.jsonl")
+    job = Job(suite=suite, out=out, cache=default_cache(), timed=False, threads=1, talk=False)
     clips = range(suite.first_clip, suite.first_clip + suite.clips)
     with suite_progress(job, clips) as watch:
         run_arms(job, clips, workers=workers, watch=watch)
-    return job
+    return read_lines(out)
 
 
 if __name__ == "__main__":

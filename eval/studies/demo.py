@@ -43,11 +43,8 @@ DENSE = dense_arm(30)
 SCALE, AMPLIFIED = 3, 5
 """How large a pixel is in the pictures, and how many times larger the differences in the strip."""
 
-LINE = 16
-"""Height of a line of text, in pixels of the picture."""
-
-SHADES = 16
-"""Steps in brightness that the animated picture tells apart: finer noise would make up most of its bytes."""
+LINE, SHADES = 16, 16
+"""Pixels of a line of text; brightnesses of the animated picture: finer noise would make up most of its bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +121,8 @@ def compare(model: EmbeddedModel, seeds: int) -> list[Outcome]:
 
     That number is by the median of each seed's two times, and rounded up, in favour of fewer steps.
     """
-    preset = preset_arm(model)
+    cache = PRESETS[LEVEL][0].config  # all that the preset takes at this size
+    preset = Arm(name=f"preset {LEVEL}", num_inference_steps=DENSE.num_inference_steps, methods=(cache,))
     model.run(0, steps=1, solver=DENSE.solver)  # warms up
     pairs = []
     for seed in range(seeds):
@@ -138,17 +136,8 @@ def compare(model: EmbeddedModel, seeds: int) -> list[Outcome]:
                f"{fewer.num_inference_steps} dense steps, which take as long")  # fmt: skip
     fewers = [_run(model, fewer, seed) for seed in range(seeds)]
     whole = Outcome(name="dense", arm=DENSE, runs=dense, psnr=(), work=(float(DENSE.num_inference_steps),) * seeds)
-    return [
-        whole,
-        _outcome("fewer steps", fewer, fewers, dense, model),
-        _outcome(preset.name, preset, ours, dense, model),
-    ]
-
-
-def preset_arm(model: EmbeddedModel) -> Arm:
-    """Return the preset on as many steps as the dense run: its step cache, all that it takes at this size."""
-    cache = PRESETS[LEVEL][0].config
-    return Arm(name=f"preset {LEVEL}", num_inference_steps=DENSE.num_inference_steps, methods=(cache,))
+    rest = (("fewer steps", fewer, fewers), (preset.name, preset, ours))
+    return [whole, *(_outcome(*one, dense, model) for one in rest)]
 
 
 def side_by_side(shown: Sequence[tuple[str, Clip]], reference: Clip) -> Frames:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from dit_accel_assets import model_closeness, model_score
-from dit_accel_eval.metrics.sharpness import sharpness
+from dit_accel_eval.metrics.motion import sharpness
 from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.statistics import judge

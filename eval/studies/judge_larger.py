@@ -11,7 +11,7 @@ from dit_accel_assets import model_defaults
 from dit_accel_assets.judge import judge_clips
 from dit_accel_assets.world import scene_of
 from dit_accel_eval.metrics.metric import Clip
-from dit_accel_eval.metrics.sharpness import sharpness
+from dit_accel_eval.metrics.motion import sharpness
 from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.suite import Suite

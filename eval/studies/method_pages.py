@@ -8,7 +8,6 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +77,13 @@ def _rows(config_type: type[MethodConfig]) -> list[tuple[str, str, str, str]]:
     for field in sorted(dataclasses.fields(config_type), key=lambda field: field.name not in described):
         if field.name not in meanings:
             raise ValueError(f"{config_type.__name__} does not describe {field.name} below Attributes:")
-        kind = re.sub(r"'([^']+)'( or(?= '))?", _choice, spell_type(hints[field.name])).removesuffix(" or unset")
+        kind = re.sub(r"'([^']+)'( or(?= '))?", lambda one: f"`{one[1]}`" + ("," if one[2] else ""),
+                      spell_type(hints[field.name])).removesuffix(" or unset")  # fmt: skip
         default = _spell(field.default)
         if field.default is None and field.name in filled:
             default = f"model's, else {_spell(config_type.defaults.get(field.name))}"
         rows.append((field.name, kind, default, re.sub(r"``?([^`]+)``?", r"`\1`", meanings[field.name])))
     return rows
-
-
-def _choice(match: re.Match[str]) -> str:
-    return f"`{match[1]}`" + ("," if match[2] else "")
 
 
 def _spell(value: Any) -> str:
@@ -110,7 +106,7 @@ def group_table(group: str) -> str:
     return "\n".join(rows)
 
 
-PAGES: Mapping[str, tuple[str, ...]] = {
+PAGES: dict[str, tuple[str, ...]] = {
     f"{FOLDER}/index.md": tuple(f"group-{group}" for group in GROUPS),
     f"{FOLDER}/shared.md": tuple(f"shared-{section}" for section in SHARED),
     **{f"{FOLDER}/{name}.md": (f"options-{name}",) for name in methods()},
@@ -118,10 +114,10 @@ PAGES: Mapping[str, tuple[str, ...]] = {
 """Page -> its marks, as `readme.PAGES` has them."""
 
 TABLES: Mapping[str, Callable[[Path], str]] = {
-    **{f"group-{group}": partial(lambda root, group: group_table(group), group=group) for group in GROUPS},
-    **{
-        f"shared-{section}": partial(lambda root, section: shared_table(section), section=section) for section in SHARED
-    },
-    **{f"options-{name}": partial(lambda root, name: options_table(name), name=name) for name in methods()},
-}
+    f"{kind}-{name}": lambda root, table=table, name=name: table(name)
+    for kind, table, names in (
+        ("group", group_table, GROUPS), ("shared", shared_table, SHARED), ("options", options_table, methods())
+    )
+    for name in names
+}  # fmt: skip
 """Mark -> what stands between its two halves; the project's root is not asked for anything."""

@@ -19,6 +19,7 @@ from dit_accel_kernels import unpack_bits
 from dit_accel_kernels.tiles import EXACT, POOLED
 from method_pages import FOLDER
 from PIL import Image
+from scipy.linalg import toeplitz
 from strips import beside, block_strip, map_picture, rows_picture, save
 
 import dit_accel as d
@@ -28,8 +29,9 @@ from dit_accel.methods.config import MethodConfig
 LAYER = 5
 """The layer whose tiles are drawn, the sixth of twelve; of its first head, in the run's last step."""
 
-FRAMES = (0, 8, 16)
-LONG_FRAMES = (0, 12, 24, 36, 48)
+FRAMES, CACHED, LONG = [0, 8, 16], [0, 5, 10, 16], [0, 12, 24, 36, 48]
+"""Frames that are drawn, by the kind of picture."""
+
 SPARSE: Mapping[str, Any] = dict(block_size=16, dense_steps=2, dense_layers=0)
 
 Clip = np.ndarray
@@ -70,11 +72,11 @@ def run(model: str, methods: tuple[MethodConfig, ...], prompt: int = 0, **call: 
         if one.context.layer == LAYER and one.context.branch == "cond":
             calls.append(one)
 
-    def hook(number: int) -> Callable[..., None]:
-        return lambda *_: ran.add((number, step))
-
     with d.attach(pipe, *methods, preset="none") as attachment, attachment.observe(seen):
-        hooks = [block.register_forward_hook(hook(number)) for number, block in enumerate(blocks)]
+        hooks = [
+            block.register_forward_hook(lambda *_, number=number: ran.add((number, step)))
+            for number, block in enumerate(blocks)
+        ]
         result = pipe(
             held_out_prompts(model, prompt + 1)[prompt], generator=torch.Generator().manual_seed(prompt),
             output_type="np", callback_on_step_end=ended, **settings,
@@ -105,10 +107,6 @@ def tile_states(call: PlannedCall) -> np.ndarray:
     return np.where(kept, EXACT, POOLED if pools else 0)
 
 
-def _frames(clip: Clip, which: Sequence[int]) -> list[np.ndarray]:
-    return [clip[index] for index in which]
-
-
 def sparse(*methods: MethodConfig, plain: tuple[MethodConfig, ...] = (), steps: int = 12) -> Image.Image:
     """Draw frames of a dense run over those of a sparse one and the difference; beside them the tiles of one call."""
     dense = run("wan-tiny", (), num_inference_steps=steps)
@@ -118,9 +116,9 @@ def sparse(*methods: MethodConfig, plain: tuple[MethodConfig, ...] = (), steps: 
     names[("+ " if plain else "") + type(methods[0]).__name__] = run("wan-tiny", methods, num_inference_steps=steps)
     rows = []
     for name, one in names.items():
-        rows.append((name, _frames(one.frames, FRAMES)))
+        rows.append((name, one.frames[FRAMES]))
         if one is not dense:
-            rows.append(("difference x 5", _frames(difference(one.frames, dense.frames), FRAMES)))
+            rows.append(("difference x 5", difference(one.frames, dense.frames)[FRAMES]))
     states = tile_states(list(names.values())[-1].calls[-1])
     share = (states == EXACT).mean()
     tiles = map_picture(states, {0: "skipped", POOLED: "pooled", EXACT: "exact"}, f"tiles: {share:.0%} exact")
@@ -129,32 +127,18 @@ def sparse(*methods: MethodConfig, plain: tuple[MethodConfig, ...] = (), steps: 
 
 def cached(method: MethodConfig, *, model: str = "wan-tiny") -> Image.Image:
     """Draw frames (of an image model pictures) of a dense run, of one with a cache, and what ran of it below."""
-    dense, with_cache = ([run(model, own, number) for number in _numbers(model)] for own in ((), (method,)))
-    parts = []
-    for runs in (dense, with_cache):
-        parts.append(
-            [frame for one in runs for frame in _frames(one.frames, (0, 5, 10, 16) if len(runs) == 1 else (0,))]
-        )
-    parts.append([difference(two, one) for one, two in zip(*parts, strict=True)])
-    names = ("dense", type(method).__name__, "difference x 5")
-    return rows_picture(
-        list(zip(names, parts, strict=True)), scale=2,
-        below=lambda width: block_strip(with_cache[0].computed, width),
-    )  # fmt: skip
-
-
-def _numbers(model: str) -> range:
-    return range(1 if model == "wan-tiny" else 3)
+    prompts, which = (1, CACHED) if model == "wan-tiny" else (3, [0])
+    both = [[run(model, own, number) for number in range(prompts)] for own in ((), (method,))]
+    dense, cached = (np.concatenate([one.frames[which] for one in runs]) for runs in both)
+    rows = [("dense", dense), (type(method).__name__, cached), ("difference x 5", difference(cached, dense))]
+    return rows_picture(rows, scale=2, below=lambda width: block_strip(both[1][0].computed, width))
 
 
 def longer(*methods: MethodConfig, side: Callable[[Run], Image.Image]) -> Image.Image:
     """Draw a clip of three times the trained length, plain and with methods, and a picture of one of its calls."""
     call = dict(num_inference_steps=8, num_frames=49)
     plain, other = run("wan-tiny", (), **call), run("wan-tiny", methods, **call)
-    rows = [
-        ("plain", _frames(plain.frames, LONG_FRAMES)),
-        (type(methods[0]).__name__, _frames(other.frames, LONG_FRAMES)),
-    ]
+    rows = [("plain", plain.frames[LONG]), (type(methods[0]).__name__, other.frames[LONG])]
     return beside(rows_picture(rows, scale=1.5), side(other))
 
 
@@ -162,11 +146,8 @@ def decayed(one: Run) -> Image.Image:
     """Draw which pairs of frames decay, of a run with UltraViCo."""
     decay = one.calls[-1].plan.frame_decay
     assert decay is not None
-    table = decay.table.numpy()
-    frame = np.arange(len(table))
-    return map_picture(
-        (table[abs(frame[:, None] - frame)] < 1) + 0, {1: "decays", 0: "unchanged"}, "frame by frame", 175
-    )
+    decays = toeplitz(decay.table.numpy() < 1) + 0
+    return map_picture(decays, {1: "decays", 0: "unchanged"}, "frame by frame", 175)
 
 
 def frames_seen(one: Run) -> Image.Image:
@@ -200,9 +181,8 @@ def foreground(method: MethodConfig) -> Image.Image:
     attends = np.zeros(other.calls[-1].context.layout.visual_tokens)
     attends[reused.rows[0].numpy()] = 1.0
     mask = attends.reshape(-1, 8, 8).repeat(8, 1).repeat(8, 2)  # [latent frames, height, width]
-    which = (0, 5, 10, 16)
-    marked = [other.frames[index] * (0.25 + 0.75 * mask[(index + 1) // 2][..., None]) for index in which]
-    rows = [("dense", _frames(dense.frames, which)), ("DFA", _frames(other.frames, which)), ("what attends", marked)]
+    marked = [other.frames[index] * (0.25 + 0.75 * mask[(index + 1) // 2][..., None]) for index in CACHED]
+    rows = [("dense", dense.frames[CACHED]), ("DFA", other.frames[CACHED]), ("what attends", marked)]
     full = np.zeros((1, other.computed.shape[1]), dtype=bool)
     for call in other.calls:
         full[0, call.context.step_index] |= call.plan.reused is None

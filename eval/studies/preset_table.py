@@ -62,15 +62,9 @@ def rows(root: Path) -> dict[str, list[Row]]:
                 call=round(1 / _median(clips, "call"), 3),
                 skipped=round(1 - float(np.mean([line["work"] for line in clips.values()])), 3),
             )  # fmt: skip
-            found[level].append(
-                Row(
-                    figure=figure,
-                    least=min(psnr),
-                    fewer=fewer[level, steps],
-                    lead=leads[level, steps],
-                    fewer_psnr=float(np.median([*rivals[level, steps].values()])),
-                )
-            )
+            key, rival = (level, steps), float(np.median([*rivals[level, steps].values()]))
+            row = Row(figure=figure, least=min(psnr), fewer=fewer[key], lead=leads[key], fewer_psnr=rival)
+            found[level].append(row)
     return found
 
 
@@ -89,13 +83,10 @@ def _dense(by: dict[tuple[str, int], dict[int, Line]], steps: int, clip: int, fe
 
 def short_table(_: Path) -> str:
     """Return the promises of the levels at a few numbers of steps, the least of both models, in Markdown."""
-    cells = []
-    for level in LEVELS:
-        found = {steps: promise(level, steps) for steps in SHORT}
-        cells.append(
-            [f"`{level}`"]
-            + [f"{one.median:.0f} ({one.tenth:.0f}), {one.call:.2f}x" if one else "nothing" for one in found.values()]
-        )
+    cells = [
+        [f"`{level}`", *(f"{one.median:.0f} ({one.tenth:.0f}), {one.call:.2f}x" if one else "nothing"
+                         for one in (promise(level, steps) for steps in SHORT))] for level in LEVELS
+    ]  # fmt: skip
     return markdown_table(" | ".join(["level", *(f"{steps} steps" for steps in SHORT)]), cells)
 
 
@@ -106,20 +97,12 @@ def long_table(root: Path) -> str:
         "model, solver | steps | level | PSNR, dB: median (10th percentile, least) | loop | whole call | "
         "dense steps of equal time (median dB) | lead over them, dB (median)"
     )
-    ordered = sorted(
-        ((row, level) for level, of in found.items() for row in of),
-        key=lambda one: (
-            MEASURED_ON.index(one[0].figure.model),
-            one[0].figure.solver, one[0].figure.steps, LEVELS.index(one[1]),
-        ),
-    )  # fmt: skip
+    ordered = [(row, row.figure, level) for level in LEVELS for row in found.get(level, ())]
+    ordered.sort(key=lambda one: (MEASURED_ON.index(one[1].model), one[1].solver, one[1].steps))
     table = [
-        [
-            f"{row.figure.model}, {row.figure.solver}", row.figure.steps, f"`{level}`",
-            f"{row.figure.median:.1f} ({row.figure.tenth:.1f}, {row.least:.1f})", f"{row.figure.loop:.2f}x",
-            f"{row.figure.call:.2f}x", f"{row.fewer:.1f} ({row.fewer_psnr:.1f})", row.lead.judged("+.1f"),
-        ]
-        for row, level in ordered
+        [f"{one.model}, {one.solver}", one.steps, f"`{level}`", f"{one.median:.1f} ({one.tenth:.1f}, {row.least:.1f})",
+         f"{one.loop:.2f}x", f"{one.call:.2f}x", f"{row.fewer:.1f} ({row.fewer_psnr:.1f})", row.lead.judged("+.1f")]
+        for row, one, level in ordered
     ]  # fmt: skip
     return markdown_table(heads, table)
 
@@ -127,11 +110,8 @@ def long_table(root: Path) -> str:
 def figures_text(root: Path) -> str:
     """Return the figures that the package carries, as JSON."""
     found = {level: [asdict(row.figure) for row in of] for level, of in rows(root).items()}
-    lines = [
-        f'"{level}": [\n' + ",\n".join(json.dumps(one) for one in found[level]) + "\n]"
-        for level in LEVELS
-        if level in found
-    ]
+    levels = [level for level in LEVELS if level in found]
+    lines = [f'"{level}": [\n' + ",\n".join(map(json.dumps, found[level])) + "\n]" for level in levels]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

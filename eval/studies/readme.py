@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,15 +65,13 @@ OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshootin
 
 def folded(content: str) -> str:
     """Return a text whose long tables open by a click, on GitHub and on the site."""
-    return re.sub(
-        rf"(?:^\|.*\n?){{{LONG + 2},}}",
-        lambda table: (
-            f'<details markdown="1"><summary>Table of {table[0].strip().count(chr(10)) - 1} rows</summary>\n\n'
-            f"{table[0].strip()}\n\n</details>\n"
-        ),
-        content,
-        flags=re.M,
-    ).rstrip("\n")
+
+    def fold(found: re.Match[str]) -> str:
+        table = found[0].strip()
+        head = f"Table of {len(table.splitlines()) - 2} rows"
+        return f'<details markdown="1"><summary>{head}</summary>\n\n{table}\n\n</details>\n'
+
+    return re.sub(rf"(?:^\|.*\n?){{{LONG + 2},}}", fold, content, flags=re.M).rstrip("\n")
 
 
 def filled(root: Path, page: str) -> str:
@@ -104,11 +103,8 @@ def _suite(root: Path, name: str) -> str:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
     command += " --time" if any(line.seconds is not None for line in lines) else ""
     about = _seeds(suite, lines) if suite.judge else _clips(lines)
-    picture = (
-        f"![PSNR over work]({name}.png)\n\n"
-        if not suite.judge and (root / f"docs/evidence/{name}.png").is_file()
-        else ""
-    )
+    drawn = not suite.judge and (root / f"docs/evidence/{name}.png").is_file()
+    picture = f"![PSNR over work]({name}.png)\n\n" if drawn else ""
     head = f"`{command}`: {suite.model}, {about}; 95 % intervals."
     head += f" {words}" if not suite.judge and (words := score_words(lines)) else ""
     return f"{head}\n\n{picture}{suite_table(suite, lines)}"
@@ -164,20 +160,11 @@ def _speed(root: Path) -> str:
     others = [record for record in records if record["shape"] != first["shape"] and record["candidate"] == "torch"]
     records = [one for one in records if one["shape"] == first["shape"] and one["candidate"] != "dense"]
     settings = sorted({(one["dtype"], one["density"]) for one in records}, key=lambda one: (one[0] != "fp32", one[1]))
-    known = {
-        (
-            one["device"],
-            one["candidate"],
-            one["dtype"],
-            one["density"],
-        ): f"{one['speedup']:.2f}x ({one['of_ideal']:.2f})"
-        for one in records
-    }
-    rows = [
-        (device, name, *(known.get((device, name, *setting), "") for setting in settings))
-        for device in devices
-        for name in dict.fromkeys(one["candidate"] for one in records if one["device"] == device)
-    ]
+    known: dict[tuple[str, str], dict[tuple[str, float], str]] = defaultdict(dict)
+    for one in sorted(records, key=lambda one: list(devices).index(one["device"])):
+        cell = f"{one['speedup']:.2f}x ({one['of_ideal']:.2f})"
+        known[one["device"], one["candidate"]][one["dtype"], one["density"]] = cell
+    rows = [(*place, *(own.get(setting, "") for setting in settings)) for place, own in known.items()]
     return f"{head}\n\n{_by_density('candidate', settings, rows)}" + (f"\n\n{_other_sizes(others)}" if others else "")
 
 
@@ -191,11 +178,11 @@ SHARES = (0.1, 0.25, 0.5, 0.8)
 
 def _other_sizes(records: Sequence[Line]) -> str:
     """The torch backend at other sizes, in columns by the share of `SHARES` that a density is nearest to."""
-    columns, rows = [(dtype, share) for dtype in ("fp32", "bf16") for share in SHARES], dict[Any, dict[Any, str]]()
+    columns = [(dtype, share) for dtype in ("fp32", "bf16") for share in SHARES]
+    rows: dict[Any, dict[Any, str]] = defaultdict(dict)
     for one in records:
         share = min(SHARES, key=lambda share, one=one: abs(share - one["density"]))
-        own = rows.setdefault((one["device"], ", ".join(map(str, one["shape"]))), {})
-        own[one["dtype"], share] = f"{one['speedup']:.2f}x"
+        rows[one["device"], ", ".join(map(str, one["shape"]))][one["dtype"], share] = f"{one['speedup']:.2f}x"
     head = "`torch` at other sizes, tiles as long as D, at the densities nearest to these that so many tiles have:"
     cells = ((*place, *(own.get(column, "") for column in columns)) for place, own in rows.items())
     return f"{head}\n\n{_by_density('B, H, S, D', columns, cells)}"
@@ -279,10 +266,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    **{
-        mark: partial(_answered, command=command, write=write, results=mark)
-        for mark, (command, write) in ANSWERED.items()
-    },
+    **{mark: partial(_answered, command=one[0], write=one[1], results=mark) for mark, one in ANSWERED.items()},
     **METHOD_TABLES,
 }
 

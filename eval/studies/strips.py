@@ -11,7 +11,7 @@ DARK, LIGHT, GREY, INK = "#1f4e79", "#8fb8de", "#dcdcdc", "#222222"
 NAMES, GAP = 126, 4
 """Pixels that the names on the left take, and those between pictures."""
 
-Rows = Sequence[tuple[str, Sequence[np.ndarray]]]
+Rows = Sequence[tuple[str, Sequence[np.ndarray] | np.ndarray]]
 """Name of a row -> its pictures [height, width, 3] from 0 to 1."""
 
 
@@ -51,12 +51,10 @@ def map_picture(values: np.ndarray, names: Mapping[int, str], title: str, side: 
     return whole
 
 
-def block_strip(
-    computed: np.ndarray, width: int, names: tuple[str, str] = ("computed", "reused"), *, tall: int = 9
-) -> Image.Image:
+def block_strip(computed: np.ndarray, width: int, names: tuple[str, str] = ("computed", "reused")) -> Image.Image:
     """Return what ran at each step [blocks, steps]: one bar where all blocks agree, else a row a block."""
     rows = computed[:1] if (computed == computed[:1]).all() else computed
-    tall = 18 if len(rows) == 1 else tall
+    tall = 18 if len(rows) == 1 else 9
     whole = Image.new("RGB", (width, len(rows) * tall + 30), "white")
     draw, step = ImageDraw.Draw(whole), width / computed.shape[1]
     for (row, column), ran in np.ndenumerate(rows):

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_accel_eval.runs.results import TUNED, WORKS, result_lines
+from dit_accel_eval.statistics import frontier
 from dit_accel_eval.suites.figures import ArmFigures, suite_figures
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.generation.solvers import BEST
@@ -15,14 +17,11 @@ from matplotlib.figure import Figure
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.files import written_whole
 
-MARKS = "osv^"
-"""Marks of groups beyond the ten colours."""
-
 RIVALS = {BEST: "k-", TUNED: "k--"}
 """Dense runs that arms are held against -> their line."""
 
-DOTS = 80
-"""Dots an inch; the pictures are committed, and stay small."""
+MARKS, DOTS = "osv^", 80
+"""Marks of groups beyond the ten colours; dots an inch, since the pictures are committed and stay small."""
 
 
 def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
@@ -49,10 +48,9 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
 
 
 def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
-    groups: dict[str, dict[str, list[ArmFigures]]] = {}
+    groups: dict[str, dict[str, list[ArmFigures]]] = defaultdict(lambda: defaultdict(list))
     for arm in arms:
-        series = _series(arm)
-        groups.setdefault(series.partition(",")[0], {}).setdefault(series, []).append(arm)
+        groups[_series(arm).partition(",")[0]][_series(arm)].append(arm)
     others = [group for group in groups if group not in RIVALS]
     looks = {group: (f"C{number % 10}", MARKS[number // 10 % len(MARKS)]) for number, group in enumerate(others)}
     for group, members in groups.items():
@@ -68,19 +66,11 @@ def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
             else:
                 colour, mark = looks[group]
                 panel.plot(across, up, f"{mark}-", color=colour, label=label, markersize=4, linewidth=0.7)
-    best = [arm for arm in frontier(arms, key) if _series(arm) not in RIVALS]
+    best = frontier(arms, lambda arm: (arm.means[key], arm.psnr.mean))
+    best = [arm for arm in best if _series(arm) not in RIVALS]
     panel.plot([arm.means[key] for arm in best], [arm.psnr.mean for arm in best], "ko", markersize=8, fillstyle="none")
     panel.set_xlabel(f"{WORKS[key]}, in dense steps")
     panel.grid(alpha=0.3)
-
-
-def frontier(arms: Sequence[ArmFigures], key: str) -> list[ArmFigures]:
-    """Return the arms that none surpasses at as little work, by work."""
-    found: list[ArmFigures] = []
-    for arm in sorted(arms, key=lambda one: (one.means[key], -one.psnr.mean)):
-        if not found or arm.psnr.mean > found[-1].psnr.mean:
-            found.append(arm)
-    return found
 
 
 def _series(arm: ArmFigures) -> str:
@@ -101,8 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = options.results or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
         arms = suite_figures(suite, result_lines(lines))
         clips = max((arm.clips for arm in arms), default=suite.clips)
-        title = f"{suite.name}: {suite.model}, {clips} held-out clips"
-        draw(arms, title, options.out or Path("docs/evidence") / f"{suite.name}.png")
+        draw(
+            arms,
+            f"{suite.name}: {suite.model}, {clips} held-out clips",
+            options.out or Path("docs/evidence") / f"{suite.name}.png",
+        )
     except DitAccelError as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from dit_accel_eval.metrics import metric
@@ -36,15 +37,11 @@ def budgets(measured: Sequence[tuple[Suite, Sequence[ResultLine]]]) -> str:
         kinds = {name: (cache.name, str(cache.to_dict().get("config"))) for name, cache in caches.items()}
         figures = Comparison([line for _, lines in both for line in lines]).figures([*caches])
         for budget in BUDGETS:
-            within = [
-                arm
-                for arm in figures
-                if arm.name in kinds and arm.clips >= FEWEST and "work" in arm.ahead
-                and budget - SLACK < arm.means["work"] <= budget
-            ]  # fmt: skip
             best: dict[object, ArmFigures] = {}
-            for arm in sorted(within, key=lambda arm: -arm.ahead["work"].mean):
-                best.setdefault(kinds[arm.name], arm)
+            judged = (arm for arm in figures if arm.name in kinds and arm.clips >= FEWEST and "work" in arm.ahead)
+            for arm in sorted(judged, key=lambda arm: -arm.ahead["work"].mean):
+                if budget - SLACK < arm.means["work"] <= budget:
+                    best.setdefault(kinds[arm.name], arm)
             for arm in [*best.values()][:SHOWN]:
                 cells = (model, budget, arm.name, arm.clips, f"{arm.means['work']:.2f}", arm.psnr.cell())
                 rows.append((*cells, arm.ahead["work"].judged()))
@@ -119,12 +116,11 @@ def finetuned(lines: Sequence[Line]) -> str:
     """What LoRAs for longer clips came to: the trainings, then the arms, each against the longer clips as they are."""
     trainings = {line["arm"].removeprefix("training "): line for line in lines if "log" in line}
     arms: dict[str, dict[int, Line]] = defaultdict(dict)
-    for line in lines:
-        if "clip" in line:
-            arms[line["arm"]][line["clip"]] = line
+    clips = [line for line in lines if "clip" in line]
+    for line in clips:
+        arms[line["arm"]][line["clip"]] = line
     first = next(iter(trainings.values()))
     frames = first["training"]["num_frames"]
-    clips = (line for line in lines if "clip" in line)
     plain = next(line["arm"] for line in clips if (line["lora"], line["methods"], line["frames"]) == (None, {}, frames))
     recipe = next(line["recipe"] for line in lines if line.get("recipe"))
     settings = ", ".join(f"{name} {value}" for name, value in recipe.items() if name not in ("methods", "num_frames"))
@@ -199,15 +195,12 @@ def vbench_arms(lines: Sequence[Line]) -> str:
     arms = [*dict.fromkeys(line["arm"] for line in lines)]
     clips = [clip for clip in sorted({clip for _, clip in known}) if all((arm, clip) in known for arm in arms)]
     held = {arm: [known[arm, clip] for clip in clips] for arm in arms}
-    differences = {
-        (name, arm): [
-            line["world"][name] - plain["world"][name]
-            for line, plain in zip(held[arm], held[arms[0]], strict=True)
-            if name in line["world"] and name in plain["world"]
-        ]
-        for arm in arms[1:]
-        for name in DIMENSIONS
-    }
+    differences: dict[tuple[str, str], list[float]] = defaultdict(list)
+    worlds = {arm: [line["world"] for line in lines] for arm, lines in held.items()}
+    for arm in arms[1:]:
+        for name in DIMENSIONS:
+            for one, plain in zip(worlds[arm], worlds[arms[0]], strict=True):
+                differences[name, arm] += [one[name] - plain[name]] if name in one and name in plain else []
     judged = judge({key: values for key, values in differences.items() if values})
     apart = {key: f" {one.verdict}" for key, one in judged.items() if one.verdict in ("ahead", "behind")}
     rows = [
@@ -215,22 +208,17 @@ def vbench_arms(lines: Sequence[Line]) -> str:
         for key, words in WORKS.items()
     ]
     asked = {name: sum(name in line["world"] for line in held[arms[0]]) for name in DIMENSIONS}
-    rows += [
-        (name, count, *(_mean(held[arm], name) + apart.get((name, arm), "") for arm in arms))
-        for name, count in asked.items()
-        if count
-    ]
+    for name, count in asked.items():
+        if count:
+            rows.append((name, count, *(_mean(held[arm], name) + apart.get((name, arm), "") for arm in arms)))
     parts = [
         f"{lines[0]['model']}, held-out prompts and seeds {clips[0]} to {clips[-1]}; 95 % intervals.",
         markdown_table(" | ".join(["name@world", "clips", *arms]), rows),
         f"Not reported for this model's clips: {', '.join(name for name, count in asked.items() if not count)}.",
     ]
     if measured := [{**line, "scene": line["clip"]} for of in held.values() for line in of if line.get("metrics")]:
-        parts += [
-            "Spearman's rank correlation of a metric with the world's score over one clip's arms, as above over "
-            "damages.",
-            _correlations(measured, "clip"),
-        ]
+        what = "Spearman's rank correlation of a metric with the world's score over one clip's arms, as above over"
+        parts += [f"{what} damages.", _correlations(measured, "clip")]
     return "\n\n".join(parts)
 
 
@@ -244,7 +232,7 @@ def _correlations(lines: Sequence[Line], what: str) -> str:
                 if name in line["world"] and key in line["metrics"]:
                     pairs[line["scene"]].append((line["world"][name], sign * line["metrics"][key]))
             several = (np.array(scene) for scene in pairs.values() if len(scene) > 2)
-            known = [stats.spearmanr(scene)[0] for scene in several if np.ptp(scene, 0).all()]
+            known: list[Any] = [stats.spearmanr(scene)[0] for scene in several if np.ptp(scene, 0).all()]
             unknown = "constant" if pairs else "not measured"
             rows.append((name, f"`{key}`", str(clip_mean(known)) if known else unknown, len(known)))
     return markdown_table(f"dimension | metric | rank correlation within a {what} | {what}s", rows)

@@ -268,6 +268,7 @@ def test_a_period_that_fits_twice_to_the_token_is_corrected():
 def test_a_frequency_changes_from_its_period_on():
     own = 2 * np.pi / np.array([10.0, 20.0])
     assert edited("riflex", own, trained=10, length=10.0).tolist() == own.tolist()
+    assert edited("riflex", own * 1.05, trained=10, length=10.0).tolist() == (own * 1.05).tolist()
     assert edited("riflex", own, trained=9, length=10.0, period=10.0).tolist() == own.tolist()
     assert edited("riflex", own, trained=9, length=10.001, period=10.0)[0] == pytest.approx(0.9 * 2 * np.pi / 10.001)
     assert edited("riflex", own, trained=9, length=12, period=14.9)[0] != own[0]  # the nearer of both

@@ -1,6 +1,5 @@
 """The engine of step caches, on made-up forwards: which are computed, and whose state is read."""
 
-import socket
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cache_calls import Driven, line, run_through, still
 from cache_ranks import work
+from parallel_ranks import processes
 
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.adapters.guidance import Guidance
@@ -51,6 +50,7 @@ THIRDS = StaticCache(compute_at=(0.0, 1 / 3, 1.0))
         (dict(max_consecutive=2), "#..#..#..#", "##..#..#.."),
         (dict(max_consecutive=0.15), "#..#..#..#", "##..#..#.."),
         (dict(max_consecutive=3, growing=True, last_steps=1), "#.#.#..#.#", "##.#..#..#"),
+        (dict(warmup_steps=4, max_consecutive=3, growing=True, last_steps=1), "####.#..##", "####.#..##"),
         (dict(warmup_steps=2, max_consecutive=3, last_steps=1), "##...#...#", "##...#...#"),
         (dict(min_steps=11), "##########", "##########"),
     ],
@@ -315,13 +315,8 @@ def test_two_processes_that_run_one_transformer_skip_the_same_steps():
     """Two that run copies of their own do not meet."""
     if not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        port = asked.getsockname()[1]
-    with mp.Manager() as manager:
-        drawn = manager.dict()
-        mp.spawn(work, (port, drawn), nprocs=2)
-        (together, alone), (other, other_alone) = drawn[0], drawn[1]
+    found = processes(2, work)
+    (together, alone), (other, other_alone) = found[0], found[1]
     assert together == other
     assert alone != other_alone
     assert alone.count(".") > together.count(".") > other_alone.count(".")

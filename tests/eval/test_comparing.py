@@ -168,8 +168,7 @@ def test_results_of_another_call_are_refused(fake, here):
         ((*FAKED, "--prompt", "a circle"), "holds clip 48 of prompt"),
     ):
         found = compare(*arguments)
-        assert found.exit_code == 2
-        assert message in told(found)
+        assert (found.exit_code, message in told(found)) == (2, True)
     assert (len(fake.made), (here / "compare.jsonl").read_text()) == (made, before)
 
 

@@ -10,9 +10,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from dit_accel_eval.report.charts import costs, step_map
-from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
-from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.report.writing import data_of
 from dit_accel_eval.runs.counting import Counter, Counts, attended_share, work
 from dit_accel_eval.runs.loaded import EmbeddedModel
@@ -22,7 +20,7 @@ from dit_accel_pipelines.families.wan import WAN
 from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.timing import timed_steps
-from fake_model import written
+from fake_model import report_of, written
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
@@ -165,7 +163,7 @@ def test_the_report_shows_steps_and_stages(tmp_path: Path):
             more = {"step_work": took, "times": times, "peak_memory_bytes": {"host": (300 + clip) << 20}}
             lines.append({**here, "arm": arm, "solver": "euler", **more})
         lines.append({**here, "arm": "unipc 4", "solver": "unipc"})
-    report = suite_report(read_results(written(tmp_path / "r.jsonl", lines)))
+    report = report_of(written(tmp_path / "r.jsonl", lines))
     shown = step_map(report)
     assert shown.rows == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
     assert (shown.ends, shown.share(0.5)) == ((0, 1), 0.5)
@@ -178,6 +176,6 @@ def test_the_report_shows_steps_and_stages(tmp_path: Path):
     (run, *_) = data_of(report)["arms"][1]["runs"]
     assert (run["step_work"], run["times"]["text"]) == ([1, 1, 1, 1], 0.5)
     plain = [{key: value for key, value in line.items() if key not in ("step_work", "times")} for line in lines]
-    text = page(suite_report(read_results(written(tmp_path / "r.jsonl", plain))))
+    text = page(report_of(written(tmp_path / "r.jsonl", plain)))
     assert "Step by step" not in text
     assert "decoding, s" not in text

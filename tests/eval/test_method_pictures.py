@@ -7,7 +7,7 @@ import lead_picture
 import numpy as np
 import pytest
 import suite_picture
-from dit_accel_eval.statistics import ClipMean, judge
+from dit_accel_eval.statistics import ClipMean, frontier, judge
 from dit_accel_eval.suites.figures import ArmFigures
 from method_pictures import PICTURES, frames_seen, pipeline, run, tile_states
 from PIL import Image
@@ -62,7 +62,8 @@ DENSE = [figure(f"unipc {steps}", 20 + steps, steps) for steps in range(6, 12)]
 
 def test_the_frontier_is_what_none_surpasses_at_as_little_work():
     good, bad = figure("a, 0.1 12", 33, 9.5), figure("a, 0.2 12", 27, 9)
-    assert suite_picture.frontier([*DENSE, good, bad], "work") == [*DENSE[:4], good]
+    found = frontier([*DENSE, good, bad], lambda arm: (arm.means["work"], arm.psnr.mean))
+    assert found == [*DENSE[:4], good]
 
 
 @pytest.mark.parametrize(("real", "panels"), [(None, 1), (6.0, 2)])

@@ -8,21 +8,11 @@ from hashlib import sha256
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import drawn_model
 import numpy as np
 import pytest
 import torch
-from dit_accel_assets.clips import clip_of, draw_plain
-from dit_accel_eval.metrics import (
-    Measured,
-    Metric,
-    NotMeasured,
-    Sample,
-    flow,
-    metric,
-    metrics,
-    scores,
-    weights,
-)
+from dit_accel_eval.metrics import Measured, Metric, NotMeasured, Sample, flow, metric, metrics, scores, weights
 from dit_accel_eval.metrics import registered as registry
 from dit_accel_eval.metrics.flow import dis_flow
 from dit_accel_eval.metrics.perceptual import lpips
@@ -38,8 +28,7 @@ from dit_accel.errors import install
 
 
 def drawn(frames: int = 9) -> np.ndarray:
-    _, scene, _ = clip_of(3, frames=1, held_out=True)
-    return draw_plain(scene, 4 * -(-frames // 4) + 1)[:frames].astype(np.float32) / 255
+    return drawn_model.drawn(frames=frames).astype(np.float32) / 255
 
 
 def noisy(clip: np.ndarray, sigma: float = 0.05) -> np.ndarray:

@@ -11,18 +11,14 @@ import numpy as np
 import pytest
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.charts import forest
-from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page, score_leads, summary
-from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_figures, suite_table
 from dit_accel_eval.suites.suite import read_suite
-from fake_model import command, told, written
+from fake_model import EARLIER, command, report_of, told, written
 
 EVAL = Path(__file__).parents[2] / "eval"
 WAN, FLUX = (EVAL / "results" / f"{name}.jsonl" for name in ("profiling-wan-plain", "knee-flux-tiny"))
-EARLIER = Path(__file__).parent / "results"
-"""An earlier report of wan-tiny, on eight clips, which stays as it is when the committed one is measured again."""
 TAGS_WITHOUT_END = {"meta", "img", "input", "br", "link", "hr"}
 
 
@@ -31,16 +27,15 @@ run = partial(command, "report")
 
 @functools.cache
 def committed():
-    return suite_report(read_results(WAN))
+    return report_of(WAN)
 
 
 def report(path: Path = WAN):
-    return committed() if path == WAN else suite_report(read_results(path))
+    return committed() if path == WAN else report_of(path)
 
 
 def few(tmp_path: Path, name: str, clips: int) -> Path:
-    kept = EARLIER if name == "report-wan-tiny" else EVAL / "results"
-    lines = read_lines(kept / f"{name}.jsonl")
+    lines = read_lines(EARLIER if name == EARLIER.stem else EVAL / "results" / f"{name}.jsonl")
     return written(tmp_path / f"{name}.jsonl", [line for line in lines if line["clip"] < clips])
 
 
@@ -288,18 +283,8 @@ def test_the_first_screen_ranks_arms_by_lead_time_and_verdict():
     assert "speed-up by time" not in untimed
 
 
-def test_of_few_clips_it_says_so_and_draws_no_interval():
-    few = report()
-    assert len(few.prompts) == 4
-    rows = rows_of(page(few))
-    assert all("too few" in cells for cells in rows.values())
-    assert not [text for cells in rows.values() for text in cells if " to " in text]
-    assert all(row.ends is None for row in forest(few).rows.values())
-    assert "Too few clips for a verdict: there are 4, it takes 6." in page(few)
-
-
 def test_a_judge_that_tells_no_arm_apart_is_told_first(tmp_path):
-    path = EARLIER / "report-wan-tiny.jsonl"
+    path = EARLIER
     words = "The judge's score can't tell any of these arms from fewer steps"
     assert first_words(path).startswith(f"{words} (95 % intervals of up to ±")
     lines = [{**line, "score": (0.8 if line["methods"] else 0.2) + line["clip"] / 100} for line in read_lines(path)]

@@ -6,13 +6,8 @@ from pathlib import Path
 
 import pytest
 from dit_accel_eval.report.diff import diff_of
-from dit_accel_eval.report.lines import read_results
-from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines
-from fake_model import command, told, written
-
-BEFORE = Path(__file__).parent / "results" / "report-wan-tiny.jsonl"
-
+from fake_model import EARLIER, command, report_of, told, written
 
 run = partial(command, "diff")
 
@@ -21,7 +16,7 @@ run = partial(command, "diff")
 def after(tmp_path_factory) -> Path:
     """Results in which one arm is better and cheaper, one gone, one new, and one has fewer clips."""
     lines = []
-    for line in read_lines(BEFORE):
+    for line in read_lines(EARLIER):
         if line["arm"] == "easycache hold 14":
             line |= {"psnr": line["psnr"] + 1 + line["clip"] / 10, "work": 0.5 * line["work"]}
         if line["arm"] == "radial pooled 12":
@@ -34,7 +29,7 @@ def after(tmp_path_factory) -> Path:
 
 
 def test_changes_are_paired_by_clip_and_named(after):
-    before, then = (suite_report(read_results(path)) for path in (BEFORE, after))
+    before, then = (report_of(path) for path in (EARLIER, after))
     found = {entry["name"]: entry for entry in diff_of(before, then)}
     assert {name for name in found if name.startswith("unipc")} == set()  # the rivals are not judged
     better = found["easycache hold 14"]
@@ -52,7 +47,7 @@ def test_changes_are_paired_by_clip_and_named(after):
 
 
 def test_the_table_has_before_and_after_in_a_cell(after):
-    result = run(BEFORE, after)
+    result = run(EARLIER, after)
     assert result.exit_code == 0
     rows = {row.split(" | ")[0].strip("| "): row for row in result.stdout.splitlines()}
     assert "| 30.19 → 31.54 | +1.35 [+1." in rows["easycache hold 14"]
@@ -61,6 +56,6 @@ def test_the_table_has_before_and_after_in_a_cell(after):
     assert "| 26.58 → – |  | 11.04 → – (own work) |" in rows["radial pooled 12"]
     assert "| 27.02 | same | 12.00 (own work) |" in rows["euler 12"]
     assert "they differ in more than the arms: torch '2.13.0+cpu', then '9.9'" in told(result)
-    assert run(BEFORE, BEFORE).stderr == ""
-    data = json.loads(run(BEFORE, after, "--json").stdout)
+    assert run(EARLIER, EARLIER).stderr == ""
+    data = json.loads(run(EARLIER, after, "--json").stdout)
     assert [entry["name"] for entry in data][-1] == "radial, new"

@@ -8,17 +8,24 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from dit_accel_eval.report import media
-from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.media import folder_of, kept_lines
-from dit_accel_eval.report.report import quantile_clips, suite_report
-from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
+from dit_accel_eval.report.report import quantile_clips
+from dit_accel_eval.runs.results import (
+    REFERENCE,
+    keep,
+    kept_path,
+    last_by_clip,
+    read_kept,
+    read_lines,
+    reference_of,
+    run_of,
+)
 from dit_accel_pipelines.generation.media import read_image, read_video
-from fake_model import command, told, written
+from fake_model import EARLIER, command, report_of, told, written
 from PIL import Image
 
 from dit_accel import ConfigError
 
-RESULTS = Path(__file__).parents[2] / "eval" / "results"
 ARMS = ("easycache hold 14", "sol 12", "unipc 8", "unipc 9", "unipc 11")
 
 
@@ -27,10 +34,7 @@ run = partial(command, "report")
 
 def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
     """Write result lines of which the frames of every run are kept, 64 x 48 pixels, each run of one grey."""
-    lines = [
-        line for line in read_lines(Path(__file__).parent / "results" / "report-wan-tiny.jsonl") if line["arm"] in ARMS
-    ]
-    lines = [line for line in lines if line["clip"] < clips]
+    lines = [line for line in read_lines(EARLIER) if line["arm"] in ARMS and line["clip"] < clips]
     for line in lines:
         paths = {key: kept_path(Path("frames"), name, line["clip"])
                  for key, name in (("kept", line["arm"]), ("kept_reference", REFERENCE))}  # fmt: skip
@@ -42,10 +46,6 @@ def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
     return written(folder / "r.jsonl", lines)
 
 
-def report(path: Path):
-    return suite_report(read_results(path))
-
-
 def data_of(page: Path) -> dict:
     """Return the data of a page's script."""
     _, _, rest = page.read_text().partition('<script type="application/json" id="data">')
@@ -54,7 +54,7 @@ def data_of(page: Path) -> dict:
 
 def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
     clip = (np.arange(5 * 4 * 6 * 3) % 256).reshape(5, 4, 6, 3).astype(np.float32) / 255
-    line = read_lines(Path(__file__).parent / "results" / "report-wan-tiny.jsonl")[0]
+    line = read_lines(EARLIER)[0]
     keep(tmp_path / "a.png", clip, run_of(line))
     assert np.array_equal(read_kept(tmp_path / "a.png", run_of(line)), np.round(clip * 255))
     with pytest.raises(ConfigError, match=r"weights '.*', not 'other'"):
@@ -80,6 +80,7 @@ def test_a_page_has_its_clips_beside_it(tmp_path):
     assert set(arms) == {*ARMS[:2]}
     assert {one["frames"] for one in part["references"].values()} == {3}
     assert {(one["width"], one["height"]) for one in part["references"].values()} == {(64, 48)}
+    lines = last_by_clip(read_lines(tmp_path / "r.jsonl"))
     names = [one["file"] for one in part["references"].values()]
     names += [file for clips in part["rivals"].values() for file in clips.values()]
     for name, arm in arms.items():
@@ -91,10 +92,7 @@ def test_a_page_has_its_clips_beside_it(tmp_path):
             assert shown == pytest.approx([grey] * 3, abs=1)
             frames = [np.asarray(frame).mean() / 2.55 for frame in read_video(folder / entry["difference"])]
             assert frames == pytest.approx([min(100, 5 * abs(grey - other))] * 3, abs=2)
-            line = next(
-                one for one in read_lines(tmp_path / "r.jsonl") if (one["arm"], str(one["clip"])) == (name, clip)
-            )
-            near = min((8, 9, 11), key=lambda steps: abs(steps - line["work"]))
+            near = min((8, 9, 11), key=lambda steps: abs(steps - lines[name, int(clip)]["work"]))
             assert entry["rival"] == f"unipc {near}"
             assert clip in part["rivals"][entry["rival"]]
     posters = [Path(name).with_suffix(".webp").name for name in names]
@@ -117,7 +115,7 @@ def test_pictures_lie_beside_the_page_as_pictures_however_large(tmp_path, monkey
 
 def test_the_hardest_prompts_are_shown_and_all_by_default(tmp_path):
     path = kept(tmp_path)
-    found = report(path)
+    found = report_of(path)
     assert set(kept_lines(found, 9)) == {0, 1}
     assert list(kept_lines(found, 1)) == found.worst_first()[:1]
     assert run(path, "-o", tmp_path / "r.html", "--clips", 0).exit_code == 0
@@ -173,8 +171,7 @@ def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were
         with monkeypatch.context() as patch:
             patch.setattr(media, "write_media", fails)
             result = run(path, "-o", page, "--json", tmp_path / "r.json")
-        assert result.exit_code == 2
-        assert message in told(result)
+        assert (result.exit_code, message in told(result)) == (2, True)
     assert {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())} == before
     assert not (tmp_path / "r.json").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]

@@ -12,9 +12,8 @@ from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.figures import pair_figures, pairs_markdown, suite_figures, suite_table
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import read_ladder
-from dit_accel_eval.suites.pairs import Pair
 from dit_accel_eval.suites.running import run_arms
-from dit_accel_eval.suites.suite import Suite, read_suite
+from dit_accel_eval.suites.suite import Pair, Suite, read_suite
 from fake_model import ARM, HEAD, LADDER, THIN, command, faked, told
 
 from dit_accel import ConfigError
@@ -135,9 +134,8 @@ def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_
     assert found["ours"].ahead["work"].together == 2
     assert found["guided"].ahead["work"].mean == pytest.approx(3.74, abs=0.01)
     printed = suite_table(suite, lines)
-    assert next(line for line in printed.splitlines() if "| idle " in line).endswith(
-        "| saved nothing | saved nothing |"
-    )
+    (row,) = (line for line in printed.splitlines() if "| idle " in line)
+    assert row.endswith("| saved nothing | saved nothing |")
     assert "correction over 2 arms" in printed
     for at, line in enumerate(lines):
         confirmed = {"reference_confirmed": {"steps": 512, "agreement": 68.4}} if line.clip == 1 else {}

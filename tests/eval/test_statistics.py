@@ -27,10 +27,8 @@ def spread(share, draws):
 def test_where_there_is_no_difference_one_verdict_in_twenty_is_wrong(shape, clips):
     rng, draws = np.random.default_rng([1, clips]), 1000
     data = SHAPES[shape](rng, (draws, clips))
-    wrong, student = (
-        np.mean([p_value(one) < 0.05 for one in data]),
-        np.mean(stats.ttest_1samp(data, 0, axis=1)[1] < 0.05),
-    )
+    wrong = np.mean([p_value(one) < 0.05 for one in data])
+    student = np.mean(stats.ttest_1samp(data, 0, axis=1)[1] < 0.05)
     assert wrong <= student  # never more than the plain t test
     if "more" not in shape and "most" not in shape:
         assert wrong <= 0.05 + spread(0.05, draws)
@@ -38,14 +36,6 @@ def test_where_there_is_no_difference_one_verdict_in_twenty_is_wrong(shape, clip
         assert wrong <= 0.06 + spread(0.06, draws)
     else:  # so skewed that nothing short of many clips helps
         assert wrong < student - 0.04
-
-
-def test_of_nine_arms_that_are_all_alike_one_suite_in_twenty_has_a_wrong_verdict():
-    rng, draws, wrong = np.random.default_rng(1), 200, 0
-    for _ in range(draws):  # half of each difference is the dense run's, which all share
-        judged = judge(dict(enumerate((rng.normal(0, 1, (1, 8)) + rng.normal(0, 1, (9, 8))).tolist())))
-        wrong += any(one.verdict in ("ahead", "behind") for one in judged.values())
-    assert wrong / draws <= 0.05 + spread(0.05, draws)
 
 
 def test_the_interval_leaves_out_just_what_the_test_refuses():

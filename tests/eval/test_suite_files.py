@@ -38,7 +38,6 @@ def compare(text):
 BAD = [
     (HEAD, r"lacks.*\[\[arm\]\]"),
     (own(""), "lacks clips"),
-    (clips("clips = 0\n"), "clips = 0"),
     (top("clip = 3\n"), r"'clip'.*'clips'\?"),
     (HEAD.replace('"s"', "3") + ARM, r"name = 3.*kind"),
     (HEAD.replace("version = 2", "version = 1") + ARM, "of version 2,"),
@@ -66,11 +65,7 @@ BAD = [
     (HEAD + BARE + "guider = { AutoGuidance = { scale = 3 } }", r"AutoGuidance.*'scale'; did"),
     (HEAD + BARE + "rival = { cachedit = {} }", r"rival.*'cachedit'.*'cache-dit'"),
     (top('metrics = ["pnsr"]\n'), r"s.toml: .*metric 'pnsr'.*'psnr'"),
-    (top('metrics = ["psnr", "psnr"]\n'), r"metric 'psnr'.*twice"),
     (top("first_clip = -1\n"), "first_clip = -1"),
-    (top("repeats = 0\n"), "repeats = 0"),
-    (top("warmup = -1\n"), "warmup = -1"),
-    (top("timed = 1\n"), "timed = 1"),
     (top('dtype = "float8"\n'), r"'float8'.*'float32'"),
     (top('judge = "gone.py"\n'), r"s.toml.*judge 'gone.py'.*name one"),
     (top(f'judge = "{ROOT}/studies/judge_longer.py"\ntimed = true\n'), r"timed.*judge = '.*judge_longer\.py'"),
@@ -78,10 +73,8 @@ BAD = [
     (top('reference_steps = 9\nreference_solver = "onw"\n'), r"reference_solver 'onw'.*'own'"),
     (own("seeds = [1]\n"), r"seeds.*prompts = \[...\]"),
     (own("prompts = []\n"), r"prompts.*empty list"),
-    (own("prompts = [3]\n"), r"prompts.*3.*text"),
     (own('prompts = ["a", "a"]\n'), r"prompts.*'a' twice"),
     (own('prompts = ["a"]\nseeds = [-1]\n'), r"seeds.*-1"),
-    (own('prompts = ["a"]\nseeds = [2, 2]\n'), r"seeds.*2 twice"),
     (top('prompts = ["a"]\n'), r"clips.*held-out clips.*prompts"),
     (own('prompts = ["a"]\nprompt_file = "p.txt"\n'), r"prompts and.*prompt_file"),
     (own('prompt_file = "p.txt"\n'), r"prompt_file.*p.txt"),
@@ -97,7 +90,6 @@ BAD = [
     (compare('arm = "thin"\nagainst = "thn"'), r"'thn'.*'thin'"),
     (compare('arm = "thin"'), r"without against"),
     (compare('arm = "thin"\nagainst = "thin"'), r"'thin' with 'thin'"),
-    (compare('arm = "thin"\nagainst = "a"\nmargn = 3'), r"'margn'.*'margin'"),
     (compare('arm = "thin"\nagainst = "a"\nmargin = "3"'), r"margin = '3'"),
 ]
 

@@ -2,14 +2,12 @@
 
 import itertools
 
-import dit_accel_eval.tune.base as base
 import numpy as np
 import pytest
 from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.tune.caches import tune_magcache, tune_teacache
 from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
-from dit_accel_pipelines.generation.request import resolve
-from tuning import PROMPTS, loaded, one_pipeline, request
+from tuning import PROMPTS, conditional_forwards, loaded, one_pipeline, request
 
 from dit_accel import ConfigError, LiteAttention, MagCache, TeaCache
 from dit_accel.cli.method_options import select_methods
@@ -26,18 +24,12 @@ def asked(*methods, **changes):
 @pytest.fixture(scope="module")
 def untouched():
     """What goes in and comes out of the conditional forwards of untouched runs, and the signals."""
-    pipe, every = loaded("wan-plain"), []
-
-    def note(module, args, kwargs, output):
-        time = module.condition_embedder.time_embedder(module.condition_embedder.timesteps_proj(kwargs["timestep"]))
-        seen.append((kwargs["hidden_states"].numpy().copy(), output[0].numpy().copy(), time.detach().numpy()))
-
-    hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
+    embedder, every = loaded("wan-plain").transformer.condition_embedder, []
     for prompt in PROMPTS:
-        seen: list = []
-        base.run(pipe, prompt, resolve(asked(prompts=(prompt,)))[0])
-        every.append(seen[::2])
-    hook.remove()
+        seen = conditional_forwards(asked(prompts=(prompt,)))
+        for one in seen:
+            one["time"] = embedder.time_embedder(embedder.timesteps_proj(one["kwargs"]["timestep"])).detach()
+        every.append([tuple(one[name].numpy() for name in ("x", "v", "time")) for one in seen])
     return every
 
 
@@ -88,10 +80,8 @@ def test_numbers_that_are_there_and_too_few_steps_are_refused(tmp_path):
 def test_another_method_may_be_attached(tmp_path):
     lite = LiteAttention(block_size=16, dense_steps=0, threshold=-1.0)
     sizes = dict(num_frames=9, height=32, width=32, prompts=PROMPTS[:1])
-    alone, beside = (
-        tune_magcache(asked(*methods, **sizes), tmp_path / f"{len(methods)}.toml").found["ratios"]
-        for methods in ((), (lite,))
-    )
+    runs = (tune_magcache(asked(*some, **sizes), tmp_path / f"{len(some)}.toml") for some in ((), (lite,)))
+    alone, beside = (one.found["ratios"] for one in runs)
     assert beside != alone
     assert beside == pytest.approx(alone, rel=0.1)
 

@@ -146,8 +146,7 @@ def test_settings_that_make_no_sense(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "options"),
-    [(1, []), (3, ["dense_steps=2"]), (2, ["dense_layers=6"]), (2, ["dense_above_sigma=0.0001"])],
+    ("steps", "options"), [(1, []), (3, ["dense_steps=2"]), (2, ["dense_layers=6"]), (2, ["dense_above_sigma=0.0001"])]
 )
 def test_nothing_to_tune_is_an_error(tmp_path, monkeypatch, pipe, steps, options):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs.loaded import tuning_request
-from dit_accel_eval.tune.period import Logits, Spectrum, harmonics, spectrum, tune_period
+from dit_accel_eval.tune.period import Logits, harmonics, spectrum, tune_period
 from hypothesis import given
 from hypothesis import strategies as st
 from one_layer import context_of, random_call
@@ -120,15 +120,6 @@ def test_a_constant_curve_has_no_period():
     found = spectrum(np.full(30, 0.7), frequencies(16, 256.0))
     assert found.period is None
     assert set(found.amplitudes) == {0.0}
-
-
-def made_up(share=0.9, period=20.0):
-    return Spectrum(periods=(period,), amplitudes=(1.0,), dominant=0, family=(0,), share=share, error=0.0)
-
-
-@pytest.mark.parametrize(("period", "gamma"), [(3.0, 1.0), (24.9, 1.0), (25.0, 2.0), (37.4, 2.0), (50.3, 4.0)])
-def test_half_a_band_is_a_twelfth_of_the_period_in_whole_frames(period, gamma):
-    assert made_up(period=period).gamma == gamma
 
 
 def test_the_error_is_what_the_fit_leaves():

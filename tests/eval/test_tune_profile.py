@@ -10,7 +10,7 @@ from dit_accel_eval.tune.profile import cached_blocks, tune_profile
 from dit_accel_eval.tune.profile_watch import CRITERIA, attention_received, foreground_ratio
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.request import resolve
-from tuning import PROMPTS, loaded, one_pipeline
+from tuning import PROMPTS, conditional_forwards, loaded, one_pipeline
 from tuning import request as request_of
 from wan_tiny import tiny_transformer
 
@@ -38,52 +38,17 @@ def profiled(tmp_path_factory):
             return tune_profile(request(prompts=PROMPTS), folder / "profile.json"), folder
 
 
-def untouched():
-    """What an untouched run's blocks add, its attention and its predictions, written out; the conditional branch's."""
-    asked = resolve(request())[0]
-    pipe, seen, calls = loaded("wan-plain"), [], [0]
-    transformer = pipe.transformer
-
-    def block_hook(index):
-        def hook(block, args, kwargs, output):
-            if calls[0] % 2 == 0:
-                seen[-1]["added"][index] = output - args[0]
-                seen[-1]["last"] = output
-
-        return hook
-
-    def before(model, args, kwargs):
-        if calls[0] % 2 == 0:
-            seen.append({"added": {}, "x": kwargs["hidden_states"].clone(), "sigma": None})
-            seen[-1]["sigma"] = float(pipe.scheduler.sigmas[pipe.scheduler.step_index or 0])
-
-    def after(model, args, kwargs, output):
-        if calls[0] % 2 == 0:
-            seen[-1]["v"] = output[0].clone()
-        calls[0] += 1
-
-    hooks = [
-        block.register_forward_hook(block_hook(at), with_kwargs=True) for at, block in enumerate(transformer.blocks)
-    ]
-    hooks.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
-    hooks.append(transformer.register_forward_hook(after, with_kwargs=True))
-    run(pipe, PROMPTS[0], asked)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 def test_deltas_and_masks_are_those_of_an_untouched_run(profiled, tmp_path):
     found = tune_profile(request(), tmp_path / "own.json")
-    seen = untouched()
+    seen = conditional_forwards(request())
     entry = found.found["transformers"]["transformer"]
     assert entry["names"] == [f"blocks.{index}" for index in range(6)]
     for index in range(6):
         for step in range(1, STEPS):
-            now, then = seen[step]["added"][index], seen[step - 1]["added"][index]
+            now, then = (after - before for before, after in (seen[at]["blocks"][index] for at in (step, step - 1)))
             change = (now - then).abs().mean()
             assert entry["by_step"]["delta"][index][step] == pytest.approx(float(change / now.abs().mean()), rel=1e-3)
-            whole = seen[step]["last"].abs().mean()
+            whole = seen[step]["blocks"][-1][1].abs().mean()
             assert entry["by_step"]["error"][index][step] == pytest.approx(float(change / whole), rel=1e-3)
     shares = [float(foreground(predicted(one["x"], one["v"], one["sigma"], (5, 4, 4))).float().mean()) for one in seen]
     assert found.found["runs"][0]["foreground"] == pytest.approx(shares, abs=0.03)  # a token at the threshold

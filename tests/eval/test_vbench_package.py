@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from dit_accel_eval.vbench import official
-from typer.testing import CliRunner
+from fake_model import command, told
 
 from dit_accel import ConfigError
-from dit_accel.cli.app import app
 
 FULL_INFO = [
     {"prompt_en": "a red circle", "dimension": ["subject_consistency", "motion_smoothness"]},
@@ -88,10 +87,9 @@ def videos(tmp_path) -> Path:
 
 def start(videos: Path, env: Path, *arguments: str | Path):
     out = videos.parent / "out"
-    command = ("eval", "vbench", "--videos", videos, "--official", env, "-o", out, "--device", "cpu", *arguments)
-    found = CliRunner().invoke(app, [str(one) for one in command])
+    found = command("vbench", "--videos", videos, "--official", env, "-o", out, "--device", "cpu", *arguments)
     calls = (out / "calls.txt").read_text().splitlines() if (out / "calls.txt").is_file() else []
-    return found, calls, " ".join(found.stderr.split())
+    return found, calls, told(found)
 
 
 def test_dimensions_are_measured_by_the_package_and_a_failed_one_is_left_out(videos, ready):
@@ -116,8 +114,8 @@ def test_dimensions_are_measured_by_the_package_and_a_failed_one_is_left_out(vid
 
 
 def test_prompts_of_ones_own_go_to_the_package(videos, ready, tmp_path):
-    told = {path.name: f"{path.stem} by night" for path in videos.iterdir()}
-    (tmp_path / "p.json").write_text(json.dumps(told))
+    prompts = {path.name: f"{path.stem} by night" for path in videos.iterdir()}
+    (tmp_path / "p.json").write_text(json.dumps(prompts))
     found, calls, _ = start(videos, ready, "--custom", "--prompts", tmp_path / "p.json", "-d", "temporal_flickering")
     assert found.exit_code == 0, found.output
     assert calls[0].startswith("temporal_flickering cpu custom_input False {'a")
@@ -153,10 +151,10 @@ def test_a_missing_environment_is_made_and_the_package_installed(tmp_path, monke
         for name, text in FILES.items():
             wheel.writestr(name, text)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    told: list[str] = []
+    said: list[str] = []
     with pytest.raises(ConfigError, match=r"vbench==0\.1\.5.*env.*ERROR"):
-        official.interpreter(tmp_path / "env", told.append)
+        official.interpreter(tmp_path / "env", said.append)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    python, package = official.interpreter(tmp_path / "env", told.append)  # goes on with what is there
+    python, package = official.interpreter(tmp_path / "env", said.append)  # goes on with what is there
     assert (python.is_file(), package.name) == (True, "vbench")
-    assert [text.split()[0] for text in told] == ["making", "installing", "installing"]
+    assert [text.split()[0] for text in said] == ["making", "installing", "installing"]

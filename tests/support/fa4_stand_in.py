@@ -8,7 +8,7 @@ it visits first, the last listed one, and rows without a block hold NaN.
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,31 +30,16 @@ class BlockSparseTensorsTorch(NamedTuple):
     spt: bool | None = None
 
 
-def flash_attn_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    qv: torch.Tensor | None = None,
-    gather_kv_indices: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple = (None, None),
-    learnable_sink: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    num_splits: int = 1,
-    pack_gqa: bool | None = None,
-    deterministic: bool = False,
-    score_mod: Callable | None = None,
-    score_mod_bwd: Callable | None = None,
-    mask_mod: Callable | None = None,
-    aux_tensors: list | None = None,
-    aux_scalars: tuple | None = None,
+def flash_attn_func(  # its arguments in their order
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qv: Any = None, gather_kv_indices: Any = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple = (None, None),
+    learnable_sink: Any = None, softcap: float = 0.0, num_splits: int = 1, pack_gqa: bool | None = None,
+    deterministic: bool = False, score_mod: Callable | None = None, score_mod_bwd: Callable | None = None,
+    mask_mod: Callable | None = None, aux_tensors: list | None = None, aux_scalars: tuple | None = None,
     block_sparse_tensors: BlockSparseTensorsTorch | None = None,
-    block_sparse_tensors_bwd: BlockSparseTensorsTorch | None = None,
-    return_lse: bool = False,
-    gather_bwd_recompute_p: bool = False,
-    gather_bwd_token_chunk: int | None = None,
-):
+    block_sparse_tensors_bwd: BlockSparseTensorsTorch | None = None, return_lse: bool = False,
+    gather_bwd_recompute_p: bool = False, gather_bwd_token_chunk: int | None = None,
+):  # fmt: skip
     assert block_sparse_tensors is not None
     assert softmax_scale is not None
     calls.append(dict(tensors=block_sparse_tensors, mask_mod=mask_mod, score_mod=score_mod, aux_tensors=aux_tensors))

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
+from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.report.report import SuiteReport, suite_report
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.suites import running
@@ -22,6 +25,10 @@ LADDER = (
     '[[rung]]\nnum_inference_steps = 7\nsolver = "unipc"\npsnr = 30.0\n'
 )
 THIN = '[[arm]]\nname = "thin"\nnum_inference_steps = 10\nsol = {}\n'
+
+
+EARLIER = Path(__file__).parents[1] / "eval" / "results" / "report-wan-tiny.jsonl"
+"""An earlier report of wan-tiny, on eight clips, which stays as it is when the committed one is measured again."""
 
 
 class FakeModel:
@@ -81,3 +88,8 @@ def written(path: Any, lines: Any) -> Any:
     """Write JSON lines, and return their path."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def report_of(path: Path) -> SuiteReport:
+    """Return the report of a file of results."""
+    return suite_report(read_results(path))

@@ -237,13 +237,7 @@ def check_gradients(
         arguments["head_scale"] = arguments["head_scale"].clone().requires_grad_()
     shape = q.shape[:3] if arguments.get("layout") == "bhsd" else q.transpose(1, 2).shape[:3]
     seeds = [torch.randn(*q.shape[:3], v.shape[3]), torch.randn(shape)]
-    wide = {
-        name: x.detach().to(WIDE).requires_grad_(x.requires_grad)
-        if isinstance(x, Tensor) and x.is_floating_point()
-        else x
-        for name, x in arguments.items()
-    }
-    truth = gradients("reference", [x.to(WIDE) for x in (q, k, v)], seeds, tiles, **wide)
+    truth = gradients("reference", [x.to(WIDE) for x in (q, k, v)], seeds, tiles, **_widened(arguments))
     yardstick = gradients("reference", [q, k, v], seeds, tiles, **arguments)
     for x, y, z in zip(gradients(backend, [q, k, v], seeds, tiles, **arguments), yardstick, truth, strict=True):
         assert x.dtype == q.dtype

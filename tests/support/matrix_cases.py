@@ -4,9 +4,8 @@ import zlib
 from collections import Counter
 from functools import cache
 
-from matrix_limits import limits
+from matrix_limits import declared, limits
 from matrix_methods import METHODS
-from matrix_refusals import declared
 from matrix_situations import SITUATIONS, Plain, Trial, prepare
 from tiny_stock import PIPELINES
 
@@ -88,12 +87,13 @@ def few() -> dict[str, Case]:
 @cache
 def quick() -> tuple[str, ...]:
     """Pipelines of all kinds, as few as have among their one case every method and every situation."""
-    chosen, seen = [], set()
-    names = [name for name in few() if name not in LONG]
-    for name in (*names[::3], *names[1::3], *names[2::3]):
-        if not set(few()[name]) <= seen:
-            chosen.append(name)
-            seen |= set(few()[name])
+    names, seen = list(few()), set[str]()
+    spread, chosen = [*names[::3], *names[1::3], *names[2::3]], []
+    for new in (2, 1):  # first those whose method and situation are both not yet had
+        for name in spread:
+            if len(set(few()[name]) - seen) >= new:
+                chosen.append(name)
+                seen |= set(few()[name])
     return tuple(chosen)
 
 

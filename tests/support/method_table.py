@@ -50,9 +50,14 @@ BAD_GUIDANCE = (
 )  # fmt: skip
 
 
-def _row(name: str, **changes: Any) -> MethodCase:
+def _case(*bad: tuple[Any, ...], **settings: Any) -> MethodCase:
+    """Return a case with bad rows."""
+    return MethodCase(bad=bad, **settings)
+
+
+def _row(name: str, *bad: tuple[Any, ...], **changes: Any) -> MethodCase:
     """Return a case that `check_adapter` tries as well, with what the table adds to it."""
-    return replace((METHOD_CASES | CACHE_CASES)[name], **changes)
+    return replace((METHOD_CASES | CACHE_CASES)[name], bad=bad, **changes)
 
 
 def _variant(name: str, **options: Any) -> MethodCase:
@@ -85,50 +90,41 @@ WEAKER = _weaker()
 
 TABLE: dict[str, MethodCase] = {
     "radial": _row(
-        "radial", beside=(LITE, d.SolAttention(**SPARSE), d.UltraViCo(trained_frames=2, alpha=0.5)),
-        held=0,
-        bad=(
-            *BAD_SPARSE,
-            *each(decay_factor=(0.0, -1, NAN, INF, "1"), near=("quarter",), sink=(1,), boundary=("all",)),
-            *each(rest=(None,), order=("hilbert",)),
-            ({"boundary": "published", "order": "tiles"}, "radial.order = 'tiles'", "boundary = 'any'"),
-        ),
+        "radial", *BAD_SPARSE,
+        *each(decay_factor=(0.0, -1, NAN, INF, "1"), near=("quarter",), sink=(1,), boundary=("all",)),
+        *each(rest=(None,), order=("hilbert",)),
+        ({"boundary": "published", "order": "tiles"}, "radial.order = 'tiles'", "boundary = 'any'"),
+        beside=(LITE, d.SolAttention(**SPARSE), d.UltraViCo(trained_frames=2, alpha=0.5)), held=0,
     ),
     "radial, pooled rest": _variant("radial", rest="pooled"),
     "radial, tiles": _variant("radial", order="tiles"),
     "lite": _row(
-        "lite", beside=(RADIAL, d.UltraViCo(trained_frames=2, alpha=0.5)), held=CALLS * BITS,
-        bad=(
-            *BAD_SPARSE[:1],
-            *each(threshold=(0.0, 3, NAN), criterion=("sum",), target_density=(1.0,), detect_every=(0,)),
-            *each(rest=("drop",), refresh_every=(1,), must_keep=((1, 2, 3), (0, 9, 5, 12)), dense_steps=(-1,)),
-            *each(must_skip=((5, 5), (-1, 5))),
-            ({"criterion": "mass", "threshold": -10}, "(0, 1) for 'mass'"),
-            ({"criterion": "budget", "threshold": 1.0}, "(0, 1) for 'budget'"),
-            ({"target_density": 0.5, "threshold": -5}, "lite.threshold = -5", "lite.target_density = 0.5"),
-            ({"thresholds_file": "a.toml", "threshold": -5}, "threshold = -5", "thresholds_file = 'a.toml'"),
-            ({"criterion": "mass", "target_density": 0.5}, "'mass'"),
-            ({"criterion": "budget", "thresholds_file": "a.toml"}, "'budget'"),
-            ({"target_density": 0.5, "refresh": 3}, "lite.target_density = 0.5", "lite.refresh"),
-            ({"refresh_every": 5, "rest": "cached"}, "lite.refresh_every = 5", "'cached'"),
-        ),
+        "lite", *BAD_SPARSE[:1],
+        *each(threshold=(0.0, 3, NAN), criterion=("sum",), target_density=(1.0,), detect_every=(0,)),
+        *each(rest=("drop",), refresh_every=(1,), must_keep=((1, 2, 3), (0, 9, 5, 12)), dense_steps=(-1,)),
+        *each(must_skip=((5, 5), (-1, 5))), ({"criterion": "mass", "threshold": -10}, "(0, 1) for 'mass'"),
+        ({"criterion": "budget", "threshold": 1.0}, "(0, 1) for 'budget'"),
+        ({"target_density": 0.5, "threshold": -5}, "lite.threshold = -5", "lite.target_density = 0.5"),
+        ({"thresholds_file": "a.toml", "threshold": -5}, "threshold = -5", "thresholds_file = 'a.toml'"),
+        ({"criterion": "mass", "target_density": 0.5}, "'mass'"),
+        ({"criterion": "budget", "thresholds_file": "a.toml"}, "'budget'"),
+        ({"target_density": 0.5, "refresh": 3}, "lite.target_density = 0.5", "lite.refresh"),
+        ({"refresh_every": 5, "rest": "cached"}, "lite.refresh_every = 5", "'cached'"),
+        beside=(RADIAL, d.UltraViCo(trained_frames=2, alpha=0.5)), held=CALLS * BITS,
     ),
     "lite, by mass": _variant("lite", criterion="mass", threshold=0.2, allow_positive_threshold=False),
     "lite, by budget": replace(
-        _variant("lite", criterion="budget", threshold=0.4, allow_positive_threshold=False), thins=False
+        _variant("lite", criterion="budget", threshold=0.4, allow_positive_threshold=False), thins=False,
     ),
     "lite, pooled rest": _variant("lite", rest="pooled"),
     "lite, target density": _variant("lite", threshold=None, target_density=0.6, allow_positive_threshold=False),
     "lite, refreshed": _variant("lite", refresh_every=3),
     "sparsed": _row(
-        "sparsed", beside=(RADIAL, LITE, d.SolAttention(**SPARSE)), held=CALLS * BITS,
-        bad=(
-            *BAD_SPARSE,
-            *each(density=(0.0, 1.5, NAN), mass=(1.0, 0), rest=("pool",), refresh=(1,)),
-            ({"density": 0.3, "mass": 0.9}, "sparsed.density = 0.3", "sparsed.mass = 0.9"),
-            ({"rest_dtype": "int8"}, "sparsed.rest_dtype = 'int8'", "'skip'"),
-            ({"rest": "cached", "rest_dtype": "fp8"}, "'int4'", "'fp8'"),
-        ),
+        "sparsed", *BAD_SPARSE, *each(density=(0.0, 1.5, NAN), mass=(1.0, 0), rest=("pool",), refresh=(1,)),
+        ({"density": 0.3, "mass": 0.9}, "sparsed.density = 0.3", "sparsed.mass = 0.9"),
+        ({"rest_dtype": "int8"}, "sparsed.rest_dtype = 'int8'", "'skip'"),
+        ({"rest": "cached", "rest_dtype": "fp8"}, "'int4'", "'fp8'"), beside=(RADIAL, LITE, d.SolAttention(**SPARSE)),
+        held=CALLS * BITS,
     ),
     "sparsed, by mass": _variant("sparsed", density=None, mass=0.7),
     "sparsed, pooled rest": _variant("sparsed", rest="pooled"),
@@ -137,118 +133,94 @@ TABLE: dict[str, MethodCase] = {
         held=CALLS * (2 * BITS + 2 * 224 * (8 + 4)),
     ),
     "delta": _row(
-        "delta", trains=False,
-        bad=each(stride=(0, 2.0), reuse=(0,), margin=(-1, NAN), shrink=("no",), rotate=(2,), reactivate=(1,)),
+        "delta", *each(stride=(0, 2.0), reuse=(0,), margin=(-1, NAN), shrink=("no",), rotate=(2,), reactivate=(1,)),
+        trains=False,
     ),
     "delta, reused": replace(METHOD_CASES["delta"], active=(d.DeltaAttention(stride=4, reuse=2), RADIAL), trains=False),
     "sol": _row(
-        "sol", beside=(RADIAL, d.UltraViCo(trained_frames=2, alpha=0.5)), held=0,
-        bad=BAD_SPARSE + each(beta=(NAN, INF, "1"), beta_last=(-INF,), threshold=("full",), sink=("none",)),
+        "sol", *BAD_SPARSE, *each(beta=(NAN, INF, "1"), beta_last=(-INF,), threshold=("full",), sink=("none",)),
+        beside=(RADIAL, d.UltraViCo(trained_frames=2, alpha=0.5)), held=0,
     ),
     "sol, exact": _variant("sol", threshold="exact", beta_last=0.5),
     "lvsa": _row(
-        "lvsa", beside=(LITE, RADIAL, SPARSED, d.UltraViCo(trained_frames=3, alpha=0.5, first_frame=True)), held=0,
-        bad=BAD_SPARSE[:1] + each(window=(-1,), first=(-2,), trained_frames=(0,), rest=("drop",), rotate=(1,)),
+        "lvsa", *BAD_SPARSE[:1], *each(window=(-1,), first=(-2,), trained_frames=(0,), rest=("drop",), rotate=(1,)),
+        beside=(LITE, RADIAL, SPARSED, d.UltraViCo(trained_frames=3, alpha=0.5, first_frame=True)), held=0,
     ),
     "lvsa, pooled rest": _variant("lvsa", rest="pooled"),
-    "dfa": MethodCase(
-        neutral=d.DFA(every=1), active=d.DFA(share=0.25, every=2, **CACHE), warm=1, everywhere=False,
-        held=CALLS * TOKENS,
-        bad=each(every=(0,), share=(1.5,), warmup_steps=(-1, 2.5), last_steps=(-1,)),
+    "dfa": _case(
+        *each(every=(0,), share=(1.5,), warmup_steps=(-1, 2.5), last_steps=(-1,)), neutral=d.DFA(every=1),
+        active=d.DFA(share=0.25, every=2, **CACHE), warm=1, everywhere=False, held=CALLS * TOKENS,
     ),
     "ultravico": _row(
-        "ultravico", held=0,
+        "ultravico", *each(alpha=(1.1, 0.0), period=(1, INF), gamma=(-1,), trained_frames=(0, 2.5)),
+        ({"period": 9, "beta": -0.5},), ({"alpha": 0.8, "beta": 0.9}, "alpha = 0.8"), held=0,
         beside=(
             RADIAL, replace(RADIAL, rest="pooled"), LITE, SPARSED, d.SolAttention(**SPARSE),
             d.RoPE(kind="ntk", trained_frames=3),
         ),
-        bad=(
-            *each(alpha=(1.1, 0.0), period=(1, INF), gamma=(-1,), trained_frames=(0, 2.5)),
-            ({"period": 9, "beta": -0.5},), ({"alpha": 0.8, "beta": 0.9}, "alpha = 0.8"),
-        ),
     ),
     "rope, ntk": MethodCase(
-        neutral=d.RoPE(kind="none", trained_frames=2), active=d.RoPE(kind="ntk", trained_frames=2), thins=False
+        neutral=d.RoPE(kind="none", trained_frames=2), active=d.RoPE(kind="ntk", trained_frames=2), thins=False,
     ),
     "ultravico, alpha alone": MethodCase(
         neutral=d.UltraViCo(trained_frames=2, alpha=1.0, first_frame=False),
         active=d.UltraViCo(trained_frames=2, alpha=0.9, center_keys=False), thins=False,
     ),
     "rope": _row(
-        "rope", beside=(RADIAL,), held=0,
-        bad=(
-            *each(kind=("rilfex",), axes=((), ("frames", "hieght"), ("text",)), factor=(0.5, 0.99), turn=(2.0,)),
-            *each(trained_frames=(0,), trained_width=(1.5,)), ({"kind": "pi", "period": 3.0}, "'pi'", "period=3.0"),
-        ),
+        "rope", *each(kind=("rilfex",), axes=((), ("frames", "hieght"), ("text",)), factor=(0.5, 0.99), turn=(2.0,)),
+        *each(trained_frames=(0,), trained_width=(1.5,)), ({"kind": "pi", "period": 3.0}, "'pi'", "period=3.0"),
+        beside=(RADIAL,), held=0,
     ),
     "ultraimage": _row(
-        "ultraimage", held=CALLS * 2 * 8,
-        bad=(
-            *each(focus_max=(0.9,), focus_min=(0.0,), power=(0.0,), rows=(0,), trained_width=(0,), turn=(1.5,)),
-            *each(indices=((),)), ({"focus_min": 1.4, "focus_max": 1.2}, "focus_min = 1.4"),
-        ),
+        "ultraimage",
+        *each(focus_max=(0.9,), focus_min=(0.0,), power=(0.0,), rows=(0,), trained_width=(0,), turn=(1.5,)),
+        *each(indices=((),)), ({"focus_min": 1.4, "focus_max": 1.2}, "focus_min = 1.4"), held=CALLS * 2 * 8,
     ),
     "staticcache": _row(
-        "staticcache", held=2 * OUTPUT,
-        bad=(
-            *BAD_CACHE, *each(every=(0,), steps=((1, 2), (0, 1)), compute_at=((0.5, 11.0),)),
-            ({"every": 2, "steps": (1, 0)}, "staticcache.every = 2"),
-        ),
+        "staticcache", *BAD_CACHE, *each(every=(0,), steps=((1, 2), (0, 1)), compute_at=((0.5, 11.0),)),
+        ({"every": 2, "steps": (1, 0)}, "staticcache.every = 2"), held=2 * OUTPUT,
     ),
     "staticcache, taylor": _variant("staticcache", predictor="taylor", every=2),
     "easycache": _row(
-        "easycache",
-        bad=(
-            *BAD_CACHE, *each(threshold=(-0.1,), error=(0,)),
-            ({"threshold": 0.1, "error": 0.2}, "easycache.threshold = 0.1"),
-        ),
+        "easycache", *BAD_CACHE, *each(threshold=(-0.1,), error=(0,)),
+        ({"threshold": 0.1, "error": 0.2}, "easycache.threshold = 0.1"),
     ),
-    "teacache": _row(
-        "teacache", bad=(*each(threshold=(-1.0,), polynomial=((),)), ({"polynomial_2": (1.0,)}, "is set"))
-    ),
+    "teacache": _row("teacache", *each(threshold=(-1.0,), polynomial=((),)), ({"polynomial_2": (1.0,)}, "is set")),
     "magcache": _row(
-        "magcache",
-        bad=(
-            *each(threshold=(-0.1,), ratios=((0.9, 1.0), (), (1.0, -0.1))),
-            ({"measured_on": "wan2.1-14b"}, "magcache.measured_on = 'wan2.1-14b'", "family"),
-        ),
+        "magcache", *each(threshold=(-0.1,), ratios=((0.9, 1.0), (), (1.0, -0.1))),
+        ({"measured_on": "wan2.1-14b"}, "magcache.measured_on = 'wan2.1-14b'", "family"),
     ),
-    "seacache": _row("seacache", bad=each(threshold=(-0.1,))),
-    "firstblockcache": _row("firstblockcache", bad=each(threshold=(-1.0,))),
-    "dbcache": MethodCase(
+    "seacache": _row("seacache", *each(threshold=(-0.1,))),
+    "firstblockcache": _row("firstblockcache", *each(threshold=(-1.0,))),
+    "dbcache": _case(
+        *each(threshold=(-0.1,), first_blocks=(0,), last_blocks=(-1,)),
         neutral=d.DBCache(threshold=0.0, first_blocks=1, last_blocks=0, **CACHE),
         active=d.DBCache(threshold=1e9, first_blocks=1, last_blocks=0, **CACHE), warm=1, still_run=(0,),
-        bad=each(threshold=(-0.1,), first_blocks=(0,), last_blocks=(-1,)),
     ),
-    "dbprune": MethodCase(
-        neutral=d.DBPrune(threshold=0.0, **CACHE), active=d.DBPrune(threshold=1e9, first_blocks=0, **CACHE), warm=1,
-        bad=(
-            *each(threshold=(-0.1,), first_blocks=(-1,)),
-        ),
+    "dbprune": _case(
+        *each(threshold=(-0.1,), first_blocks=(-1,)), neutral=d.DBPrune(threshold=0.0, **CACHE),
+        active=d.DBPrune(threshold=1e9, first_blocks=0, **CACHE), warm=1,
     ),
-    "profilingcache": MethodCase(
+    "profilingcache": _case(
+        *each(blocks=("one",)), ({"blocks": ()}, "0 blocks"), ({"blocks": "1", "every": 0},),
+        ({"blocks": "1", "every": 2, "refresh": (3,)}, "every = 2", "refresh = (3,)"),
+        ({"blocks": "1", "refresh": (3, 2)},), ({"blocks": "1", "refresh": ()},),
+        ({"blocks": "1", "refresh": (3, 20), "measured_steps": 20}, "step 20"),
+        ({"blocks": "1", "blocks_2": "2"}, "blocks_2 and profilingcache.refresh_2"),
+        ({"blocks": "1-3", "refresh_2": (1,), "blocks_2": "3"}, "block 3"),
+        ({"blocks": "a.json", "refresh_2": (1,), "blocks_2": "3"}, "a profile"),
         neutral=d.ProfilingCache(blocks="1", every=1, warmup_steps=0),
         active=d.ProfilingCache(blocks="1", every=2, **CACHE), warm=1, still_run=(0, 2),
-        bad=(
-            *each(blocks=("one",)), ({"blocks": ()}, "0 blocks"), ({"blocks": "1", "every": 0},),
-            ({"blocks": "1", "every": 2, "refresh": (3,)}, "every = 2", "refresh = (3,)"),
-            ({"blocks": "1", "refresh": (3, 2)},), ({"blocks": "1", "refresh": ()},),
-            ({"blocks": "1", "refresh": (3, 20), "measured_steps": 20}, "step 20"),
-            ({"blocks": "1", "blocks_2": "2"}, "blocks_2 and profilingcache.refresh_2"),
-            ({"blocks": "1-3", "refresh_2": (1,), "blocks_2": "3"}, "block 3"),
-            ({"blocks": "a.json", "refresh_2": (1,), "blocks_2": "3"}, "a profile"),
-        ),
     ),
     "softpag": _guidance(
         d.SoftPAG(heads="L1H0", u=0.7, scale=2.0), *each(u=(1.5, -0.1), target=("zero",)),
-        ({"rows": "image", "target": "temperature"}, "rows = 'image'"),
-        beside=(RADIAL, LITE),
+        ({"rows": "image", "target": "temperature"}, "rows = 'image'"), beside=(RADIAL, LITE),
     ),
     "softpag, temperature": _guidance(
-        d.SoftPAG(heads="L1", u=1.0, target="temperature", scale=2.0), neutral=d.SoftPAG(heads="L1", u=0.0)
+        d.SoftPAG(heads="L1", u=1.0, target="temperature", scale=2.0), neutral=d.SoftPAG(heads="L1", u=0.0),
     ),
     "softpag, uniform": _guidance(
-        d.SoftPAG(heads="L1H1", u=0.5, target="uniform", scale=2.0), neutral=d.SoftPAG(heads=(), u=0.5)
+        d.SoftPAG(heads="L1H1", u=0.5, target="uniform", scale=2.0), neutral=d.SoftPAG(heads=(), u=0.5),
     ),
     "softpag, mean query": _guidance(d.SoftPAG(heads="L0-1", u=1.0, target="mean-query", scale=2.0)),
     "pag": _guidance(d.PAG(layers="L1", scale=2.0)),
@@ -259,16 +231,14 @@ TABLE: dict[str, MethodCase] = {
         ({"weak": "a", "weak_transformer": WEAKER}, "got both"),
     ),
     "nag, at its bounds": MethodCase(
-        neutral=d.NAG(alpha=0.0, negative_embeds=TEXT), active=d.NAG(scale=11.0, alpha=1.0, negative_embeds=TEXT)
+        neutral=d.NAG(alpha=0.0, negative_embeds=TEXT), active=d.NAG(scale=11.0, alpha=1.0, negative_embeds=TEXT),
     ),
-    "nag": MethodCase(
+    "nag": _case(
+        *BAD_WINDOW, *each(scale=(0.5,), tau=(0.5,), alpha=(1.5,), negative_prompt=(3,)),
+        ({"negative_prompt": "a", "negative_embeds": TEXT}, "negative_prompt", "both"),
+        ({"negative_embeds": TEXT[0]}, "[1, tokens, C]", "got [9, 16]"),
+        ({"negative_embeds": TEXT[:, :0]}, "[1, tokens, C]", "got [1, 0, 16]"),
         neutral=d.NAG(scale=1.0, negative_embeds=TEXT), active=d.NAG(scale=4.0, alpha=0.5, negative_embeds=TEXT),
-        bad=(
-            *BAD_WINDOW, *each(scale=(0.5,), tau=(0.5,), alpha=(1.5,), negative_prompt=(3,)),
-            ({"negative_prompt": "a", "negative_embeds": TEXT}, "negative_prompt", "both"),
-            ({"negative_embeds": TEXT[0]}, "[1, tokens, C]", "got [9, 16]"),
-            ({"negative_embeds": TEXT[:, :0]}, "[1, tokens, C]", "got [1, 0, 16]"),
-        ),
     ),
 }  # fmt: skip
 """Name of a row, a method's or a variant's -> its case; a row a method of this repository."""

@@ -1,9 +1,7 @@
 """Schedulers of diffusers in tiny pipelines: what the loop of a pipeline really did, seen from the outside."""
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +9,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from matrix_runs import changed_step
 
 STEPS = 6
 
@@ -50,23 +49,6 @@ class Walk:
         return np.bincount([one for one, *_ in self.forwards], minlength=self.rounds).tolist()
 
 
-@contextlib.contextmanager
-def _rounds(scheduler: Any, walk: Walk) -> Iterator[None]:
-    """Count the rounds by the calls of the scheduler's step."""
-    step = scheduler.step
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        walk.rounds += 1
-        return step(*args, **kwargs)
-
-    counted.__signature__ = inspect.signature(step)  # type: ignore[attr-defined] - pipelines look at it
-    scheduler.step = counted
-    try:
-        yield
-    finally:
-        del scheduler.step
-
-
 def walked(pipe: Any, call: dict[str, Any], see: Any = lambda: None, walk: Walk | None = None) -> Walk:
     """Run a pipeline and note its rounds and forwards."""
     walk, scheduler = walk or Walk(), pipe.scheduler
@@ -74,9 +56,13 @@ def walked(pipe: Any, call: dict[str, Any], see: Any = lambda: None, walk: Walk 
     def note(*_: Any) -> None:
         walk.forwards.append((walk.rounds, float(scheduler.timesteps[walk.rounds]), see()))
 
+    def counted(_: int, step: Any, latents: Any) -> Any:
+        walk.rounds += 1
+        return step(latents)
+
     hook = pipe.transformer.register_forward_pre_hook(note)
     try:
-        with _rounds(scheduler, walk), torch.no_grad():
+        with changed_step(pipe, counted), torch.no_grad():
             out = pipe(**call, generator=torch.Generator().manual_seed(0))
     finally:
         hook.remove()

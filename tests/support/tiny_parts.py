@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import pkgutil
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,6 @@ from unittest import mock
 
 import diffusers
 import torch
-from diffusers import modular_pipelines as package
 from PIL import Image
 from tiny_models import MODELS
 from torch import Tensor
@@ -305,16 +303,6 @@ def answering(name: str, answer: Callable[..., Any]) -> Callable[[Any], None]:
 
 
 # Modular pipelines
-
-
-def pipeline_class(name: str) -> Any:
-    """Return a modular pipeline's class."""
-    for found in pkgutil.iter_modules(package.__path__):
-        if found.ispkg:
-            module = importlib.import_module(f"{package.__name__}.{found.name}.modular_pipeline")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise KeyError(name)
 
 
 def blocks_of(cls: Any) -> Any:

@@ -60,7 +60,7 @@ def modular(name: str, of: str, more: Mapping[str, Any] | None = None, **call: A
         call: further arguments.
     """
     pipe, base = stock_pipeline(of)
-    cls = parts.pipeline_class(name)
+    cls = getattr(diffusers, name, None) or getattr(diffusers.modular_pipelines, name)
     blocks = parts.blocks_of(cls).sub_blocks["denoise"]
     asked = {one.name for one in blocks.expected_components}
     known = {key: part for key, part in {**pipe.components, **(more or {})}.items() if part is not None}

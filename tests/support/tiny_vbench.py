@@ -5,8 +5,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
+from dit_accel_pipelines.generation.media import read_video
 from torch import Tensor, nn
 
 MODEL, OTHER, WIDTH = "tiny-clip", "tiny-other", 16
@@ -24,6 +26,18 @@ def _register() -> None:
 
 
 _register()
+
+
+def weights(folder: Path) -> Path:
+    """Write random weights of `MODEL` as a file of a folder; returns it."""
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model(MODEL, pretrained=None).state_dict(), folder / "small.pt")
+    return folder / "small.pt"
+
+
+def frames_of(path: Path) -> np.ndarray:
+    """Return a video's frames, uint8."""
+    return np.stack([np.asarray(frame) for frame in read_video(path)])
 
 
 def scripted(tensors: dict[str, Tensor], path: Path) -> None:

@@ -88,12 +88,8 @@ def mochi() -> Any:
 
 
 def ltx() -> Any:
-    vae = dict(
-        latent_channels=4, block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, True, False), patch_size=4,
-        decoder_spatio_temporal_scaling=(True, True, True, False), patch_size_t=1,
-    )  # fmt: skip
-    autoencoder = build(diffusers.AutoencoderKLLTXVideo, vae, 0.2, True)
+    sizes = video.LTX_VAE | video.ltx_scaling(True, True, True, False) | dict(patch_size=4)
+    autoencoder = build("AutoencoderKLLTXVideo", sizes, 0.2, True)
     autoencoder.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     autoencoder.latents_std.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5]))
     shifted = EULER(

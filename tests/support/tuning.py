@@ -7,6 +7,7 @@ from typing import Any
 import dit_accel_eval.tune.base as base
 import pytest
 from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
+from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.request import Request, resolve
 from typer.testing import CliRunner, Result
@@ -41,6 +42,26 @@ def one_pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     )
     yield pipe
     pipe.scheduler = shipped
+
+
+def conditional_forwards(asked: Request) -> list[dict[str, Any]]:
+    """Return of each conditional forward of an untouched run what goes in and comes out, also of its ``blocks``."""
+    settled = resolve(asked)[0]
+    pipe, seen, blocks = loaded(asked.model or "wan-plain"), [], []
+
+    def ended(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        sigma = float(pipe.scheduler.sigmas[pipe.scheduler.step_index or 0])
+        x, v = kwargs["hidden_states"].clone(), output[0].clone()
+        seen.append({"x": x, "v": v, "sigma": sigma, "kwargs": kwargs, "blocks": blocks.copy()})
+        blocks.clear()
+
+    note = lambda block, args, output: blocks.append((args[0], output))  # noqa: E731
+    hooks = [block.register_forward_hook(note) for block in pipe.transformer.blocks]
+    hooks.append(pipe.transformer.register_forward_hook(ended, with_kwargs=True))
+    run(pipe, settled.prompts[0], settled)
+    for hook in hooks:
+        hook.remove()
+    return seen[::2]
 
 
 def tune(*arguments: Any) -> Result:

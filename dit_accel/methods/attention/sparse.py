@@ -187,9 +187,7 @@ class SparseHandler(AttentionHandler):
     def saving(self, kept: np.ndarray, lists: Sequence[np.ndarray], layout: TokenLayout, steps: int) -> Saving:
         """Return the saving of a mask that is known before it runs.
 
-        Args:
-            kept: share of the steps in which each visual tile is exact, [N, N].
-            lists: the masks that are held at once, bool [N, N] each.
+        ``kept``: share of the steps in which each visual tile is exact, [N, N].
         """
         size = sum(visual_lists_bytes(one, self.pools, layout, self.settings.tiling.block_size) for one in lists)
         return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)

@@ -79,8 +79,6 @@ def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float |
     """Return the heaviest candidate tiles of every block row, bool [B, H, NQ, NK]; of equal ones the first.
 
     Args:
-        masses: softmax mass of every tile, [B, H, NQ, NK].
-        candidates: bool, broadcastable to it: what may be chosen.
         kept: how many a row chooses, all where fewer are candidates; None: see ``mass``.
         mass: the fewest that reach this share of the row's mass over the candidates, one at least.
     """

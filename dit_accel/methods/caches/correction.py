@@ -40,9 +40,7 @@ class ForecastCorrection:
     ) -> Any:  # fmt: skip
         """Return the output of a computed step, corrected for the skipped steps before it.
 
-        Args:
-            growth: step -> what the forecast for it is off by, up to a factor.
-            missed: gives what the forecast of this step would have been off by, for each tensor of the output.
+        ``growth``: step -> what the forecast for it is off by, up to a factor.
         """
         sigma, skipped = self._noise_level(context), self._skipped
         self._skipped = []

@@ -51,7 +51,6 @@ class History:
     forecast alike, however long ago it began.
 
     Args:
-        start: the first step that the run made.
         held_on: where what is stored waits; None: where it was made.
         reach: steps past the last computed one that the predictor is used for; None: all.
         beside: it is of a branch beside another.

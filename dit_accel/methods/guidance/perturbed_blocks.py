@@ -15,9 +15,7 @@ from ..site import Block
 class PerturbedBlocks:
     """What runs around the blocks of one transformer.
 
-    Args:
-        first: the first perturbed block, from which a perturbed pass may begin; None: it runs whole.
-        skip: blocks that a perturbed pass leaves out.
+    ``first``: the first perturbed block, from which a perturbed pass may begin; None: it runs whole.
     """
 
     def __init__(self, first: int | None, skip: frozenset[int] = frozenset()) -> None:

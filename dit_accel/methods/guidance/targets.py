@@ -50,9 +50,7 @@ def put_in_place(
 ) -> AttentionPlan:
     """Return a plan whose heads give something else in the place of a share of their attention.
 
-    Args:
-        tokens: bool [S], the rows that change; None: all.
-        whole: nothing is left of the attention, so that none need be computed.
+    ``whole``: nothing is left of the attention, so that none need be computed.
     """
     plan = plan.mix(share, tokens, only_values=True) if whole and tokens is None else plan
     return plan.guide(OtherOutput(other=other, share=share, tokens=tokens))

@@ -17,7 +17,6 @@ def token_entropy(
     entropy is ln l - a / l. A uniform row has ln N, a row on one key 0.
 
     Args:
-        q: the rows, [B, H, R, D].
         k: all keys, [B, H or a divisor of it, S, D].
         mask: key validity, bool [B, S]; None: all are valid. Every row needs a valid key.
         keys_at_once: keys whose logits are held at a time; the result does not depend on it but for rounding.

@@ -61,7 +61,6 @@ class RopeSwitcher:
 
     Args:
         requested: axes that may change; empty: all that can.
-        trained: axis -> tokens that the model was trained on.
         factor: how many times the trained length is wanted, whatever the forward's is; None: the forward's.
     """
 

@@ -32,9 +32,8 @@ from ..runs.results import Line
 from .beside import Beside
 from .loop import OutOfMemoryError, device_time, in_turn, machine, quartiles, reason_of
 from .memory import free_memory, memory_of_logits, memory_of_model
-from .options import BenchOptions
+from .options import BenchOptions, Shape
 from .real_shapes import Inputs, find_family, make_model, to_device
-from .shapes import Shape
 
 WARM = 2
 """Steps at most with which every arm is run before it counts: compilation, allocation, lists of tiles."""
@@ -141,11 +140,7 @@ def run_shapes(
 
 def bench_of(shape: Shape, options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Bench:
     """Make a shape's model and its inputs, in the process that runs it."""
-    return make_bench(Plan.of(shape, options), device, dtype)
-
-
-def make_bench(plan: Plan, device: torch.device, dtype: torch.dtype) -> Bench:
-    """Make a model and its inputs."""
+    plan = Plan.of(shape, options)
     transformer, inputs = make_model(plan.adapter, plan.family, plan.dense)
     with _silent():
         transformer = transformer.to(device, dtype).requires_grad_(False)
@@ -168,13 +163,10 @@ def bench_arms(methods: Sequence[MethodConfig]) -> list[BenchArm]:
 
 def preset_arms() -> list[BenchArm]:
     """Return the arms of real sizes: dense, and the sparse part of each preset, acting in every step and layer."""
-    sparse = [
-        BenchArm(name=f"{choice.config.name} of {level}", methods=(sparse_part(choice.config),))
-        for level, preset in PRESETS.items()
-        for choice in preset
-        if isinstance(choice.config, SparseConfig)
-    ]
-    return [BenchArm(name="dense"), *sparse]
+    sparse = [(level, choice.config) for level, preset in PRESETS.items() for choice in preset
+              if isinstance(choice.config, SparseConfig)]  # fmt: skip
+    named = [BenchArm(name=f"{config.name} of {level}", methods=(sparse_part(config),)) for level, config in sparse]
+    return [BenchArm(name="dense"), *named]
 
 
 def sparse_part(method: MethodConfig) -> MethodConfig:
@@ -207,7 +199,7 @@ def run_bench(
         attempt(arm, min(WARM, steps))
     takes = {arm.name: partial(attempt, arm, steps) for arm in arms if arm.name not in failed}
     runs: dict[str, list[ArmRun]] = {name: [] for name in takes}
-    for number, made in enumerate(in_turn(takes, rounds, warm_up=0, deadline=deadline) if takes else (), 1):
+    for number, made in enumerate(in_turn(takes, rounds, deadline=deadline) if takes else (), 1):
         say(f"round {number} of {rounds} is done")
         for name, ran in made.items():
             runs[name] += [ran] if ran is not None else []

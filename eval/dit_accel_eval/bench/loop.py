@@ -1,4 +1,4 @@
-"""Times arms in turn, so that what else the machine does falls on all alike; `bench` and the studies do."""
+"""Times arms in turn, so that what else the machine does falls on all alike."""
 
 import math
 import os
@@ -21,27 +21,17 @@ class OutOfMemoryError(DitAccelError):
 
 
 def in_turn(
-    arms: Mapping[str, Callable[[], Made]], rounds: int, *, warm_up: int = 1, deadline: float = math.inf
+    arms: Mapping[str, Callable[[], Made]], rounds: int, *, deadline: float = math.inf
 ) -> Iterator[dict[str, Made]]:
     """Give what the arms made in each round, in turn; after the first none begins that would end past `deadline`."""
     taken = 0.0
-    for number in range(1 - warm_up, rounds + 1):
+    for number in range(rounds):
         started = time.perf_counter()
-        if number > 1 and started + taken > deadline:
+        if number and started + taken > deadline:
             return
         made = {name: arm() for name, arm in arms.items()}
         taken = time.perf_counter() - started
-        if number > 0:
-            yield made
-
-
-def why_not(run: Callable[[], object]) -> str | None:
-    """Run something once, which warms it up; return why it can't run here, None if it can."""
-    try:
-        run()
-    except Exception as error:
-        return str(reason_of(error))
-    return None
+        yield made
 
 
 def reason_of(error: Exception) -> DitAccelError:
@@ -59,13 +49,6 @@ def device_time(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-def call_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a call on a device."""
-    started = device_time(device)
-    run()
-    return device_time(device) - started
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:

@@ -3,10 +3,9 @@
 from .clip_scores import CLIP_SCORES
 from .flow import DYNAMIC, WARP_ERROR
 from .loops import LOOP
-from .motion import FLICKERING, MOTION
+from .motion import FLICKERING, MOTION, SHARPNESS
 from .perceptual import LPIPS
 from .psnr import CHANGE_PSNR, PSNR, PSNR_FRAMES
-from .sharpness import SHARPNESS
 from .ssim import MS_SSIM, SSIM
 
 METRICS = (

@@ -1,5 +1,9 @@
 """Structural similarity, at one scale and at several."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     structural_similarity_index_measure,
@@ -8,25 +12,21 @@ from torchmetrics.functional.image import (
 from .metric import Measured, Metric, Sample, frames_first, mean_of
 
 
-def ssim_by_frame(sample: Sample) -> Measured:
+def by_frame(similarity: Callable[..., Any], sample: Sample) -> Measured:
     """Return the mean over frames, and each frame's."""
     one, two = map(frames_first, sample.pair())
-    return mean_of(structural_similarity_index_measure(one, two, data_range=1.0, reduction="none").tolist())  # type: ignore[union-attr]
-
-
-def ms_ssim(sample: Sample) -> Measured:
-    """Return the multi-scale structural similarity, mean over frames."""
-    one, two = map(frames_first, sample.pair())
-    return mean_of(multiscale_structural_similarity_index_measure(one, two, data_range=1.0, reduction="none").tolist())
+    return mean_of(similarity(one, two, data_range=1.0, reduction="none").tolist())
 
 
 SSIM = Metric(
-    name="ssim", words="SSIM", better="more", bounds=(-1.0, 1.0), reference=True, measure=ssim_by_frame,
+    name="ssim", words="SSIM", better="more", bounds=(-1.0, 1.0), reference=True,
+    measure=partial(by_frame, structural_similarity_index_measure),
     source="Wang et al. 2004, Gaussian window of 11 pixels and sigma 1.5, mean over frames; torchmetrics",
 )  # fmt: skip
 
 MS_SSIM = Metric(
-    name="ms-ssim", words="MS-SSIM", better="more", bounds=(-1.0, 1.0), reference=True, measure=ms_ssim,
+    name="ms-ssim", words="MS-SSIM", better="more", bounds=(-1.0, 1.0), reference=True,
+    measure=partial(by_frame, multiscale_structural_similarity_index_measure),
     short_side=161,  # where its five scales fit the window of 11
     source="Wang, Simoncelli, Bovik 2003, five scales, mean over frames; torchmetrics",
 )  # fmt: skip

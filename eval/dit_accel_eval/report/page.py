@@ -89,11 +89,8 @@ def summary(report: SuiteReport, scores: Mapping[str, Judged]) -> str:
         clips = max(lead.count for lead in leads.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
     names = {word: [name for name, lead in leads.items() if lead.verdict == word] for word in ("ahead", "behind")}
-    parts = (
-        []
-        if not _alike(scores)
-        else [f"The judge's score can't tell any of these arms from fewer steps{_reach(scores)}."]
-    )
+    alike = f"The judge's score can't tell any of these arms from fewer steps{_reach(scores)}."
+    parts = [alike] if _alike(scores) else []
     parts.append(f"Against fewer steps at equal {report.works[report.main]}, {len(names['ahead'])} of {len(leads)} arms"
                  f" are ahead, {len(names['behind'])} behind; of the others these clips do not tell.")  # fmt: skip
     idle = [arm.name for arm in report.judged if arm.saved_nothing]
@@ -194,10 +191,8 @@ def _options(line: ResultLine) -> list[tuple[str, str]]:
     ran |= {f"scheduler {line.solver}": line.raw["scheduler"]} if "scheduler" in line.raw else {}
     ran |= {"call": line.raw["arm_call"]} if "arm_call" in line.raw else {}
     ran |= {**line.raw.get("guider", {}), **line.rival}
-    return [
-        (method, ", ".join(f"{key} = {_short(value)}" for key, value in options.items() if value is not None))
-        for method, options in ran.items()
-    ]
+    return [(method, ", ".join(f"{key} = {_short(one)}" for key, one in options.items() if one is not None))
+            for method, options in ran.items()]  # fmt: skip
 
 
 def _short(value: Any) -> str:

@@ -61,8 +61,7 @@ def data_of(report: SuiteReport) -> dict[str, Any]:
     first = report.results.lines[0].raw
     references = {line.clip: line for line in report.results.lines}
     return {
-        "schema": SCHEMA,
-        "version": SCHEMA_VERSION,
+        "schema": SCHEMA, "version": SCHEMA_VERSION,
         **{key: first[key] for key in ("model", "weights", "call", "reference")},
         "versions": package_versions(report.results.lines),
         "clips": [
@@ -71,8 +70,7 @@ def data_of(report: SuiteReport) -> dict[str, Any]:
             for clip, prompt in report.prompts.items()
         ],
         "arms": [_arm(report, arm) for arm in report.arms],
-        "pairs": [{**asdict(one), "verdict": one.verdict} for one in report.pairs],
-        "warnings": list(report.warnings),
+        "pairs": [{**asdict(one), "verdict": one.verdict} for one in report.pairs], "warnings": [*report.warnings],
     }  # fmt: skip
 
 
@@ -82,19 +80,13 @@ def _arm(report: SuiteReport, arm: ArmFigures) -> dict[str, Any]:
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
     keys += ("times", "repeated", "step_work", "peak_memory_bytes")
     return {
-        "name": arm.name,
-        "dense": report.is_dense(arm),
-        "clips": arm.clips,
-        **{key: setting[key] for key in SETTING},
-        **{key: setting[key] for key in FURTHER if key in setting},
-        "psnr": asdict(arm.psnr),
-        "means": dict(arm.means),
+        "name": arm.name, "dense": report.is_dense(arm), "clips": arm.clips,
+        **{key: setting[key] for key in SETTING}, **{key: setting[key] for key in FURTHER if key in setting},
+        "psnr": asdict(arm.psnr), "means": dict(arm.means),
         "against_fewer_steps": {key: asdict(found) for key, found in arm.ahead.items()},
         "metrics": {
-            name: {
-                **asdict(found), "better": better_of(name),
-                "against_fewer_steps": asdict(arm.differences[name]) if name in arm.differences else None,
-            }
+            name: {**asdict(found), "better": better_of(name),
+                   "against_fewer_steps": asdict(arm.differences[name]) if name in arm.differences else None}
             for name, found in arm.metrics.items()
         },
         "runs": [{key: line.raw[key] for key in keys if key in line.raw} for line in runs],

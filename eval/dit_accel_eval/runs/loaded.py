@@ -152,11 +152,12 @@ def given_weights(source: str) -> str:
     """Return 12 hexadecimal digits that tell a model's weights and configs from others'."""
     folder, found = local_folder(source), hashlib.sha256()
     for path in sorted(one for kind in ("*.safetensors", "*.bin", "*.json") for one in folder.rglob(kind)):
-        found.update(f"{path.relative_to(folder).as_posix()} {_file_hash(path)}\n".encode())
+        found.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
     return found.hexdigest()[:12]
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, which the hub's cache has as the name of what a link leads to."""
     real = path.resolve()
     if path.is_symlink() and real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
         return real.name

@@ -20,8 +20,7 @@ from ..runs.results import AGREE, TIMED, TUNED, WORKS, ResultLine, last_lines, m
 from ..statistics import FEWEST, TOO_FEW, ClipMean, Judged, clip_mean, judge, p_words
 from .judges import judge_of
 from .ladder import setting_words
-from .pairs import Pair
-from .suite import Suite
+from .suite import Pair, Suite
 
 NEGLIGIBLE = 1e-3
 """Share of the steps' work by which a run may differ from them and still save nothing."""
@@ -172,9 +171,10 @@ def pair_figures(
         clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
         both[pair] = [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
     psnrs, scores = (
-        {pair: _differences(ends, metric, factor) for pair, ends in both.items()}
+        {pair: [factor * (own - other) for own, other in ((one.value(metric), two.value(metric)) for one, two in ends)
+                if own is not None and other is not None] for pair, ends in both.items()}
         for metric, factor in (("psnr", 1), ("score", 100))
-    )
+    )  # fmt: skip
     ahead, scored = judge(psnrs, {pair: pair.margin for pair in pairs}), judge(scores)
     figures = []
     for pair, judged in ahead.items():
@@ -182,11 +182,6 @@ def pair_figures(
         by, costs = _costs(both[pair], known, dense)
         figures.append(PairFigures(pair=pair, ahead=judged, score=scored.get(pair), costs=costs, by=by))
     return figures
-
-
-def _differences(ends: Sequence[tuple[ResultLine, ...]], metric: str, factor: int) -> list[float]:
-    values = ((own.value(metric), other.value(metric)) for own, other in ends)
-    return [factor * (own - other) for own, other in values if own is not None and other is not None]
 
 
 def _further(lines: Sequence[ResultLine]) -> dict[str, list[float]]:

@@ -64,7 +64,9 @@ class Job:
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
         if suite.judge:
             return model
-        return {**model, "call": suite_call(suite, suite.call), "reference": reference_name(suite)}
+        own = f"{suite.reference_solver}, {suite.reference_steps} steps of its own"
+        reference = own if suite.reference_steps else f"{BEST}, agreeing to {AGREE:g} dB"
+        return {**model, "call": suite_call(suite, suite.call), "reference": reference}
 
     def arm_setting(self, arm: Arm) -> Line:
         """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call."""
@@ -78,12 +80,6 @@ class Job:
         steps = {line.num_inference_steps for line in lines if line.is_rival}
         arms = [*self.suite.arms, *map(self.suite.rival, steps)]
         return {arm.name: self.arm_setting(arm) for arm in arms}
-
-
-def reference_name(suite: Suite) -> str:
-    """Return in words what a suite's arms are held against."""
-    own = suite.reference_steps
-    return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{suite.reference_solver}, {own} steps of its own"
 
 
 def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
@@ -192,7 +188,7 @@ def _check_kind(job: Job) -> None:
         )
 
 
-def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
+def check_lines(path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]) -> None:
     """Refuse lines of another model, call, reference or arm than the suite's, by name."""
     for line in lines:
         of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"

@@ -52,7 +52,8 @@ def line_of(sampled: Sampled) -> Line:
     ``steps_in_time`` is how many dense steps take as long: by processor time on a CPU, or, of a timed one, by the
     seconds of its denoising loop beside those of the dense run right after it. Repeated ones tell the median's seconds.
     """
-    job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
+    job, reference = sampled.job, sampled.reference
+    made = sorted(sampled.runs, key=lambda run: run.seconds)[len(sampled.runs) // 2]
     line = _about(sampled)
     if reference is None:
         assert job.judge is not None
@@ -75,11 +76,6 @@ def line_of(sampled: Sampled) -> Line:
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
         line |= {"processor": processor_name(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
     return line
-
-
-def median_run(runs: Sequence[ModelRun]) -> ModelRun:
-    """Return the run whose denoising loop took the median time, of an even number the longer one of the two."""
-    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
 def repeat_figures(runs: Sequence[ModelRun]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from ..metrics.registered import check_names
 from ..runs.conditions import OwnClips
 from ..runs.model import OWN
 from ..runs.results import TUNED
-from .arms import Arm, dense_arm, read_arms, read_table
+from .arms import Arm, check_kinds, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
-from .pairs import Pair, read_pairs
 
 SUITE_VERSION = 2
 
@@ -35,6 +34,21 @@ KINDS = {
 
 LEAST = {"clips": 1, "first_clip": 0, "reference_steps": 1, "warmup": 0, "repeats": 1}
 """Key of a suite -> the least number that it may be."""
+
+PAIR_KINDS = {"arm": str, "against": str, "margin": (int, float)}
+"""Key of a pair -> what it must be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A ``[[compare]]`` of a suite: an arm, what it is held against, and by how many dB it is to be ahead."""
+
+    arm: str
+    against: str
+    margin: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.arm} vs {self.against}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +127,8 @@ def read_suite(path: Path) -> Suite:
     for key, least in LEAST.items():
         if data.get(key, least) < least:
             raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
-    first, last = _pair_of(data.get("chosen_on", [0, 0]))
-    if not 0 <= first <= last:
+    chosen = data.get("chosen_on", [0, 0])
+    if [type(one) for one in chosen] != [int, int] or not 0 <= chosen[0] <= chosen[1]:
         raise ConfigError(f"{path} has chosen_on = {data['chosen_on']}; give the first and the last clip, as [0, 15]")
     judge = data.get("judge")
     if judge and not (judge.endswith(".py") and (path.parent / judge).is_file()):
@@ -129,7 +143,7 @@ def read_suite(path: Path) -> Suite:
         data["metrics"] = check_names([str(name) for name in data.get("metrics", [])])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    data |= {"chosen_on": (first, last)} if "chosen_on" in data else {}
+    data |= {"chosen_on": tuple(chosen)} if "chosen_on" in data else {}
     suite = Suite(
         **data, arms=listed, own=own, folder=path.parent, pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
         ladder=read_ladder(path.parent / rivals) if rivals else None,
@@ -139,9 +153,24 @@ def read_suite(path: Path) -> Suite:
     return suite
 
 
-def _pair_of(values: list[Any]) -> tuple[int, int]:
-    """Return two whole numbers, (0, -1) for anything else."""
-    return (values[0], values[1]) if len(values) == 2 and all(type(one) is int for one in values) else (0, -1)
+def read_pairs(tables: Sequence[Any], arms: Sequence[Arm], where: str) -> tuple[Pair, ...]:
+    """Return the pairs of a suite's ``[[compare]]`` tables."""
+    names, found = [arm.name for arm in arms], list[Pair]()
+    for values in tables:
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where} has compare = {values!r}; write [[compare]] with arm and against below it")
+        check_kinds(values, PAIR_KINDS, f"{where}: compare")
+        missing = [key for key in ("arm", "against") if key not in values]
+        if missing:
+            raise ConfigError(f"{where} has a [[compare]] without {' and '.join(missing)}; name two of its arms")
+        pair = Pair(**values)
+        for name in (pair.arm, pair.against):
+            if name not in names:
+                raise ConfigError(f"{where} compares {name!r}, which is none of its arms; {did_you_mean(name, names)}")
+        if pair.arm == pair.against or str(pair) in map(str, found):
+            raise ConfigError(f"{where} compares {pair.arm!r} with {pair.against!r}, itself or a second time; drop it")
+        found.append(pair)
+    return tuple(found)
 
 
 def _check_judging(suite: Suite, path: Path) -> None:

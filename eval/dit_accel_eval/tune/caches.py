@@ -44,7 +44,12 @@ def tune_magcache(request: Request, output: Path, *, stages: Stages | None = Non
     """
     requested = config_of(request, MagCache)
     config = dataclasses.replace(requested, threshold=0.0, ratios=(1.0,), branches="all")
-    runs, prompts, model, steps = watched_runs(request, output, config, lambda: _note_size, stages)
+
+    def size(handler: CalibratedHandler, context: ForwardContext, _: Any) -> Note:
+        size = float(mean_size(handler.stored(context)))
+        return {"transformer": context.transformer, "step": context.step_index, "size": size}
+
+    runs, prompts, model, steps = watched_runs(request, output, config, lambda: size, stages)
     curves = np.array([_ratios(notes, steps) for notes in prompts])
     ratios, spread = (
         tuple(round(float(ratio), 5) for ratio in values)
@@ -59,11 +64,6 @@ def tune_magcache(request: Request, output: Path, *, stages: Stages | None = Non
         columns=("step", "ratio", "largest over smallest"),
         rows=[(str(step), f"{ratios[step]:.5f}", f"{spread[step]:.5f}") for step in range(steps)],
     )
-
-
-def _note_size(handler: CalibratedHandler, context: ForwardContext, output: Any) -> Note:
-    size = float(mean_size(handler.stored(context)))
-    return {"transformer": context.transformer, "step": context.step_index, "size": size}
 
 
 def _ratios(notes: Sequence[Note], steps: int) -> np.ndarray:

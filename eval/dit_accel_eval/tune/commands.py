@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,10 @@ MODULES = {"magcache": "caches", "teacache": "caches"}
 
 SPREAD = ("heads",)
 """Commands whose run several processes may share."""
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    return tune_app.command()(with_option_fields(function))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +118,7 @@ def _prompts(shared: Shared, count: int) -> tuple[str, ...]:
     return embedded_prompts(name, count)
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def heads(
     shared: Shared,
     *,
@@ -139,8 +143,7 @@ def heads(
     _tune("heads", shared, methods, 4, ".json", objective=objective, rounds=rounds, per_round=per_round)
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def lite(
     shared: Shared,
     *,
@@ -158,8 +161,7 @@ def lite(
     _tune("lite", shared, methods, 2, target_error=target_error)
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def magcache(shared: Shared, *, methods: MethodList) -> None:
     """Measure for MagCache how the size of what it stores changes from step to step.
 
@@ -172,8 +174,7 @@ def magcache(shared: Shared, *, methods: MethodList) -> None:
     _tune("magcache", shared, methods, 4)
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def period(shared: Shared, *, methods: MethodList) -> None:
     """Measure for UltraViCo whether attention over frames repeats.
 
@@ -184,8 +185,7 @@ def period(shared: Shared, *, methods: MethodList) -> None:
     _tune("period", shared, methods, 2)
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def pipeline(
     shared: Shared,
     *,
@@ -215,8 +215,7 @@ def pipeline(
     _tune("pipeline", shared, methods, 1, target=target, space=space)
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def profile(
     shared: Shared,
     *,
@@ -237,8 +236,7 @@ def profile(
     _tune("profile", shared, methods, 4, ".json", criterion=criterion, cached=cached)
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def schedule(
     shared: Shared,
     *,
@@ -268,8 +266,7 @@ def schedule(
     _tune("schedule", shared, methods, 8, computed=computed, placement=placement or ())
 
 
-@tune_app.command()
-@with_option_fields
+@_command
 def teacache(shared: Shared, *, methods: MethodList) -> None:
     """Fit TeaCache's polynomial from the change of the first block's input to that of the output.
 

@@ -210,11 +210,6 @@ class Rerun:
         share = float(count_bits(exact).sum()) / (exact[..., 0].numel() * tiles.key_tiles)
         return error_of(out, self.out), share
 
-    def to_dense(self) -> float:
-        """Return the error of the call as it ran to dense attention on its inputs."""
-        every = torch.arange(self.call.q.shape[2], device=self.out.device)
-        return error_of(self.out, dense_rows(self.plan, self.call, every))
-
     def _attend(self, selection: Selection) -> tuple[Tensor, ...]:
         plan, call = self.plan, self.call
         assert plan.tiles is not None
@@ -259,10 +254,11 @@ class Tuner(LiteHandler):
             kept = again.votes(level)
             super().after(plan, call, context, result._replace(kept=kept))
         added, share = again.after(kept)
+        dense = dense_rows(plan, call, torch.arange(call.q.shape[2], device=result.out.device))
         self.found.append({
             "transformer": context.transformer, "branch": context.branch, "layer": context.layer,
             "step": context.step_index, "threshold": threshold_of(again.vote.criterion, level), "kept": share,
-            "added": added, "dense": again.to_dense(),
+            "added": added, "dense": error_of(result.out, dense),
         })  # fmt: skip
         return result
 

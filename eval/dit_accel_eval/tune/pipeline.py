@@ -23,13 +23,13 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import SIZES, check_given, embedded_prompts
 from ..runs.model import OWN, shipped_scheduler
 from ..runs.results import result_lines
-from ..statistics import FEWEST
+from ..statistics import FEWEST, frontier
 from ..suites.arms import Arm
 from ..suites.job import Job
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
-from .pipeline_search import HELD_OUT_PROMPTS, Measurement, Prompts, Search, Target, pareto, read_target, split
+from .pipeline_search import HELD_OUT_PROMPTS, Measurement, Prompts, Search, Target, read_target, split
 from .space import BY_HAND, default_space, space_of
 
 
@@ -59,18 +59,19 @@ def tune_pipeline(
     search.stages.note(f"{len(arms)} settings: {search.cost(arms)}")
     by_hand = () if space else [arm for arm in arms if arm.name in BY_HAND]
     whole = search.tried(arms, by_hand)
-    frontier, chosen = pareto(whole, requested.sign), search.judged(whole, by_hand)
+    best = frontier(whole, lambda point: (point.work, requested.sign * point.quality))
+    chosen = search.judged(whole, by_hand)
     measured = TunedResult(
         model=model_key(suite.model), **_sizes(request, suite), metric=requested.quality,
         quality=round(chosen.quality, 4), speedup=round(chosen.speedup, 4), prompts=chosen.prompts,
     )  # fmt: skip
     kept = _write(output, chosen.arm, request.guidance_scale, requested, measured)
     ran = {line.arm for line in result_lines(job.out)} & {arm.name for arm in arms}
-    return _tuned(output, kept, requested, chosen, frontier, (len(ran), len(arms)))
+    return _tuned(output, kept, requested, chosen, best, (len(ran), len(arms)))
 
 
 def _tuned(
-    output: Path, kept: Path, target: Target, chosen: Measurement, frontier: list[Measurement], tried: tuple[int, int]
+    output: Path, kept: Path, target: Target, chosen: Measurement, best: list[Measurement], tried: tuple[int, int]
 ) -> Tuned:
     """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"
@@ -80,10 +81,10 @@ def _tuned(
         output=output,
         found={
             "kept": str(kept), "target": dataclasses.asdict(target), "chosen": chosen.to_dict(),
-            "frontier": [point.to_dict() for point in frontier], "tried": list(tried),
+            "frontier": [point.to_dict() for point in best], "tried": list(tried),
         },
         columns=("setting", target.quality, "work in dense steps", "speed-up"),
-        rows=[(one.arm.name, f"{one.quality:.4g}", f"{one.work:.2f}", f"{one.speedup:.2f}") for one in frontier],
+        rows=[(one.arm.name, f"{one.quality:.4g}", f"{one.work:.2f}", f"{one.speedup:.2f}") for one in best],
         remarks=[
             f"{chosen.arm.name}: {target.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} over "
             f"{chosen.prompts} prompts that the search never saw; requested was {target.name} {target.value:g}",

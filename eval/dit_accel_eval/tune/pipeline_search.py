@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -188,7 +189,9 @@ class Search:
         """
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
-        optuna, kinds = _optuna(), _by_kind(arms)
+        optuna, kinds = _optuna(), defaultdict[str, dict[int, Arm]](dict)
+        for arm in arms:
+            kinds[_kind(arm)][arm.num_inference_steps] = arm
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=KEPT)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0), pruner=pruner)
         for arm in sorted({arm.name: arm for arm in first}.values(), key=least_work):
@@ -309,15 +312,8 @@ def _optuna() -> Any:
     return optuna
 
 
-def _by_kind(arms: Sequence[Arm]) -> dict[str, dict[int, Arm]]:
-    """Return what settings have in common that differ in their steps alone -> steps -> the setting."""
-    kinds: dict[str, dict[int, Arm]] = {}
-    for arm in arms:
-        kinds.setdefault(_kind(arm), {})[arm.num_inference_steps] = arm
-    return kinds
-
-
 def _kind(arm: Arm) -> str:
+    """Return what settings have in common that differ in their steps alone."""
     return json.dumps({**arm.to_dict(), "num_inference_steps": None}, sort_keys=True)
 
 
@@ -330,12 +326,3 @@ def known_work(arm: Arm, points: Sequence[Measurement]) -> float:
     """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
     same = (one for one in points if one.arm.methods == arm.methods)
     return max((one.work for one in same if one.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)
-
-
-def pareto(points: Sequence[Measurement], sign: int) -> list[Measurement]:
-    """Return the points that none surpasses at as little work, cheapest first."""
-    found: list[Measurement] = []
-    for point in sorted(points, key=lambda p: (p.work, -sign * p.quality)):
-        if not found or sign * point.quality > sign * found[-1].quality:
-            found.append(point)
-    return found

@@ -99,7 +99,8 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
     if not seen:
         raise ConfigError(f"{name} never ran; show something for which it does, or ask for more steps")
     by_step = {one: mean_of_known([np.array(found[one], float) for found in seen]) for one in CRITERIA}
-    scores = {one: mean_by_row(values) for one, values in by_step.items()}
+    scores = {one: mean_of_known([*values.T]) if values.size else np.full(len(values), np.nan)
+              for one, values in by_step.items()}  # fmt: skip
     if np.isnan(scores[criterion]).all():
         raise ConfigError(
             f"tune profile found nothing to tell {name}'s blocks apart by {criterion!r}: no foreground, or too few "
@@ -146,8 +147,3 @@ def mean_of_known(arrays: Sequence[np.ndarray]) -> np.ndarray:
     stacked = np.stack([array[..., :steps] for array in arrays])
     known = ~np.isnan(stacked)
     return np.where(known.any(0), np.nansum(stacked, 0) / np.maximum(known.sum(0), 1), np.nan)
-
-
-def mean_by_row(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each row, NaN where there is none."""
-    return mean_of_known(list(values.T)) if values.size else np.full(len(values), np.nan)

@@ -25,7 +25,7 @@ from dit_accel.methods.find import find_transformers, resolve_model
 
 from ..metrics.psnr import psnr
 from .base import Tuned, TuningRun, replaced_method, write_config
-from .skip_costs import SkipCosts, grown, searched
+from .skip_costs import Lists, SkipCosts, grown, searched
 
 FREE = ("predictor", "order", "stored")
 """Options of `StaticCache` that a request may set: how is forecast, not when."""
@@ -35,10 +35,6 @@ EARLY = 0.1
 
 FINER = 4
 """How many times as many steps as the longest placement has the runs make to which PSNR is taken."""
-
-
-Lists = dict[int, tuple[float, tuple[int, ...]]]
-"""Number of computed steps -> the error that their best list is expected to leave, and the list."""
 
 
 @dataclass(frozen=True, slots=True)

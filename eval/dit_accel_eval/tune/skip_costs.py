@@ -15,6 +15,10 @@ from dit_accel.rules import forecast
 
 Predictor = Literal["hold", "taylor", "heun", "chebyshev"]
 
+Listed = tuple[float, tuple[int, ...]]
+Lists = dict[int, Listed]
+"""Number of computed steps -> the error that their best list is expected to leave, and the list."""
+
 ROUNDS = 3
 """How often `searched` weighs the prompts anew."""
 
@@ -100,25 +104,21 @@ class SkipCosts:
         return [1.0]
 
 
-def best_lists(
-    cost: Callable[[Sequence[int], int], float], steps: int, computed: int
-) -> dict[int, tuple[float, tuple[int, ...]]]:
+def best_lists(cost: Callable[[Sequence[int], int], float], steps: int, computed: int) -> Lists:
     """Return for each number of computed steps up to ``computed`` the least sum of costs and the list that has it.
 
     Source: DPCache, whose state is the last computed step; LeMiCa (arXiv 2511.00090) takes the least largest gap. Here
     the state is the last two, exact for forecasts that read two. The first step is always computed.
     """
-    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(-1, 0): (0.0, (0,))}
-    found: dict[int, tuple[float, tuple[int, ...]]] = {}
+    best: dict[tuple[int, int], Listed] = {(-1, 0): (0.0, (0,))}
+    found: Lists = {}
     for count in range(1, computed + 1):
         found[count] = min((so_far + cost(path, steps), path) for so_far, path in best.values())
-        longer: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
+        longer: dict[tuple[int, int], Listed] = {}
         for so_far, path in best.values():
             for following in range(path[-1] + 1, steps):
                 one = so_far + cost(path, following), (*path, following)
-                state = path[-1], following
-                if state not in longer or one < longer[state]:
-                    longer[state] = one
+                longer[path[-1], following] = min(one, longer.get((path[-1], following), one))
         best = longer
     return found
 
@@ -130,13 +130,13 @@ def grown(moved: Sequence[float], early: int) -> np.ndarray:
     return moved[-1] / np.array(since) if min(since) > 0 else np.ones(steps)
 
 
-def searched(costs: SkipCosts, computed: int) -> dict[int, tuple[float, tuple[int, ...]]]:
+def searched(costs: SkipCosts, computed: int) -> Lists:
     """Return `best_lists` by the mean logarithm of the prompts' costs, as a mean PSNR has it, and their errors.
 
     A logarithm is no sum over gaps; weighing each prompt by one over what the last list cost it comes down to it.
     """
     steps, scale = len(costs.times) - 1, np.ones(len(costs.products))
-    found: dict[int, tuple[float, tuple[int, ...]]] = {}
+    found: Lists = {}
     for _ in range(ROUNDS):
         even = dataclasses.replace(costs, products=costs.products / scale[:, None, None])
         found = best_lists(even, steps, computed)

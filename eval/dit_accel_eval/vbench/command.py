@@ -80,7 +80,7 @@ def _refuse(job: VideoJob, methods: MethodList) -> None:
 
 def _generate(job: VideoJob, methods: MethodList) -> None:
     """Make the videos that a folder lacks; how many, and their sizes, are printed before the model is loaded."""
-    from dit_accel_pipelines.generation.request import Request
+    from dit_accel_pipelines.generation.request import Request, resolve
 
     from . import generating
     from .official import prompts_path
@@ -102,8 +102,9 @@ def _generate(job: VideoJob, methods: MethodList) -> None:
     given = {name: value for name, value in fields_of(Request, job).items() if name != "seed"}
     request = Request(**{**given, "prompts": (work[0].prompt,), "output": work[0].path, "methods": tuple(methods)})
     left = generating.remaining(work, request)
-    there = len(work) - len(left)
-    tell(f"{len(left)} of {len(work)} videos to make, {there} are there; {generating.sizes_text(request)}")
+    known = ((name, getattr(resolve(request)[0], name)) for name in generating.SIZES)
+    sizes = ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
+    tell(f"{len(left)} of {len(work)} videos to make, {len(work) - len(left)} are there; {sizes}")
     if left:
         keeps(f"the videos in {job.clips} are whole, and the same command makes those that lack")
         generating.make_videos(left, request, tell, sys.argv)

@@ -127,12 +127,6 @@ def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
     return left
 
 
-def sizes_text(request: Request) -> str:
-    """Return the sizes and steps of a request's videos, as far as they are known before a model is loaded."""
-    known = ((name, getattr(resolve(request)[0], name)) for name in SIZES)
-    return ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
-
-
 def make_videos(
     work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()
 ) -> None:

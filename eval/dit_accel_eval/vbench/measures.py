@@ -3,11 +3,9 @@
 They are those of pixels alone, and those that take CLIP, which is open_clip's. Source: Huang et al., arXiv 2311.17982.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from dit_accel import ConfigError
 
 from ..metrics.clip_scores import head_path, no_head
 from ..metrics.openclip import TOGETHER, Weighted
+from ..runs.loaded import file_hash
 from .prompts import Prompt
 
 BASE, LARGE = Weighted("ViT-B-32", tag="openai"), Weighted("ViT-L-14", tag="openai")
@@ -115,12 +114,7 @@ class Way:
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of the files that it takes, by what they are."""
         files = {str(self.clip): self.clip and self.clip.path(), "aesthetic": self.head and head_path(self.head)}
-        return {name: _hash(file) for name, file in files.items() if file is not None}
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return {name: file_hash(file) for name, file in files.items() if file is not None}
 
 
 WAYS: dict[str, Way] = {

@@ -36,11 +36,8 @@ def measure(job: VideoJob) -> dict[str, list[Any]]:
     with held(job.file(LINES), "the results file"):
         found = {name: _dimension(job, name, videos) for name, videos in wanted.items()}
     about = {name: {"networks": WAYS[name].hashes(), "videos": len(entries)} for name, (_, entries) in found.items()}
-    info = [
-        {"prompt_en": one.prompt.text, "dimension": [name], "video_list": [str(path) for path in one.paths]}
-        for name, videos in wanted.items()
-        for one in videos
-    ]
+    info = [{"prompt_en": one.prompt.text, "dimension": [name], "video_list": [str(path) for path in one.paths]}
+            for name, videos in wanted.items() for one in videos]  # fmt: skip
     for what, content in ((INFO, info), (ABOUT, about), (RESULTS, found)):
         job.write(what, content)
     return found

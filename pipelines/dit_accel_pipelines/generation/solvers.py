@@ -55,10 +55,8 @@ def shift_of(shipped: Any) -> float | None:
 def make_scheduler(shipped: Any, solver: str, flow_shift: float | None = None) -> Any:
     """Return a fresh scheduler of a named solver.
 
-    Args:
-        shipped: the scheduler that the model ships with, whose noise schedule is kept.
-        flow_shift: another shift; None: the model's own. Where that grows with the tokens, as FLUX's e^mu does with
-            diffusers' mu, it is the same for any number of them.
+    ``flow_shift``: another shift; None: the model's own. Where that grows with the tokens, as FLUX's e^mu does with
+    diffusers' mu, it is the same for any number of them.
     """
     check_solver(solver)
     flow = is_flow(shipped.config)

@@ -133,9 +133,7 @@ def joined_group(rank: int, degree: int) -> Iterator[Group]:
 
     Where ``torch.distributed`` is set up already, it stays as it is.
 
-    Args:
-        rank: this one's number on its machine, that of its device.
-        degree: how many neighbours form a group; of 1 nothing is set up.
+    ``degree``: how many neighbours form a group; of 1 nothing is set up.
     """
     if degree == 1:
         yield ALONE
