@@ -20,18 +20,15 @@ def transformer():
     return six_blocks()
 
 
-@pytest.mark.parametrize(
-    ("config", "left"),
-    [
+def test_blocks_that_always_run(transformer):
+    for config, left in (
         (FirstBlockCache(**FOREVER), [0]),
         (DBCache(first_blocks=4, last_blocks=1, **FOREVER), [0, 1, 2, 3, 5]),
         (DBPrune(first_blocks=2, last_blocks=1, **FOREVER), [0, 1, 5]),
         (ProfilingCache(blocks="0, 2, 4", **ONCE), [1, 3, 5]),
         (ProfilingCache(blocks="0-5", **ONCE), []),
-    ],
-)
-def test_blocks_that_always_run(transformer, config, left):
-    assert ran_by_step(transformer, config, 3, ("cond", "uncond")) == [WHOLE] * 2 + [left] * 4
+    ):
+        assert ran_by_step(transformer, config, 3, ("cond", "uncond")) == [WHOLE] * 2 + [left] * 4
 
 
 @pytest.mark.parametrize(("first", "last", "threshold"), [(1, 0, 0.1), (2, 1, 0.02), (2, 1, 0.1), (2, 1, 0.3)])

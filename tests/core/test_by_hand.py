@@ -177,10 +177,7 @@ def test_a_loop_that_does_not_follow_the_attached_pipelines_scheduler_has_no_num
         loop(transformer, timesteps=[1000.0, 700.0, 400.0, 100.0])
         assert (state.num_inference_steps, state.sigma, state.step_index) == (None, None, 3)
     shares = RadialAttention(block_size=16, dense_steps=0.3, dense_layers=0)
-    with (
-        dit_accel.attach(pipe, shares),
-        pytest.raises(ConfigError, match=r"radial\.dense_steps = 0\.3"),
-    ):
+    with dit_accel.attach(pipe, shares), pytest.raises(ConfigError, match=r"radial\.dense_steps = 0\.3"):
         loop(transformer, timesteps=[950.0, 700.0, 400.0, 100.0])
 
 

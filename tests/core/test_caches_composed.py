@@ -90,8 +90,6 @@ def test_lite_refreshes_every_so_many_of_the_steps_that_are_computed():
     assert sorted(afresh) == computed[::3]
 
 
-# Tensors are the caller's.
-
 STEPS = 10
 ALL = dict(warmup_steps=1, last_steps=1)
 CACHES = {

@@ -17,8 +17,6 @@ from dit_accel.methods.base import Model
 from dit_accel.methods.caches.mag import MagHandler
 from dit_accel.rules.caching import resampled, rescaled, size_drift
 
-# TeaCache.
-
 POLYNOMIAL = (2.0, 0.5, 0.01)
 
 
@@ -130,8 +128,6 @@ def test_a_model_without_a_polynomial_or_a_signal(tea):
     with pytest.raises(ConfigError, match=r"^teacache.*first block.*made-up.*easycache"):
         tea(TeaCache(polynomial=POLYNOMIAL), None)
 
-
-# MagCache.
 
 RATIOS = (1.0, 1.1, 0.98, 0.99, 0.97, 1.02, 0.95, 0.9, 0.85, 0.7)
 FREE = dict(warmup_steps=0, max_consecutive=None, ratios=RATIOS)

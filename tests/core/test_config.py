@@ -109,22 +109,18 @@ def test_values_of_another_kind_are_refused():
             config_type(**options)
 
 
-@pytest.mark.parametrize(
-    ("value", "hint"),
-    [
+def test_what_is_no_config_gets_a_hint():
+    for value, hint in (
         (RadialAttention, r"got <class .*RadialAttention'>; .*instance.*RadialAttention\(\)"),
         ([RadialAttention(), SolAttention()], r"got \[RadialAttention.*\]; .*attach\(pipe, \*"),
         ((RadialAttention(),), r"got \(RadialAttention.*\); .*attach\(pipe, \*"),
         ("radial", r"got 'radial'; known: AutoGuidance, DBCache, DBPrune, DFA.*RadialAttention.*UltraViCo"),
         (None, r"got None; known: .*DeltaAttention"),
-    ],
-    ids=["class", "list", "tuple", "name", "nothing"],
-)
-def test_what_is_no_config_gets_a_hint(value, hint):
-    transformer = tiny_transformer(num_layers=1)
-    with pytest.raises(ConfigError, match=rf"attach.*{hint}"):
-        dit_accel.attach(transformer, value)
-    assert dit_accel.attachment_of(transformer) is None
+    ):
+        transformer = tiny_transformer(num_layers=1)
+        with pytest.raises(ConfigError, match=rf"attach.*{hint}"):
+            dit_accel.attach(transformer, value)
+        assert dit_accel.attachment_of(transformer) is None
 
 
 def test_errors_of_toml_name_their_source():
@@ -167,13 +163,6 @@ def test_values_of_the_command_line_are_of_one_line():
     for text in ("1\nradial.near = 2", "1\n2", "'a'\n\n'b'", "[1,\n2]"):
         with pytest.raises(ConfigError, match=r"one value.*--set"):
             parse_value(text)
-
-
-def test_share_of_steps():
-    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).filled()
-    assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
-    with pytest.raises(ConfigError, match="dense_last_steps = 1"):
-        config.is_dense(0, None, 5)
 
 
 def test_no_method_takes_an_option_that_it_does_not_list():

@@ -79,9 +79,6 @@ def corrected(
     return out, torch.tensor(probed[0]["by_head"], dtype=torch.float64) if probed else None
 
 
-# Groups
-
-
 @given(
     grid=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
     text=st.tuples(st.integers(0, 9), st.integers(0, 9)),
@@ -116,9 +113,6 @@ def test_representatives_move_and_every_row_has_its_turn():
         out, _ = corrected(handler(stride=5, rotate=rotate), plan_of(), call, step_index=step)
         exact = groups_of(LAYOUT, 5, "cpu", turn).rows
         torch.testing.assert_close(out[:, :, exact], dense(call)[:, :, exact])
-
-
-# What is exact
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
@@ -176,25 +170,19 @@ def test_the_exact_rows_follow_the_plans_other_parts(form):
     torch.testing.assert_close(found, sparse(AttentionPlan(**parts), call)[:, :, rows])
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
+def test_a_plan_that_leaves_nothing_out_is_left_alone():
+    for plan in (
         AttentionPlan(),
         plan_of(config=dataclasses.replace(RADIAL, block_size=512)),
         AttentionPlan(head_scale=torch.ones(2)),
         AttentionPlan(selection=Selection()),
-    ],
-)
-def test_a_plan_that_leaves_nothing_out_is_left_alone(plan):
-    call = call_of()
-    out = torch.full_like(call.q, torch.nan)
-    delta = handler()
-    assert delta.after(plan, call, context_of(LAYOUT), KernelResult(out)).out is out
-    assert out.isnan().all()
-    assert delta.report() is None
-
-
-# Reuse and state
+    ):
+        call = call_of()
+        out = torch.full_like(call.q, torch.nan)
+        delta = handler()
+        assert delta.after(plan, call, context_of(LAYOUT), KernelResult(out)).out is out
+        assert out.isnan().all()
+        assert delta.report() is None
 
 
 def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
@@ -213,9 +201,6 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
     torch.testing.assert_close(added[1], added[0])
     delta.reset()
     assert corrected(delta, plan, call)[1] is not None
-
-
-# Re-activation
 
 
 class Taker(RadialHandler):
@@ -313,25 +298,19 @@ def test_a_tile_that_lite_dropped_for_good_comes_back_when_probes_see_it():
         assert densities == [1.0, 0.25, 0.25, back, back]
 
 
-@pytest.mark.parametrize(
-    ("lite", "delta", "back", "densities"),
-    [
+def test_a_tile_comes_back_above_the_threshold_by_the_margin():
+    """By shares where votes are by mass, and never where it must be skipped."""
+    for lite, delta, back, densities in (
         (dict(), dict(margin=1.0), -6.0, [0.25, 0.375]),
         (dict(), dict(margin=1.0), -7.5, [0.25, 0.25]),
         (dict(), dict(margin=0.0), -7.5, [0.25, 0.375]),
         (dict(), dict(margin=3.0), -6.0, [0.25, 0.25]),
         (dict(criterion="mass", threshold=0.001), dict(), 6.0, [0.25, 0.375]),
         (dict(must_skip=(64, 80)), dict(), 6.0, [0.25, 0.25]),
-    ],
-)
-def test_a_tile_comes_back_above_the_threshold_by_the_margin(lite, delta, back, densities):
-    """By shares where votes are by mass, and never where it must be skipped."""
-    config = dataclasses.replace(LITE, **lite)
-    assert dropping_and_returning(config, DeltaAttention(stride=8, **delta), back=back)[1][2:4] == densities
-    assert dropping_and_returning(config, back=back)[1][3] == 0.25
-
-
-# Attached
+    ):
+        config = dataclasses.replace(LITE, **lite)
+        assert dropping_and_returning(config, DeltaAttention(stride=8, **delta), back=back)[1][2:4] == densities
+        assert dropping_and_returning(config, back=back)[1][3] == 0.25
 
 
 run = functools.partial(denoise, steps=3)
@@ -359,25 +338,21 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert data["probed_rows"] == probed * 0.25  # every fourth row, dense
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
+def test_every_sparse_method_can_be_corrected():
+    """With one row a group every visual row is exact, whatever the method leaves out."""
+    for method in (
         RADIAL,
         SolAttention(**ALWAYS, beta=1.5),
         SparseD(**ALWAYS, density=0.2),
         LiteAttention(**ALWAYS, threshold=1.0, allow_positive_threshold=True, detect_every=2),
-    ],
-    ids=lambda method: method.name,
-)
-def test_every_sparse_method_can_be_corrected(method):
-    """With one row a group every visual row is exact, whatever the method leaves out."""
-    transformer = tiny_transformer()
-    plain = run(transformer)
-    with dit_accel.attach(transformer, method) as attachment:
-        assert not torch.allclose(run(transformer), plain, rtol=1e-3, atol=1e-3)
-        assert attachment.report().density < 1
-    with dit_accel.attach(transformer, method, DeltaAttention(stride=1, reactivate=False)):
-        torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
+    ):
+        transformer = tiny_transformer()
+        plain = run(transformer)
+        with dit_accel.attach(transformer, method) as attachment:
+            assert not torch.allclose(run(transformer), plain, rtol=1e-3, atol=1e-3)
+            assert attachment.report().density < 1
+        with dit_accel.attach(transformer, method, DeltaAttention(stride=1, reactivate=False)):
+            torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match=r"delta.*--radial"):
         dit_accel.attach(transformer, DeltaAttention())
 

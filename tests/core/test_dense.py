@@ -117,20 +117,17 @@ def test_dense_steps_and_layers_run_by_the_loop_where_it_is_let(by_loop):
     torch.testing.assert_close(outs["auto"], outs["user"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("methods", "options", "dense"),
-    [
+def test_it_is_the_default_of_a_preset_alone():
+    for methods, options, dense in (
         ((), dict(preset="balanced"), "auto"),
         ((), {}, "auto"),
         ((SPARSE,), {}, "user"),
         ((), dict(preset="none"), "user"),
         ((), dict(preset="balanced", dense="user"), "user"),
-    ],
-)
-def test_it_is_the_default_of_a_preset_alone(methods, options, dense):
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, *methods, **options) as attachment:
-        assert attachment.engine.dense == dense
-    with pytest.raises(ConfigError, match="'auto' or 'user', got 'fast'"):
-        dit_accel.attach(transformer, *methods, **{**options, "dense": "fast"})
-    assert dit_accel.attachment_of(transformer) is None
+    ):
+        transformer = tiny_transformer()
+        with dit_accel.attach(transformer, *methods, **options) as attachment:
+            assert attachment.engine.dense == dense
+        with pytest.raises(ConfigError, match="'auto' or 'user', got 'fast'"):
+            dit_accel.attach(transformer, *methods, **{**options, "dense": "fast"})
+        assert dit_accel.attachment_of(transformer) is None

@@ -113,19 +113,16 @@ def test_the_mask_is_what_moves_in_the_models_own_prediction(transformer):
     assert entries[0]["foreground"] == [pytest.approx(float(expected.float().mean()))]
 
 
-@pytest.mark.parametrize(
-    ("options", "drawn"),
-    [
+def test_schedules(transformer):
+    for options, drawn in (
         (dict(every=3, warmup_steps=0, last_steps=0), "#..#..#."),
         (dict(every=2, warmup_steps=3, last_steps=1), "###.#.##"),
         (dict(every=100, warmup_steps=0.25, last_steps=2), "##....##"),
-    ],
-)
-def test_schedules(transformer, options, drawn):
-    config = DFA(share=0.5, **options)
-    calls, _ = steps_of(transformer, config, steps=8)
-    assert "".join("#" if call.plan.reused is None else "." for call in calls[::3]) == drawn
-    assert config.reusing(8) == {step for step, mark in enumerate(drawn) if mark == "."}
+    ):
+        config = DFA(share=0.5, **options)
+        calls, _ = steps_of(transformer, config, steps=8)
+        assert "".join("#" if call.plan.reused is None else "." for call in calls[::3]) == drawn
+        assert config.reusing(8) == {step for step, mark in enumerate(drawn) if mark == "."}
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -126,19 +126,16 @@ def test_a_declared_class_tells_by_the_place_of_a_forward_and_its_rows():
     assert running_call(Pipe(None)).classes == ()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "why"),
-    [
+def test_what_no_adapter_may_declare():
+    for wrong, why in (
         (dict(first_rows="both"), r"first_rows.*'uncond'.*'cond', got 'both'"),
         (dict(uncond_tokens="first"), r"uncond_tokens.*'all'.*'last', got 'first'"),
         (dict(branch_of={"transformer": "both"}), r"branch_of\['transformer'\].*'cond'.*'uncond', got 'both'"),
         (dict(rows={"x": -1}), r"rows\['x'\].*'each'.*None, got -1"),
         (dict(alone=("A",), own={"A": "why"}), r"guidance.*A twice"),
-    ],
-)
-def test_what_no_adapter_may_declare(wrong, why):
-    with pytest.raises(ConfigError, match=why):
-        Guidance(**wrong)
+    ):
+        with pytest.raises(ConfigError, match=why):
+            Guidance(**wrong)
 
 
 def test_rows_lie_where_the_adapter_says():

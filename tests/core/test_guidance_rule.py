@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from dit_accel import NAG, SEG, ConfigError, SoftPAG
 from dit_accel.adapters.installed import adapter_for
@@ -23,19 +21,6 @@ from dit_accel.plan.call import Call
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.rules.guidance import added, normalized
-from dit_accel.rules.steps import is_short, window
-
-
-@given(start=st.integers(0, 99), length=st.integers(1, 100), steps=st.integers(1, 100))
-@example(start=1, length=19, steps=8)  # empty in diffusers' guiders
-@example(start=7, length=93, steps=100)
-@example(start=99, length=1, steps=4)
-def test_the_steps_of_a_window_and_the_next_one_where_none_is_inside(start, length, steps):
-    stop = min(100, start + length)
-    inside = [step for step in range(steps) if start * steps <= 100 * step < stop * steps]
-    later = [step for step in range(steps) if 100 * step >= start * steps]
-    assert list(window(start / 100, stop / 100, steps)) == (inside or later[:1] or [steps - 1])
-    assert is_short(start / 100, stop / 100, steps) == ((stop - start) * steps < 100)
 
 
 def test_what_is_added():
@@ -55,19 +40,17 @@ def test_rescaling_gives_the_conditional_deviation_back():
         torch.testing.assert_close(made, expected)
 
 
-@pytest.mark.parametrize(
-    ("scale", "tau", "alpha"), [(11.0, 1.5, 1.0), (11.0, 1.5, 0.7), (1.2, 1e9, 0.25), (1.0, 1.0, 0.7)]
-)
-def test_normalized_is_the_formula_and_leaves_zeros_alone(scale, tau, alpha):
-    positive, negative = torch.randn(2, 3, 5, 8, dtype=torch.float64)
-    positive[0, 0] = 0
-    assert normalized(positive.bfloat16(), negative.bfloat16(), scale, tau, alpha).dtype == torch.float32
-    led = normalized(positive, negative, scale, tau, alpha)
-    for z, minus, out in zip(positive.flatten(0, 1), negative.flatten(0, 1), led.flatten(0, 1), strict=True):
-        guided = scale * z - (scale - 1) * minus
-        longest = tau * z.abs().sum()
-        guided = guided * min(1.0, float(longest / guided.abs().sum())) if longest else z
-        torch.testing.assert_close(out, alpha * guided + (1 - alpha) * z)
+def test_normalized_is_the_formula_and_leaves_zeros_alone():
+    for scale, tau, alpha in ((11.0, 1.5, 1.0), (11.0, 1.5, 0.7), (1.2, 1e9, 0.25), (1.0, 1.0, 0.7)):
+        positive, negative = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+        positive[0, 0] = 0
+        assert normalized(positive.bfloat16(), negative.bfloat16(), scale, tau, alpha).dtype == torch.float32
+        led = normalized(positive, negative, scale, tau, alpha)
+        for z, minus, out in zip(positive.flatten(0, 1), negative.flatten(0, 1), led.flatten(0, 1), strict=True):
+            guided = scale * z - (scale - 1) * minus
+            longest = tau * z.abs().sum()
+            guided = guided * min(1.0, float(longest / guided.abs().sum())) if longest else z
+            torch.testing.assert_close(out, alpha * guided + (1 - alpha) * z)
 
 
 LAYOUT = TokenLayout(frames=2, height=3, width=4, text_before=1, text_after=2)
@@ -159,9 +142,8 @@ def read(specs, **published):
     return read_heads(specs, STACKS, "softpag.heads", published)
 
 
-@pytest.mark.parametrize(
-    ("specs", "expected"),
-    [
+def test_specs_name_heads():
+    for specs, expected in (
         ("L3H1", {3: (1,)}),
         ("L3H1, L3H0", {3: (0, 1)}),
         (("L3H1", "L0"), {0: ALL, 3: (1,)}),
@@ -174,15 +156,12 @@ def read(specs, **published):
         ("golden", {2: (3,), 14: (0,)}),
         ("", {}),
         ((), {}),
-    ],
-)
-def test_specs_name_heads(specs, expected):
-    assert read(specs, golden=("L14H0", "L2H3")) == expected
+    ):
+        assert read(specs, golden=("L14H0", "L2H3")) == expected
 
 
-@pytest.mark.parametrize(
-    ("specs", "text"),
-    [
+def test_what_is_not_there_is_refused_with_the_counts():
+    for specs, text in (
         ("L15", r"softpag\.heads 'L15'.*layers 0 to 14"),
         ("L2-1", "layers 0 to 14"),
         ("transformer_blocks.L3", r"transformer_blocks.*layers 0 to 2"),
@@ -193,11 +172,9 @@ def test_specs_name_heads(specs, expected):
         ("gold", r"'gold'.*L3H1 \(a head\).*'golden'"),
         ("3:1", r"'3:1'.*L3H1"),
         ("none.json", r"none\.json: No such file"),
-    ],
-)
-def test_what_is_not_there_is_refused_with_the_counts(specs, text):
-    with pytest.raises(ConfigError, match=text):
-        read(specs, golden=("L14H0",))
+    ):
+        with pytest.raises(ConfigError, match=text):
+            read(specs, golden=("L14H0",))
 
 
 def test_files_hold_lists(tmp_path):

@@ -291,9 +291,8 @@ def test_a_thresholds_file_survives_writing_and_sets_each_vote(tmp_path):
         LiteHandler(LiteAttention(thresholds_file=str(path)), MODEL)
 
 
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
+def test_what_is_no_thresholds_file_is_refused(tmp_path):
+    for text, error in (
         (None, r"\(No such file.*tune lite"),
         ("a = = b", "TOML"),
         ("version = 2", r"version 2.*version 1"),
@@ -302,15 +301,13 @@ def test_a_thresholds_file_survives_writing_and_sets_each_vote(tmp_path):
         (("maxgap", 1, "transformer=[[1.0]]"), r"lite.*layer 0.*< 0 .*got 1\.0"),
         (("sum", 1, "transformer=[[-1.0]]"), r"lite.*'maxgap'.*'mass'.*'sum'"),
         (("mass", 1, ""), r"layer.*got none"),
-    ],
-)
-def test_what_is_no_thresholds_file_is_refused(tmp_path, text, error):
-    path = tmp_path / "lite.toml"
-    if isinstance(text, tuple):
-        criterion, steps, table = text
-        head = f"version = 1\nmodel='m'\ncriterion='{criterion}'\nnum_inference_steps={steps}\n"
-        text = f"{head}[thresholds]\n{table}"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ConfigError, match=error):
-        read_thresholds(path)
+    ):
+        path = tmp_path / "lite.toml"
+        if isinstance(text, tuple):
+            criterion, steps, table = text
+            head = f"version = 1\nmodel='m'\ncriterion='{criterion}'\nnum_inference_steps={steps}\n"
+            text = f"{head}[thresholds]\n{table}"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=error):
+            read_thresholds(path)

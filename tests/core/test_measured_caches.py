@@ -17,8 +17,6 @@ from dit_accel.methods.caches.sea import filtered, on_grid
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.rules.forecast import taylor
 
-# EasyCache.
-
 GENERATOR = torch.Generator().manual_seed(0)
 WALK = [torch.randn(1, 4, 3, generator=GENERATOR).cumsum(0) for _ in range(20)]
 for _index in range(1, 20):
@@ -93,27 +91,23 @@ def flow(step):
     return 1 - step / 20
 
 
-@pytest.mark.parametrize(
-    ("noise", "sigma", "place"),
-    [
+def test_the_rule_of_a_bounded_error():
+    for noise, sigma, place in (
         ("none", lambda step: None, lambda step: step),
         ("flow", flow, lambda step: math.log((1 - flow(step)) / flow(step)) if step else -7.0),
         ("exploding", lambda step: 20 * flow(step), lambda step: -math.log(20 * flow(step))),
-    ],
-    ids=["steps", "flow", "noise over signal"],
-)
-def test_the_rule_of_a_bounded_error(noise, sigma, place):
-    for error in (0.05, 0.2):
-        drawn, values = easy_error_by_hand(error, 4, 20, place)
-        driven = Driven(EasyCache(error=error, warmup_steps=4, predictor="taylor"), sines)
-        for step in range(20):
-            for branch in ("cond", "uncond"):
-                driven.forward(step, WALK[step], branch, steps=20, sigma=sigma(step), noise=noise)
-        assert driven.drawn(steps=20) == driven.drawn("uncond", steps=20) == drawn
-        assert 0 < drawn.count(".") < 16
-        assert values_of(driven) == pytest.approx(values, rel=1e-4)
-        assert driven.handler.report().data["threshold"] == error
-        assert driven.handler.state_bytes() == 2 * 2 * 12 * 4 + 2 * 4  # two residuals of two branches, two numbers
+    ):
+        for error in (0.05, 0.2):
+            drawn, values = easy_error_by_hand(error, 4, 20, place)
+            driven = Driven(EasyCache(error=error, warmup_steps=4, predictor="taylor"), sines)
+            for step in range(20):
+                for branch in ("cond", "uncond"):
+                    driven.forward(step, WALK[step], branch, steps=20, sigma=sigma(step), noise=noise)
+            assert driven.drawn(steps=20) == driven.drawn("uncond", steps=20) == drawn
+            assert 0 < drawn.count(".") < 16
+            assert values_of(driven) == pytest.approx(values, rel=1e-4)
+            assert driven.handler.report().data["threshold"] == error
+            assert driven.handler.state_bytes() == 2 * 2 * 12 * 4 + 2 * 4  # two residuals of two branches, two numbers
     assert Driven(EasyCache(error=0.1), line, recipe={"threshold": 0.2}).handler.threshold() == 0.1
 
 
@@ -135,8 +129,6 @@ def test_sizes_are_means_of_absolute_values_in_float32():
     assert mean_size(torch.tensor([1.0, -3.0], dtype=torch.float64)).dtype == torch.float64
     assert mean_size(torch.tensor([1.0, -3.0]), spent=True) == 2
 
-
-# SeaCache.
 
 STEPS = 14
 

@@ -4,10 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "mutants"))
-from mutants_run import score
 from mutations import mutated, mutations_of
 
 TEXT = '''"""A module of 3 lines."""
@@ -54,12 +51,3 @@ def test_each_defect_is_where_it_says_and_nothing_else_changes():
         after = one.after if one.after == "pass" else f"({one.after})"
         assert " ".join(text.replace(after, one.before, 1).split()) == " ".join(TEXT.split())
     assert mutations_of("a.py", "@triton.jit\ndef kernel(x):\n    return x + 1\n") == []
-
-
-@pytest.mark.parametrize(("ends", "share"), [("passed", 0.0), ("failed", 1.0), ("hung", 1.0)])
-def test_equivalent_defects_do_not_count_and_survivors_are_named(ends, share):
-    one, other, *_ = mutations_of("a.py", TEXT)
-    outcomes = {one.key: {"end": ends, "tests": 3}, other.key: {"end": "passed", "tests": 2}}
-    kept = score([one, other], outcomes, {other.key: "nobody reads it"})
-    assert (kept["drawn"], kept["equivalent"], kept["share"]) == (2, 1, share)
-    assert kept["survivors"] == ([{"line": 3, "defect": one.key, "tests": 3}] if ends == "passed" else [])

@@ -155,9 +155,8 @@ def test_models_whose_text_can_t_be_told_are_refused_with_the_reason():
         estimate(dataclasses.replace(wan, cross_attention=None), wan.families[0], methods=[NAG()])
 
 
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
+def test_adapters_that_describe_it_wrongly():
+    for make, text in (
         (lambda: CrossAttention(modules="attn2"), r"modules.*got 'attn2'.*\(entry,\)"),
         (lambda: Adapter(**ANY, cross_attention=("attn2",)), r"cross_attention.*CrossAttention"),
         (lambda: JoinedText(place="in front"), r"place.*'before'.*'after', got 'in front'"),
@@ -166,11 +165,9 @@ def test_models_whose_text_can_t_be_told_are_refused_with_the_reason():
             lambda: CrossAttention(modules=("blocks.*.text",)).found(tiny_transformer()),
             r"\.text.*WanTransformer3DModel",
         ),
-    ],
-)
-def test_adapters_that_describe_it_wrongly(make, text):
-    with pytest.raises(ConfigError, match=text):
-        make()
+    ):
+        with pytest.raises(ConfigError, match=text):
+            make()
 
 
 def test_a_run_that_guides_nothing_is_told(transformer):

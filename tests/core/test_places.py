@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from some_cases import some
 from torch._dynamo.utils import counters
-from wan_tiny import tiny_transformer
+from wan_tiny import RADIAL, tiny_transformer
 
 import dit_accel
 from dit_accel import AttachError, ConfigError, RadialAttention, RoPE
@@ -29,7 +29,6 @@ from dit_accel.methods import (
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 
-RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 WAN = adapter_for("WanTransformer3DModel")
 
 

@@ -43,9 +43,6 @@ def merged(one: int, other: int) -> int:
     return POOLED if POOLED in (one, other) else SKIPPED
 
 
-# Tiles
-
-
 @given(
     seeds=st.tuples(st.integers(0, 999), st.integers(0, 999)), groups=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)])
 )
@@ -93,9 +90,6 @@ def test_lists_of_other_tiles_or_another_order_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             AttentionPlan().with_tiles(tiles, order).with_tiles(others, another)
-
-
-# Selections
 
 
 def test_tiles_stay_where_every_method_keeps_them_or_any_pins_them():
@@ -152,9 +146,6 @@ def test_what_selects_tiles_needs_them_and_what_a_call_takes_once_is_refused_twi
                 verb(once)
 
 
-# Scales and mixes
-
-
 def test_scales_multiply():
     one, other = torch.tensor([0.5, 2.0]), torch.tensor([[3.0, 1.0], [1.0, 0.25]])
     assert AttentionPlan().scale(one).head_scale is one
@@ -179,9 +170,6 @@ def test_mixes_touch_the_same_tokens():
     for mixed, other in ((plan, None), (plan, ~rows), (AttentionPlan().mix(mix), rows)):
         with pytest.raises(ConfigError, match="plan mixes V"):
             mixed.mix(mix, other)
-
-
-# What a plan comes to
 
 
 def test_which_plans_need_a_kernel_and_which_leave_nothing_out():

@@ -67,27 +67,24 @@ def test_reused_rows_follow_a_list_for_each_prompt(prompts, tiled, backend):
     assert torch.equal(held, reused.reused.out)
 
 
-@pytest.mark.parametrize(
-    ("plan", "where"),
-    [
+def test_rows_of_a_batch_see_keys_of_their_own():
+    """Keys of each prompt, as a plan gives them, or of each row, as a call's mask does."""
+    for plan, where in (
         (AttentionPlan(), "keys"),
         (full(), "keys"),
         (full(), "mask"),
         (full(), "wide mask"),
         (AttentionPlan(), "wide mask"),
-    ],
-)
-def test_rows_of_a_batch_see_keys_of_their_own(plan, where):
-    """Keys of each prompt, as a plan gives them, or of each row, as a call's mask does."""
-    q, k, v = torch.randn(3, 4, HEADS, TOKENS, 8, dtype=torch.float64)
-    keys, rows = torch.rand(2 if where == "keys" else 4, TOKENS) < 0.5, (torch.tensor([1, 4]), torch.tensor([7]))
-    mask = {"keys": None, "mask": keys, "wide mask": keys[:, None, None]}[where]
-    reused = ReusedRows(rows=rows, out=torch.zeros_like(q), keys=keys if where == "keys" else None)
-    out = run(plan.reuse_rows(reused), q, k, v, mask=mask)
-    expected = F.scaled_dot_product_attention(q, k, v, keys.repeat(4 // len(keys), 1)[:, None, None])
-    for row in range(4):
-        listed = rows[row % 2]
-        torch.testing.assert_close(out[row, :, listed], expected[row, :, listed])
+    ):
+        q, k, v = torch.randn(3, 4, HEADS, TOKENS, 8, dtype=torch.float64)
+        keys, rows = torch.rand(2 if where == "keys" else 4, TOKENS) < 0.5, (torch.tensor([1, 4]), torch.tensor([7]))
+        mask = {"keys": None, "mask": keys, "wide mask": keys[:, None, None]}[where]
+        reused = ReusedRows(rows=rows, out=torch.zeros_like(q), keys=keys if where == "keys" else None)
+        out = run(plan.reuse_rows(reused), q, k, v, mask=mask)
+        expected = F.scaled_dot_product_attention(q, k, v, keys.repeat(4 // len(keys), 1)[:, None, None])
+        for row in range(4):
+            listed = rows[row % 2]
+            torch.testing.assert_close(out[row, :, listed], expected[row, :, listed])
 
 
 def test_rows_are_reused_once_and_not_where_all_are_asked_for():
@@ -159,16 +156,13 @@ def test_all_rows_or_none_take_a_plan_whole():
     assert not plan.reuse_rows(ReusedRows(rows=(torch.arange(3),), out=call.q)).is_plain
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
+def test_what_all_rows_of_a_call_share_is_refused():
+    for change, part in (
         (lambda plan: plan.centre_keys(torch.zeros(2, 2, 1, 8)), "key mean"),
         (lambda plan: plan.vote(Vote(criterion="maxgap", threshold=-3.0)), "vote"),
         (lambda plan: plan.narrow(keep=kept(1), rest="pooled"), "rest"),
         (lambda plan: plan.narrow(pinned=torch.zeros(6, 1, dtype=torch.int32)), "pinned"),
-    ],
-)
-def test_what_all_rows_of_a_call_share_is_refused(change, part):
-    plan = AttentionPlan(tiles=FULL, selection=Selection(keep=kept(2)))
-    with pytest.raises(ConfigError, match=rf"one {part} for"):
-        with_rows_apart(plan, change(plan), SECOND, random_call(LAYOUT, "bhsd"))
+    ):
+        plan = AttentionPlan(tiles=FULL, selection=Selection(keep=kept(2)))
+        with pytest.raises(ConfigError, match=rf"one {part} for"):
+            with_rows_apart(plan, change(plan), SECOND, random_call(LAYOUT, "bhsd"))

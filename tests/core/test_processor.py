@@ -13,6 +13,7 @@ from dit_accel_kernels import TileLists, block_sparse_attention
 from one_layer import MODEL, OneLayer
 from tiny_models import MODELS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from wan_tiny import RADIAL
 
 import dit_accel
 from dit_accel import ConfigError
@@ -176,10 +177,9 @@ def test_a_processor_kept_by_others_is_a_plain_one_after_detach():
     """diffusers keeps the processors that fused ones replace, and puts them back when told to."""
     tiny = MODELS["cogvideox"][1]
     model, inputs = tiny.transformer(**tiny.config).eval(), tiny.inputs(1)
-    method = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
     with torch.no_grad():
         plain = model(**inputs).sample
-        attachment = dit_accel.attach(model, method)
+        attachment = dit_accel.attach(model, RADIAL)
         assert not torch.equal(model(**inputs).sample, plain)
         model.fuse_qkv_projections()
         attachment.detach()

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import AttachError, ConfigError, MissingBackend, RadialAttention
 from dit_accel.public import HOMES
-
-RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
 
 def test_public_names_are_those_of_the_stub_and_typos_are_not_swallowed():

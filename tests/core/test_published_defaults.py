@@ -4,14 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.attention.sparsed import SparseD
 from dit_accel.methods.registry import methods
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.rules.rotary_frequencies import edited, frequencies
 
 DOCS = Path(__file__).parents[2] / "docs"
 SPARSE = {"block_size": 128, "dense_last_steps": 0, "dense_layers": 1}
@@ -109,12 +107,3 @@ def test_the_docstring_has_the_range_of_the_table():
 @pytest.mark.parametrize(("tiles", "density", "kept"), [(10, 0.3, 3), (10, 0.31, 4), (591, 0.3, 178), (3, 0.01, 1)])
 def test_sparsed_keeps_a_share_rounded_up(tiles, density, kept):
     assert SparseD(density=density, block_size=16).filled().kept_tiles(tiles) == kept
-
-
-def test_qwen_images_periods_under_ultraimage():
-    """Our rule is the paper's; the released code's is what the page says of it."""
-    own = frequencies(56, 10000.0)
-    new = edited("ultraimage", own, trained=83, length=256, indices=(8, 9))
-    assert (2 * np.pi / new[[8, 9]]).round().tolist() == [256, 256]
-    assert (2 * np.pi / own[[8, 9]] * 4096 / 1328).round().tolist() == [269, 374]
-    assert all(text in " ".join(PAGE.split()) for text in ("periods of 256 and 256 tokens", "gives 269 and 374"))

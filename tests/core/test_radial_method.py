@@ -125,15 +125,6 @@ def test_advice_names_what_does_not_fit():
         config.advice(layout_of((4, 1, 5)))
 
 
-def test_dense_steps_and_layers():
-    config = RadialAttention(dense_steps=2, dense_last_steps=1, dense_layers=1).filled()
-    assert [config.is_dense(step, 6, 3) for step in range(6)] == [True, True, False, False, False, True]
-    assert [config.is_dense(3, 6, layer) for layer in range(3)] == [True, False, False]
-    assert not RadialAttention(dense_steps=0, dense_layers=0).filled().is_dense(0, None, 0)
-    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1.*last_steps to 0"):
-        config.is_dense(3, None, 3)
-
-
 @pytest.mark.parametrize("options", [{}, {"order": "tiles"}, {"sink": True, "order": "tiles"}])
 def test_the_lists_mean_what_the_order_says(options):
     """Attention by list and order equals masked attention in the sequence's own order."""

@@ -211,19 +211,6 @@ def test_the_commands_show_the_same_table_and_json(monkeypatch):
     assert "predicted" not in options
 
 
-def test_what_cannot_be_recommended_is_one_line():
-    for words, message in (
-        ("", "recommend needs a model, got none; give --family"),
-        ("--family owner/name", "no model family is called 'owner/name'"),
-        ("--family flux.1-dev --num-frames 9", "flux.1-dev makes images, got num_frames 9"),
-        ("--family wan2.1-14b --hardware rtx4090", "did you mean 'rtx-4090'?"),
-        ("--model no/folder/here", "'no/folder/here' is neither a folder nor a hub id"),
-    ):
-        result = run("recommend", *words.split())
-        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-        assert message in result.stderr
-
-
 def test_describe_leads_with_the_recommendation():
     transformer = tiny_transformer()
     description = dit_accel.describe(transformer)

@@ -8,7 +8,6 @@ import pytest
 from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.cli import installed_commands
 from dit_accel.methods import registry
 from dit_accel.methods.base import Handler, Phase
 from dit_accel.methods.config import MethodConfig
@@ -86,19 +85,16 @@ def test_an_adapter_stands_in_the_place_of_an_installed_one_where_that_is_said(n
 WAN, RADIAL = "dit_accel_pipelines.families.wan", "dit_accel.methods.attention.radial"
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_an_entry_point_that_gives_no_adapters_is_named(install):
+    for value, message in (
         (f"{WAN}:WAN", rf"'{WAN}:WAN'.*dit_accel\.adapters.*got Adapter.*ADAPTERS = \(MY_ADAPTER,\)"),
         (f"{WAN}:__name__", "adapters, got str"),
         (f"{WAN}:NONE", r"wan:NONE'.*'NONE'"),
         ("dit_accel_nowhere:ADAPTERS", r"module named 'dit_accel_nowhere'.*adapters"),
-    ],
-)
-def test_an_entry_point_that_gives_no_adapters_is_named(install, value, message):
-    install(ADAPTERS, value)
-    with pytest.raises(ConfigError, match=message):
-        installed.adapters()
+    ):
+        install(ADAPTERS, value)
+        with pytest.raises(ConfigError, match=message):
+            installed.adapters()
 
 
 def test_a_stranger_says_why_a_class_is_not_supported(install):
@@ -144,26 +140,18 @@ def test_a_stranger_adds_a_method(install):
     assert phases == sorted(phases)
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "message"),
-    [
+def test_an_entry_point_that_gives_no_method_or_a_doubled_one_is_named(install):
+    for name, given, message in (
         ("radial", f"{RADIAL}:RadialHandler", r"method 'radial'.*twice.*dit_accel\.methods.*:RadialHandler"),
         ("mine", f"{RADIAL}:Nothing", r"mine = '.*' of dit_accel\.methods.*'Nothing'"),
         ("mine", "dit_accel_nowhere:Mine", r"module named 'dit_accel_nowhere'.*handler"),
         ("mine", Mine, r"mine = .*handler type, got <class .*Mine'>.*dit_accel\.methods\.Handler"),
         ("mine", Handler, r"gives Handler.*config_type.*name = 'mine'"),
         ("mine", f"{RADIAL}:RadialHandler", r"gives RadialHandler.*config_type.*name = 'mine'"),
-    ],
-)
-def test_an_entry_point_that_gives_no_method_or_a_doubled_one_is_named(install, name, given, message):
-    install(registry.METHOD_GROUP, given, name)
-    with pytest.raises(ConfigError, match=message):
-        registry.handlers()
-
-
-def test_entry_points_are_installed():
-    assert isinstance(next(iter(installed.entry_points(group=ADAPTERS))), EntryPoint)
-    assert "generate" in installed_commands.commands()
+    ):
+        install(registry.METHOD_GROUP, given, name)
+        with pytest.raises(ConfigError, match=message):
+            registry.handlers()
 
 
 def test_a_method_of_a_script_is_known_to_its_process_until_a_cell_runs_again():

@@ -128,9 +128,8 @@ def test_axes_change_alone():
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(outs[:4], 2))
 
 
-@pytest.mark.parametrize(
-    ("name", "number", "options", "message"),
-    [
+def test_honest_limits():
+    for name, number, options, message in (
         ("sd3", 0, {}, r"rope.*sd3.*SD3"),
         ("cogvideox", 0, {}, r"cogvideox .*sinusoidal.*CogVideoX-2B"),
         ("cogvideox", 1, dict(axes=("height",)), r"cogvideox .*along height"),
@@ -140,28 +139,24 @@ def test_axes_change_alone():
         ("mochi", 0, dict(kind="ntk"), r"'ntk'.*mochi"),
         ("ltx", 0, dict(kind="yarn"), r"'yarn'.*ltx.*'pi'$"),
         ("flux", 0, dict(axes=("frames",)), r"flux.*height, width, not 'frames'"),
-    ],
-)
-def test_honest_limits(name, number, options, message):
-    transformer = tiny(name, number).transformer
-    with pytest.raises(ConfigError, match=message):
-        dit_accel.attach(transformer, RoPE(**{**EVERY, **options}))
-    if not options and name != "mochi":
-        (described,) = dit_accel.describe(transformer).transformers
-        assert not {"rope", "ultraimage"} & {*described.methods}
-        assert "positions" in described.refused["rope"]
+    ):
+        transformer = tiny(name, number).transformer
+        with pytest.raises(ConfigError, match=message):
+            dit_accel.attach(transformer, RoPE(**{**EVERY, **options}))
+        if not options and name != "mochi":
+            (described,) = dit_accel.describe(transformer).transformers
+            assert not {"rope", "ultraimage"} & {*described.methods}
+            assert "positions" in described.refused["rope"]
 
 
-@pytest.mark.parametrize(
-    "method", [RoPE(kind="pi", trained_frames=2), UltraViCo(trained_frames=2), LVSA(trained_frames=2, window=0)]
-)
-def test_tables_have_an_end(method):
-    transformer = tiny_transformer(rope_max_seq_len=8)
-    with dit_accel.attach(transformer, method):
-        for _ in range(2):
-            denoise(transformer, 1, frames=8)
-            with pytest.raises(ConfigError, match=r"wan.*8 tokens.*frames, got 9"):
-                denoise(transformer, 1, frames=9)
+def test_tables_have_an_end():
+    for method in (RoPE(kind="pi", trained_frames=2), UltraViCo(trained_frames=2), LVSA(trained_frames=2, window=0)):
+        transformer = tiny_transformer(rope_max_seq_len=8)
+        with dit_accel.attach(transformer, method):
+            for _ in range(2):
+                denoise(transformer, 1, frames=8)
+                with pytest.raises(ConfigError, match=r"wan.*8 tokens.*frames, got 9"):
+                    denoise(transformer, 1, frames=9)
 
 
 def test_methods_beside_it():
@@ -287,9 +282,8 @@ def test_options_at_their_bounds():
         assert np.isfinite(longer(kind, 2, 100.0, trained=4, length=8)).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
+def test_bad_options_are_refused():
+    for kind, options, message in (
         ("rifelx", {}, r"'rifelx'.*'riflex'\?"),
         ("pi", dict(period=3), r"'pi'.*got period=3;"),
         ("ntk", dict(turn=0.9), r"'ntk'.*no turn"),
@@ -306,10 +300,8 @@ def test_options_at_their_bounds():
         ("none", dict(dim=3), "got dim=3"),
         ("none", dict(theta=1.0), r"above 1, got theta=1\.0"),
         ("none", dict(exponents=[0.0]), r"dim=16.*8 frequencies, got 1 exponents"),
-    ],
-)
-def test_bad_options_are_refused(kind, options, message):
-    options = {"trained": 4, "length": 8, **options}
-    axis = {name: options.pop(name) for name in ("dim", "theta", "exponents") if name in options}
-    with pytest.raises(ConfigError, match=message):
-        edited(kind, frequencies(**{"dim": 16, "theta": 256.0, **axis}), **options)
+    ):
+        options = {"trained": 4, "length": 8, **options}
+        axis = {name: options.pop(name) for name in ("dim", "theta", "exponents") if name in options}
+        with pytest.raises(ConfigError, match=message):
+            edited(kind, frequencies(**{"dim": 16, "theta": 256.0, **axis}), **options)

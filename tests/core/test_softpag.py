@@ -132,20 +132,17 @@ def test_the_report_tells_what_was_added(transformer):
         assert all(0 < value < 1 for value in data["distance"].values())
 
 
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
+def test_what_the_model_does_not_have_is_refused(transformer):
+    for config, text in (
         (SoftPAG(), r"softpag\.heads.*published.*a wan"),
         (SLG(), r"slg\.layers.*published"),
         (SoftPAG(heads="L1H2"), r"3 attention layers.*heads 0 to 1"),
         (SoftPAG(heads="blocks.1.attn2"), r"blocks\.1\.attn2.*cross-attention"),
         (SLG(layers="L1H0"), r"slg\.layers.*heads \[0\] of layer 1"),
-    ],
-)
-def test_what_the_model_does_not_have_is_refused(transformer, config, text):
-    with pytest.raises(ConfigError, match=text):
-        dit_accel.attach(transformer, config)
-    assert dit_accel.attachment_of(transformer) is None
+    ):
+        with pytest.raises(ConfigError, match=text):
+            dit_accel.attach(transformer, config)
+        assert dit_accel.attachment_of(transformer) is None
 
 
 def test_two_perturbations_and_a_choice_of_layers_are_refused(transformer):

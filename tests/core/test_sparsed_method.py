@@ -71,9 +71,6 @@ def tile_sums(p: torch.Tensor, block: int = 16) -> torch.Tensor:
     return p.unflatten(-1, (-1, block)).sum(-1).unflatten(2, (-1, block)).sum(3)
 
 
-# What is chosen
-
-
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_head_and_block_row_keeps_its_heaviest_visual_tiles(form, masked):
@@ -118,20 +115,15 @@ def test_the_choice_is_of_candidates_heaviest_first_as_many_as_asked_or_as_reach
         assert torch.equal(counts > 0, possible > 0)
 
 
-@pytest.mark.parametrize(
-    ("density", "tiles", "kept"), [(0.3, 10, 3), (0.1, 30, 3), (0.31, 10, 4), (1, 7, 7), (1e-9, 7, 1)]
-)
-def test_the_number_of_tiles_is_the_share_rounded_up(density, tiles, kept):
-    assert SparseD(density=density).filled().kept_tiles(tiles) == kept
-    layout, made = TokenLayout(frames=tiles, height=4, width=4), handler(SparseD(density=density, block_size=16))
-    saving = made.estimate(layout, 8).tiles
-    assert saving.tiles == tiles
-    assert saving.keep(np.ones((tiles, tiles))).sum() == pytest.approx(kept * tiles)
-    plan = planned(made, call_of(layout), layout=layout)
-    assert torch.equal(count_bits(plan.selection.keep), torch.full((2, 2, tiles), kept))
-
-
-# Meeting the other methods
+def test_the_number_of_tiles_is_the_share_rounded_up():
+    for density, tiles, kept in ((0.3, 10, 3), (0.1, 30, 3), (0.31, 10, 4), (1, 7, 7), (1e-9, 7, 1)):
+        assert SparseD(density=density).filled().kept_tiles(tiles) == kept
+        layout, made = TokenLayout(frames=tiles, height=4, width=4), handler(SparseD(density=density, block_size=16))
+        saving = made.estimate(layout, 8).tiles
+        assert saving.tiles == tiles
+        assert saving.keep(np.ones((tiles, tiles))).sum() == pytest.approx(kept * tiles)
+        plan = planned(made, call_of(layout), layout=layout)
+        assert torch.equal(count_bits(plan.selection.keep), torch.full((2, 2, tiles), kept))
 
 
 def test_it_chooses_among_the_tiles_that_a_list_keeps():
@@ -166,9 +158,6 @@ def test_bits_and_pins_of_others_are_kept():
     assert torch.equal(both.selection.keep, alone.selection.keep & theirs)
     assert torch.equal(both.selection.pinned, alone.selection.pinned | pins)
     assert both.selection.reverse
-
-
-# Attached
 
 
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
@@ -239,9 +228,6 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
     assert torch.equal(*results)
 
 
-# Config
-
-
 def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives_way_to_mass():
     recipe = {"density": 0.5, "block_size": 64}
     assert SparseD().filled().to_dict().items() >= dict(SparseD.defaults).items()
@@ -252,12 +238,10 @@ def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives
         SparseD().filled({"mass": 0.9})
 
 
-@pytest.mark.parametrize(
-    ("options", "size", "text"), [({"density": 1}, (9, 16, 16), "18 tiles"), ({}, (9, 16, 16), "20000.*2304")]
-)
-def test_advice_names_what_does_not_fit(options, size, text):
-    assert re.search(text, SparseD(**options).filled().advice(layout_of(size)))
-    assert SparseD().filled().advice(layout_of((21, 45, 80))) is None
+def test_advice_names_what_does_not_fit():
+    for options, size, text in (({"density": 1}, (9, 16, 16), "18 tiles"), ({}, (9, 16, 16), "20000.*2304")):
+        assert re.search(text, SparseD(**options).filled().advice(layout_of(size)))
+        assert SparseD().filled().advice(layout_of((21, 45, 80))) is None
 
 
 def test_what_the_data_decide_is_not_counted_and_the_plan_says_so():

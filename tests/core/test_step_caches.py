@@ -41,9 +41,8 @@ def cache(**options):
 THIRDS = StaticCache(compute_at=(0.0, 1 / 3, 1.0))
 
 
-@pytest.mark.parametrize(
-    ("options", "drawn", "measured"),
-    [
+def test_guards():
+    for options, drawn, measured in (
         (dict(), "#.........", "##........"),
         (dict(warmup_steps=0.25), "###.......", "###......."),
         (dict(last_steps=2), "#.......##", "##......##"),
@@ -53,21 +52,18 @@ THIRDS = StaticCache(compute_at=(0.0, 1 / 3, 1.0))
         (dict(warmup_steps=4, max_consecutive=3, growing=True, last_steps=1), "####.#..##", "####.#..##"),
         (dict(warmup_steps=2, max_consecutive=3, last_steps=1), "##...#...#", "##...#...#"),
         (dict(min_steps=11), "##########", "##########"),
-    ],
-)
-def test_guards(options, drawn, measured):
-    driven = Driven(cache(**options), line)
-    run_through(driven, still)
-    assert driven.drawn() == drawn
-    assert driven.handler.settings.skipped_steps(10) == places(drawn)
-    forever = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
-    run_through(forever, rising)
-    assert forever.drawn() == measured  # a rate takes two computed steps
+    ):
+        driven = Driven(cache(**options), line)
+        run_through(driven, still)
+        assert driven.drawn() == drawn
+        assert driven.handler.settings.skipped_steps(10) == places(drawn)
+        forever = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
+        run_through(forever, rising)
+        assert forever.drawn() == measured  # a rate takes two computed steps
 
 
-@pytest.mark.parametrize(
-    ("config", "drawn"),
-    [
+def test_lists_decide_which_steps_are_computed():
+    for config, drawn in (
         (StaticCache(), "##.#.#.#.##"),
         (StaticCache(every=5, **EVERY), "#....#....#"),
         (StaticCache(every=5, warmup_steps=3, last_steps=0), "###....#..."),
@@ -77,13 +73,11 @@ def test_guards(options, drawn, measured):
         (cache(compute_at=(1 / 3, 1.0)), "#..#......#"),
         (THIRDS, "#........#.................#"),
         (THIRDS, "#"),
-    ],
-)
-def test_lists_decide_which_steps_are_computed(config, drawn):
-    driven, steps = Driven(config, line), len(drawn)
-    run_through(driven, still, steps=steps)
-    assert driven.drawn(steps=steps) == drawn
-    assert driven.handler.settings.skipped_steps(steps) == places(drawn)
+    ):
+        driven, steps = Driven(config, line), len(drawn)
+        run_through(driven, still, steps=steps)
+        assert driven.drawn(steps=steps) == drawn
+        assert driven.handler.settings.skipped_steps(steps) == places(drawn)
 
 
 def test_the_first_branch_of_a_step_decides_for_all():

@@ -151,22 +151,19 @@ def test_the_correction_is_that_of_rope(name):
     assert not torch.equal(case.run(inputs), outs[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
+def test_honest_limits():
+    for name, message in (
         ("sd3", r"sd3.*ultraimage\.correct = false"),
         ("mochi", r"'ultraimage'.*mochi"),
         ("hunyuan-dit", r"along height.*ultraimage\.correct = false"),
-    ],
-)
-def test_honest_limits(name, message):
-    case = Case(BY_NAME[name], tiny_models.MODELS[name][0])
-    with pytest.raises(ConfigError, match=message):
-        dit_accel.attach(case.transformer, UltraImage(**SIZE))
-    inputs = case.inputs(1)
-    plain = case.run(inputs, 1)
-    with dit_accel.attach(case.transformer, dataclasses.replace(HEADS, focus_max=2.0)):
-        assert not torch.equal(case.run_after(1, inputs), plain)
+    ):
+        case = Case(BY_NAME[name], tiny_models.MODELS[name][0])
+        with pytest.raises(ConfigError, match=message):
+            dit_accel.attach(case.transformer, UltraImage(**SIZE))
+        inputs = case.inputs(1)
+        plain = case.run(inputs, 1)
+        with dit_accel.attach(case.transformer, dataclasses.replace(HEADS, focus_max=2.0)):
+            assert not torch.equal(case.run_after(1, inputs), plain)
 
 
 def test_positions_are_changed_by_one_method():

@@ -14,11 +14,7 @@ from one_layer import ADAPTER, FAMILY, MODEL, Fixed, OneLayer, context_of, rando
 from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import (
-    ConfigError,
-    DeltaAttention,
-    UltraViCo,
-)
+from dit_accel import ConfigError, DeltaAttention, UltraViCo
 from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapters
@@ -49,9 +45,6 @@ def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> Ultra
     return UltraViCoHandler(config, dataclasses.replace(MODEL, family=family))
 
 
-# Config
-
-
 def test_recipes_fill_what_is_unset():
     recipe = {"period": 6.0, "gamma": 1.0, "first_frame": True, "by_ratio": ((2.0, 0.95, 0.7), (4.0, 0.9, None))}
     family = dataclasses.replace(FAMILY, recipes={"ultravico": recipe})
@@ -79,9 +72,6 @@ def test_recipes_fill_what_is_unset():
     ):
         with pytest.raises(ConfigError, match=text):
             on(UltraViCo(**options), ADAPTER, known)
-
-
-# The plan
 
 
 def test_only_visual_tokens_have_a_frame():
@@ -118,9 +108,8 @@ def test_keys_are_centred_over_the_valid_ones(form):
     assert planned(call, dataclasses.replace(ACTIVE, center_keys=False)).key_mean is None
 
 
-@pytest.mark.parametrize(
-    ("options", "frames", "applies"),
-    [
+def test_it_applies_beyond_the_trained_length_and_where_anything_changes():
+    for options, frames, applies in (
         (dict(), 7, True),
         (dict(), 4, True),
         (dict(), 3, False),
@@ -128,16 +117,11 @@ def test_keys_are_centred_over_the_valid_ones(form):
         (dict(alpha=1.0), 7, False),
         (dict(alpha=1.0, beta=0.9, period=4, gamma=1), 7, True),
         (dict(alpha=1.0, first_frame=True), 7, True),
-    ],
-)
-def test_it_applies_beyond_the_trained_length_and_where_anything_changes(options, frames, applies):
-    made, layout = handler(UltraViCo(**options)), dataclasses.replace(LAYOUT, frames=frames)
-    assert made.applies(layout) == applies
-    if frames == 3:
-        assert "changes nothing" in made.check_layout(layout)
-
-
-# What it computes
+    ):
+        made, layout = handler(UltraViCo(**options)), dataclasses.replace(LAYOUT, frames=frames)
+        assert made.applies(layout) == applies
+        if frames == 3:
+            assert "changes nothing" in made.check_layout(layout)
 
 
 def by_hand(q, k, v, layout: TokenLayout, config: UltraViCo, rule: DecayRule) -> torch.Tensor:
@@ -199,9 +183,6 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
         assert torch.equal(run(transformer, frames=6), first)
         assert torch.equal(run(transformer, frames=7), other)
     assert torch.equal(run(transformer, frames=6), long)
-
-
-# With gradients, compiled, and with other methods
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from wan_tiny import tiny_transformer
+from wan_tiny import RADIAL, tiny_transformer
 
 import dit_accel
-from dit_accel import RadialAttention
 from dit_accel.methods.config import MethodConfig
 
 CORE = str(Path(dit_accel.__file__).parent)
 KERNELS_ENTRY = "block_sparse_attention_eager"
-RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
 
 def forward_of(transformer: Any, seed: int = 0) -> None:
