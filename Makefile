@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --editable ./kernels --editable ./assets
 
+# Python keeps what it compiles: pytest rewrites every test file otherwise, which takes each of its processes seconds
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format docs setup dist release-check clean
 
 demo: $(VENV)/.ready

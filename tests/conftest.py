@@ -4,6 +4,7 @@ Of a matrix marked `sample`, `make test` runs a few cases that have every value 
 others that have them again, and what is left is rare.
 """
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # must be known before anything imports triton; 0 to test on a GPU
 
 from collections import defaultdict
+from collections.abc import Generator
 
 import hypothesis
 import pytest
@@ -62,6 +64,20 @@ def leave_most_of_matrices(items: list[pytest.Item]) -> None:
             cases[place].add_marker(pytest.mark.slow)
             if place not in again:
                 cases[place].add_marker(pytest.mark.rare)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage in what is imported: it stays, and looking takes seconds, now and in every later search."""
+    gc.disable()
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # at the end of the process all is freed, else a library counts what it made as leaked
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is left out

@@ -149,12 +149,14 @@ def _run(options: argparse.Namespace) -> str:
     arms = grid(options.solvers, shifts, options.steps, None if dynamic else shift_of(shipped))
     of = f"-{options.reference_steps}" if options.reference_steps else ""
     out = options.out or RESULTS / f"rivals-{options.model}{of}.toml"
-    given = dict(name=out.stem, model=options.model, reference_steps=options.reference_steps)
-    suite = Suite(**given, clips=options.clips, first_clip=options.first_clip, arms=arms)
+    suite = Suite(
+        name=out.stem, model=options.model, reference_steps=options.reference_steps, clips=options.clips,
+        first_clip=options.first_clip, arms=arms,
+    )  # fmt: skip
     if options.confirm:
         low, high = CONFIRMING
-        other = Suite(**given, clips=high - low + 1, first_clip=low, arms=again(read_ladder(out)))
-        other = dataclasses.replace(other, name=f"{out.stem}-confirmed")
+        changes = dict(name=f"{out.stem}-confirmed", clips=high - low + 1, first_clip=low)
+        other = dataclasses.replace(suite, **changes, arms=again(read_ladder(out)))
         data = confirmed(out, other, _ran(other, out.with_stem(other.name), options.workers))
     else:
         lines = _ran(dataclasses.replace(suite, clips=min(FIRST, suite.clips)), out, options.workers)

@@ -106,7 +106,7 @@ def group_table(group: str) -> str:
     return "\n".join(rows)
 
 
-PAGES: Mapping[str, tuple[str, ...]] = {
+PAGES: dict[str, tuple[str, ...]] = {
     f"{FOLDER}/index.md": tuple(f"group-{group}" for group in GROUPS),
     f"{FOLDER}/shared.md": tuple(f"shared-{section}" for section in SHARED),
     **{f"{FOLDER}/{name}.md": (f"options-{name}",) for name in methods()},

@@ -11,7 +11,7 @@ DARK, LIGHT, GREY, INK = "#1f4e79", "#8fb8de", "#dcdcdc", "#222222"
 NAMES, GAP = 126, 4
 """Pixels that the names on the left take, and those between pictures."""
 
-Rows = Sequence[tuple[str, Sequence[np.ndarray]]]
+Rows = Sequence[tuple[str, Sequence[np.ndarray] | np.ndarray]]
 """Name of a row -> its pictures [height, width, 3] from 0 to 1."""
 
 

@@ -4,6 +4,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from dit_accel_eval.metrics import metric
@@ -231,7 +232,7 @@ def _correlations(lines: Sequence[Line], what: str) -> str:
                 if name in line["world"] and key in line["metrics"]:
                     pairs[line["scene"]].append((line["world"][name], sign * line["metrics"][key]))
             several = (np.array(scene) for scene in pairs.values() if len(scene) > 2)
-            known = [stats.spearmanr(scene)[0] for scene in several if np.ptp(scene, 0).all()]
+            known: list[Any] = [stats.spearmanr(scene)[0] for scene in several if np.ptp(scene, 0).all()]
             unknown = "constant" if pairs else "not measured"
             rows.append((name, f"`{key}`", str(clip_mean(known)) if known else unknown, len(known)))
     return markdown_table(f"dimension | metric | rank correlation within a {what} | {what}s", rows)

@@ -20,9 +20,8 @@ from dit_accel.testing import TinyModel, propose_adapter
 adapter = partial(Adapter, name="mine", transformers=("Mine",), self_attention=("blocks.*.attn",))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_what_is_no_adapter_is_refused():
+    for changes, message in (
         (dict(transformers="Mine"), r"'mine': transformers.*got 'Mine'"),
         (dict(self_attention="a.*"), r"self_attention.*got 'a\.\*'.*\(entry,\)"),
         (dict(side_attention="b.*"), r"side_attention.*got 'b\.\*'"),
@@ -31,11 +30,9 @@ adapter = partial(Adapter, name="mine", transformers=("Mine",), self_attention=(
         (dict(grid=(1, 2, 3, 0, 0)), r"grid\(config, inputs\).*got \(1, 2, 3, 0, 0\)"),
         (dict(sizes=(4, 3, 64)), r"sizes\(config\).*got \(4, 3, 64\)"),
         (dict(always_dense=("blocks.0.attn",)), r"always_dense\(config\).*got \('blocks.0.attn',\)"),
-    ],
-)
-def test_what_is_no_adapter_is_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        adapter(**changes)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            adapter(**changes)
 
 
 LATENTS = {"hidden_states": torch.zeros(1, 4, 7, 8, 16), "timestep": torch.zeros(1)}
@@ -49,19 +46,16 @@ def test_a_grid_is_that_of_the_latents_or_a_sentence():
         latents_grid(CONFIG, LATENTS, text="behind")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_what_is_no_grid_is_refused():
+    for changes, message in (
         (dict(grid=lambda c, x: (7, 4, 8)), r"'mine' gave \(7, 4, 8\)"),
         (dict(grid=lambda c, x: (7, 4, 8 / 2, 0, 0)), r"gave \(7, 4, 4.0, 0, 0\)"),
         (dict(grid=lambda c, x: None), "'mine' gave None"),
         (dict(grid=lambda c, x: x["txt"]), r"grid.*'txt'.*hidden_states, timestep"),
         (dict(latents="x"), r"'mine'.*'x'.*hidden_states.*latents"),
-    ],
-)
-def test_what_is_no_grid_is_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        _read_grid(adapter(**changes), CONFIG, LATENTS)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _read_grid(adapter(**changes), CONFIG, LATENTS)
 
 
 LAYOUT = TokenLayout(frames=2, height=3, width=4, text_before=5, text_after=7)
@@ -107,9 +101,8 @@ def test_patches_of_one_to_three_numbers(size, frames, expected):
     assert patch_sizes(size, frames) == expected
 
 
-@pytest.mark.parametrize(
-    ("config", "names", "expected"),
-    [
+def test_sizes_are_read_by_the_usual_names_or_others():
+    for config, names, expected in (
         ({}, {}, dict(ffn_dim=None, patch=None)),
         (dict(ffn_dim=500, patch_size=2, patch_size_t=3), {}, dict(ffn_dim=500, patch=(3, 2, 2))),
         (dict(num_single_layers=5, mlp_ratio=2.5), {}, dict(layers=9, ffn_dim=480)),
@@ -123,12 +116,10 @@ def test_patches_of_one_to_three_numbers(size, frames, expected):
         (dict(dim=96), dict(width="dim", mlp_ratio=4), dict(head_dim=64, ffn_dim=192)),  # narrower than its attention
         (dict(dim=96, axes=(4, 6, 6)), dict(heads=None, head_dim="axes", width="dim"), dict(heads=6, head_dim=16)),
         (dict(wide=7), dict(ffn_dim="wide", mlp_ratio=4.0), dict(ffn_dim=7)),
-    ],
-)
-def test_sizes_are_read_by_the_usual_names_or_others(config, names, expected):
-    sizes = read_sizes({**USUAL, **config}, **names)
-    wanted = {"layers": 4, "heads": 3, "head_dim": 64, **expected}
-    assert {name: getattr(sizes, name) for name in wanted} == wanted
+    ):
+        sizes = read_sizes({**USUAL, **config}, **names)
+        wanted = {"layers": 4, "heads": 3, "head_dim": 64, **expected}
+        assert {name: getattr(sizes, name) for name in wanted} == wanted
 
 
 def test_sizes_that_are_not_there_are_named_and_an_adapter_may_read_them_its_own_way():
@@ -149,27 +140,24 @@ def test_of_families_of_one_size_the_patches_tell():
         assert adapters()["cogvideox"].family({**config, "patch_size_t": patch}).name == name
 
 
-@pytest.mark.parametrize(
-    ("name", "grid", "alone"),
-    [
+def test_a_proposal_has_the_attention_text_and_blocks_of_the_family_s_adapter():
+    for name, grid, alone in (
         ("wan", {}, ("blocks.*.attn2",)),
         ("cogvideox", {"frames_axis": 1, "text": "before"}, ()),
         ("hunyuan-video", {"text": "after"}, ("context_embedder.token_refiner.refiner_blocks.*.attn",)),
         ("sd3", {"frames_axis": None, "text": "after"}, ()),
         ("cogview", {"frames_axis": None, "text": "before"}, ()),
         ("ltx", None, ("transformer_blocks.*.attn2",)),
-    ],
-)
-def test_a_proposal_has_the_attention_text_and_blocks_of_the_family_s_adapter(name, grid, alone):
-    proposal, known = propose_adapter(tiny_models.MODELS[name][0]), adapters()[name]
-    assert set(proposal.adapter.self_attention) == {*known.self_attention}
-    assert (proposal.left_alone, proposal.grid_found) == (alone, grid is not None)
-    assert getattr(proposal.adapter.grid, "keywords", {}) == (grid or {})
-    assert ("grid=..." in proposal.source()) == (grid is None)
-    streams = [{(block.pattern, block.takes, block.gives) for block in one.blocks or ()}
-               for one in (proposal.adapter, known)]  # fmt: skip
-    assert streams[0] <= streams[1]
-    assert proposal.rope_of in (None, name)
+    ):
+        proposal, known = propose_adapter(tiny_models.MODELS[name][0]), adapters()[name]
+        assert set(proposal.adapter.self_attention) == {*known.self_attention}
+        assert (proposal.left_alone, proposal.grid_found) == (alone, grid is not None)
+        assert getattr(proposal.adapter.grid, "keywords", {}) == (grid or {})
+        assert ("grid=..." in proposal.source()) == (grid is None)
+        streams = [{(block.pattern, block.takes, block.gives) for block in one.blocks or ()}
+                   for one in (proposal.adapter, known)]  # fmt: skip
+        assert streams[0] <= streams[1]
+        assert proposal.rope_of in (None, name)
 
 
 def test_a_model_without_attention_is_refused():

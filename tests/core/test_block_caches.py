@@ -231,8 +231,7 @@ def test_what_can_not_be_attached(transformer):
         assert dit_accel.attachment_of(transformer) is None
 
 
-# Skipped blocks under diffusers' group offloading: what runs has its weights, what was skipped does not keep its own.
-# What is sent away is laid on the meta device here, where nothing can be computed: a CPU has no second device.
+# Under diffusers' group offloading; a CPU has no second device, so that what is sent away lies on the meta device.
 
 HERE, AWAY = torch.device("cpu"), torch.device("meta")
 

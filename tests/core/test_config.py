@@ -94,9 +94,8 @@ NO_INTEGERS = r"lite\.must_keep.*integers.*got "
 NO_INTEGER = r"radial\.block_size.*integer.*got "
 
 
-@pytest.mark.parametrize(
-    ("config_type", "options", "message"),
-    [
+def test_values_of_another_kind_are_refused():
+    for config_type, options, message in (
         (RoPE, dict(axes="frames"), r"""rope\.axes.*got 'frames'.*--set 'rope\.axes=\["frames"\]'$"""),
         (UltraImage, dict(indices=9), r"got 9.*--set 'ultraimage\.indices=\[9\]'$"),
         (StaticCache, dict(steps=[1, "x"]), r"staticcache\.steps.*integers.*got \[1, 'x'\].*'staticcache\.steps="),
@@ -105,11 +104,9 @@ NO_INTEGER = r"radial\.block_size.*integer.*got "
         *((LiteAttention, dict(must_keep=x), NO_INTEGERS) for x in ((0, 1.5), (0, "1"), [0, 1.5], 16, (True, 16))),
         (RadialAttention, dict(dense_steps=2.5), r"radial\.dense_steps.*got 2\.5"),
         (RadialAttention, dict(decay_facter=1), r"radial.*'decay_facter'.*'decay_factor'"),
-    ],
-)
-def test_values_of_another_kind_are_refused(config_type, options, message):
-    with pytest.raises(ConfigError, match=message):
-        config_type(**options)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config_type(**options)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +127,8 @@ def test_what_is_no_config_gets_a_hint(value, hint):
     assert dit_accel.attachment_of(transformer) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_errors_of_toml_name_their_source():
+    for text, message in (
         ("[radial", r"^the file.*TOML"),
         ("version = 7", r"^the file.*version 7.*version 1"),
         ("sink = true", r"^the file: sink = True.*\[radial\]"),
@@ -151,12 +147,10 @@ def test_what_is_no_config_gets_a_hint(value, hint):
         ("[staticcache]\nsteps = [1, 2]", r"staticcache\.steps.*0 to 1, got 2; 1 .*0 "),
         ("[staticcache]\nsteps = [0, 1]", r"staticcache\.steps.*with 1, got \[0, 1\]$"),
         ("[lite]\ndense_steps = 2.5", r"lite\.dense_steps.*from 0.*share.*below 1, got 2\.5; 0\.1 .*5.*0\.2"),
-    ],
-)
-def test_errors_of_toml_name_their_source(text, message):
-    with pytest.raises(ConfigError, match=message) as error:
-        from_toml(text, "the file")
-    assert str(error.value).startswith("the file")
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            from_toml(text, "the file")
+        assert str(error.value).startswith("the file")
 
 
 def test_toml_without_a_source_with_a_mark_or_of_one_method_twice():

@@ -51,18 +51,15 @@ def test_the_speed_up_of_the_paper_s_sparsity(kernel_cost, expected):
         assert speedup == pytest.approx(1 / (1 - share + share * kept), abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens"),
-    [
+def test_tokens_at_the_default_size():
+    for name, tokens in (
         ("wan2.1-1.3b", 32_760), ("wan2.1-14b", 75_600), ("hunyuan-video", 118_800), ("cogvideox-5b", 17_550),
         ("cogvideox1.5-5b", 44_880), ("mochi-1", 44_520), ("wan2.2-ti2v-5b", 27_280), ("flux.1-dev", 4_096),
         ("qwen-image", 6_889),
-    ],
-)  # fmt: skip
-def test_tokens_at_the_default_size(name, tokens):
-    run = plan(name)
-    assert run.layout.visual_tokens == run.to_dict()["tokens"] == tokens
-    assert run.speedup == 1
+    ):  # fmt: skip
+        run = plan(name)
+        assert run.layout.visual_tokens == run.to_dict()["tokens"] == tokens
+        assert run.speedup == 1
 
 
 def test_dense_share_counts_steps_and_layers():
@@ -102,9 +99,8 @@ def test_frames_are_rounded_like_the_pipeline(frames, rounded):
 RADIAL = RadialAttention()
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "match"),
-    [
+def test_refused():
+    for name, options, match in (
         ("wan2.1-14b", dict(height=725), r"height.*16.*wan2.1-14b, got 725.*720"),
         ("flux.1-dev", dict(num_frames=5), r"flux.1-dev.*got num_frames 5"),
         *(("wan2.1-14b", {option: 0}, rf"{option}.*>= 1, got 0") for option in ("num_frames", "num_inference_steps")),
@@ -122,11 +118,9 @@ RADIAL = RadialAttention()
         ("wan2.1-14b", dict(linears="int8", hardware="h900"), r"hardware.*'h900'; did"),
         ("wan2.1-14b", dict(hardware="h100"), r"hardware = 'h100'.*8-bit"),
         ("wan2.1-14b", dict(linears="int8", linear_cost=0), r"linear_cost.*0.*1000, got 0"),
-    ],
-)  # fmt: skip
-def test_refused(name, options, match):
-    with pytest.raises(ConfigError, match=match):
-        plan(name, **options)
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=match):
+            plan(name, **options)
 
 
 @pytest.mark.parametrize(("value", "nearest"), [(0, 16), (8, 16), (23, 16), (24, 32), (719, 720), (721, 720)])
@@ -162,17 +156,14 @@ def test_methods_below_min_tokens_save_nothing():
         assert (plan("wan2.1-1.3b", methods=[SolAttention(min_tokens=least)]).speedup > 1.1) == faster
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "filled"),
-    [
+def test_family_recipes_fill_what_is_unset():
+    for name, options, filled in (
         ("wan2.1-14b", {}, dict(decay_factor=0.2)),
         ("wan2.2-a14b", {}, dict(block_size=64)),
         ("hunyuan-video", {}, dict(sink=False)),
         ("wan2.1-14b", dict(decay_factor=1.0), dict(decay_factor=1.0)),
-    ],
-)
-def test_family_recipes_fill_what_is_unset(name, options, filled):
-    assert filled.items() <= plan(name, methods=[RadialAttention(**options)]).methods["radial"].items()
+    ):
+        assert filled.items() <= plan(name, methods=[RadialAttention(**options)]).methods["radial"].items()
 
 
 def test_a_strangers_family_can_be_planned():

@@ -204,7 +204,8 @@ def column(test: ast.FunctionDef, argument: str, tables: dict[str, ast.expr]) ->
             names = ast.literal_eval(mark.args[0])
             if argument in (names if isinstance(names, tuple) else (names,)):
                 rows = tables.get(ast.unparse(mark.args[1]), mark.args[1])
-                for row in getattr(rows, "elts", ()):
+                for entry in getattr(rows, "elts", ()):
+                    row = getattr(getattr(entry, "value", entry), "elt", entry)  # of rows that a generator gives
                     cells = row.args if isinstance(row, ast.Call) else getattr(row, "elts", (row,))
                     yield cells[names.index(argument) if isinstance(names, tuple) else 0]
 

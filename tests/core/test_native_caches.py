@@ -23,9 +23,8 @@ FIRST_BLOCK = hooks.FirstBlockCacheConfig(**ALWAYS)
 
 
 def mag(steps=STEPS, **options):
-    return hooks.MagCacheConfig(
-        **{"threshold": 10.0, "num_inference_steps": steps, "mag_ratios": [1.0] * steps, **options}
-    )
+    usual = dict(threshold=10.0, num_inference_steps=steps, mag_ratios=[1.0] * steps)
+    return hooks.MagCacheConfig(**{**usual, **options})
 
 
 def taylor(**options):
@@ -205,6 +204,8 @@ def test_the_identifiers_that_are_named_work(transformer):
 
 
 def test_models_on_which_a_cache_is_wrong_are_named():
+    with pytest.raises(ConfigError, match=r"SeaCacheConfig.*WanTransformer3DModel.*raw_vision_callb"):
+        dit_accel.attach(tiny_transformer(in_channels=16), hooks.SeaCacheConfig())
     bria = BriaTransformer2DModel(**FLUX_KIN[0].config).eval()  # diffusers knows its first blocks, not its single ones
     pipe = types.SimpleNamespace(components={"transformer": tiny_transformer(), "transformer_2": bria})
     before = [attributes(model) for model in pipe.components.values()]
@@ -233,8 +234,8 @@ def test_noise_levels_and_steps_that_a_cache_can_not_follow(transformer):
         forward(transformer, 0)
         with pytest.raises(ConfigError, match=r"MagCacheConfig.*scheduler.*twice"):
             forward(transformer, 0)
-    late, early = (SoftPAG(heads="L1H0", scale=2.0, start=start) for start in (0.5, 0.0))
-    refused = pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*'cond/softpag' in step 2.*'cond'.*start = 0")
+    late, early = (SoftPAG(heads="L1H0", scale=2.0, start=start) for start in (0.25, 0.0))
+    refused = pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*'cond/softpag' in step 1.*'cond'.*start = 0")
     with dit_accel.attach(transformer, early, FIRST_BLOCK):
         assert denoise(transformer, 4).isfinite().all()
     with dit_accel.attach(transformer, late, FIRST_BLOCK), refused:
@@ -252,9 +253,8 @@ def test_what_a_controlnet_adds_between_blocks_is_refused():
 
 
 def test_faster_cache_asks_for_two_halves(transformer):
-    faster = hooks.FasterCacheConfig(
-        current_timestep_callback=lambda: 500, attention_weight_callback=lambda module: 0.3
-    )
+    fixed = dict(current_timestep_callback=lambda: 500, attention_weight_callback=lambda module: 0.3)
+    faster = hooks.FasterCacheConfig(**fixed)
     two = latents().repeat(2, 1, 1, 1, 1)
     with dit_accel.attach(transformer, faster):
         for x, branch in ((latents(), "cond_uncond"), (two, "cond")):

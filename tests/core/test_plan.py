@@ -249,7 +249,7 @@ def test_tiles_of_an_attachment_are_the_same_objects_for_the_same_layout():
     assert all(one is other for one, other in zip(tiling.full(layout), (tiles, order), strict=True))
     assert is_full(tiles)
     assert order[-4:].tolist() == [0, 1, 2, 3]
-    assert Tiling(BLOCK).full(layout)[1] is None
+    assert Tiling(BLOCK).full(TokenLayout(frames=3, height=5, width=6))[1] is None
 
 
 @pytest.mark.parametrize("masked", [False, True])

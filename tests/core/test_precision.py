@@ -1,4 +1,4 @@
-"""The option `precision` of sparse methods: how it reaches the kernels, what is said of it, and where it is refused."""
+"""Kernels and gradients: the option `precision` of sparse methods, the backend fa4, and a part that is trained."""
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
@@ -20,6 +20,7 @@ from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.plan.tiling import full_tiles
+
 
 MODEL = Model(adapter=WAN, family=family("wan2.1-14b"), heads=40, layers=40)
 LAYOUT = TokenLayout(frames=4, height=4, width=4)
@@ -124,3 +125,25 @@ def test_the_backend_fa4_says_what_it_lacks_and_refuses_votes(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(dit_accel.MissingBackend, match=r"'fa4'.*votes.*lite.*'auto'"):
         dit_accel.attach(tiny_transformer(), LiteAttention(), backend="fa4")
+
+
+def gradients(part: str) -> dict[str, torch.Tensor]:
+    transformer = tiny_transformer(num_layers=1).train()
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(part in name)
+    noise = torch.Generator().manual_seed(3)
+    inputs = torch.randn(1, 12, 5, 8, 8, generator=noise), torch.tensor([500]), torch.randn(1, 6, 64, generator=noise)
+    with dit_accel.attach(transformer, SolAttention(block_size=16, dense_steps=0, beta=0.5)):
+        transformer(*inputs, return_dict=False)[0].square().sum().backward()
+    return {
+        name: one.grad for name, one in transformer.named_parameters() if ".attn1.to_" in name and one.requires_grad
+    }
+
+
+@pytest.mark.parametrize("part", ["attn1.to_q", "attn1.to_k", "attn1.to_v"])
+def test_one_projection_alone_is_trained_as_beside_the_others(part):
+    own, all_of_them = gradients(part), gradients("attn1.to_")
+    assert own
+    for name, gradient in own.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, all_of_them[name])

@@ -131,6 +131,7 @@ def test_published_lists(family, share, runs, full, left):
     assert (whole.carried_bytes, half.carried_bytes) == ({"profilingcache": stored}, {})
     assert half.computed_blocks == pytest.approx((full + (25 - full) * left) / 25, abs=0.01)
     assert planned(every=1).computed_blocks == 1
+    assert planned(every=2, warmup_steps=0).computed_blocks == pytest.approx((1 + left) / 2)
 
 
 def write_profile(path, weights, **changes):

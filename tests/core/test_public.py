@@ -2,8 +2,6 @@
 
 import ast
 import gc
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -21,20 +19,12 @@ RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=Fals
 def test_public_names_are_those_of_the_stub_and_typos_are_not_swallowed():
     stub = ast.parse(Path(dit_accel.__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
     assert {name.name: node.module for node in stub if isinstance(node, ast.ImportFrom) for name in node.names} == HOMES
+    assert "__getattr__" not in {getattr(node, "name", "") for node in stub}  # a type checker sees a misspelt name
     assert all(getattr(dit_accel, name).__name__ == name for name in HOMES)
     assert {*HOMES, "__version__"} <= set(dir(dit_accel))
     assert dit_accel.__version__.count(".") >= 1
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
         dit_accel.atach  # noqa: B018
-
-
-def test_a_type_checker_sees_a_misspelt_name(tmp_path):
-    pytest.importorskip("pyright")
-    (tmp_path / "use.py").write_text("import dit_accel\n\ndit_accel.attach\ndit_accel.__version__\ndit_accel.atach\n")
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(tmp_path / "use.py")]
-    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    (error,) = (line for line in text.splitlines() if " error: " in line)
-    assert '"atach" is not a known attribute' in error
 
 
 def test_reports_show_themselves_in_a_line():
@@ -46,20 +36,17 @@ def test_reports_show_themselves_in_a_line():
         assert len(repr(attachment.report())) < 100
 
 
-@pytest.mark.parametrize(
-    ("methods", "options", "error", "match"),
-    [
+def test_other_backends_and_a_method_twice_are_refused():
+    for methods, options, error, match in (
         ([RADIAL], dict(backend=None), MissingBackend, r"backend None.*auto, fa4, flex"),
         ([RADIAL], dict(backend="torhc"), MissingBackend, r"backend 'torhc'.*'torch'\?"),
         ([RADIAL], dict(backend=7), MissingBackend, "backend 7"),
         ([RADIAL, RadialAttention()], {}, ConfigError, "two RadialAttention"),
-    ],
-)
-def test_other_backends_and_a_method_twice_are_refused(methods, options, error, match):
-    transformer = tiny_transformer(num_layers=1)
-    with pytest.raises(error, match=match):
-        dit_accel.attach(transformer, *methods, **options)
-    assert dit_accel.attachment_of(transformer) is None
+    ):
+        transformer = tiny_transformer(num_layers=1)
+        with pytest.raises(error, match=match):
+            dit_accel.attach(transformer, *methods, **options)
+        assert dit_accel.attachment_of(transformer) is None
 
 
 def test_a_lost_handle_is_found_and_holds_nothing_alive():
@@ -129,6 +116,6 @@ def test_thirty_times_on_and_off_leave_nothing_behind():
         if time in (9, 19, 29):
             gc.collect()
             held.append(sum(type(one) is torch.Tensor for one in gc.get_objects()))
-    assert max(held) == held[0], held
+    assert max(held) == held[0] > 0, held
     assert {name: id(one) for name, one in transformer.attn_processors.items()} == before
     assert not [name for name in transformer.__dict__ if "dit_accel" in name]

@@ -50,6 +50,7 @@ THIRDS = StaticCache(compute_at=(0.0, 1 / 3, 1.0))
         (dict(max_consecutive=2), "#..#..#..#", "##..#..#.."),
         (dict(max_consecutive=0.15), "#..#..#..#", "##..#..#.."),
         (dict(max_consecutive=3, growing=True, last_steps=1), "#.#.#..#.#", "##.#..#..#"),
+        (dict(warmup_steps=4, max_consecutive=3, growing=True, last_steps=1), "####.#..##", "####.#..##"),
         (dict(warmup_steps=2, max_consecutive=3, last_steps=1), "##...#...#", "##...#...#"),
         (dict(min_steps=11), "##########", "##########"),
     ],

@@ -76,9 +76,8 @@ def timing(drawn, seconds=None, before=0.0, call=None, compiled="", first=0.0, *
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("measured", "speedup", "words"),
-    [
+def test_the_speedup_is_that_of_the_whole_call():
+    for measured, speedup, words in (
         (timing("ddss"), 4 / 2.02, "1.98 of the denoising loop (p)"),
         (timing("ddss", before=0.1), 4.3 / 2.32, "1.85 of the denoising loop (p)"),
         (timing("ddss", call=6.02), 8 / 6.02, "1.33 of the whole call, 1.98 of the denoising loop (p)"),
@@ -89,11 +88,9 @@ def timing(drawn, seconds=None, before=0.0, call=None, compiled="", first=0.0, *
         (timing("dddsss", first=41.0), None, "not measured: forwards started for 41 s; run once more (p)"),
         (timing("ddss", {"d": 21.0}, compiled="01"), None, "not measured: forwards compiled for 42 s; run once more"),
         (timing("dr", {"r": 3.0}, compiled="1"), None, "not measured: forwards compiled for 3 s; run once more"),
-    ],
-)
-def test_the_speedup_is_that_of_the_whole_call(measured, speedup, words):
-    assert measured.speedup == (None if speedup is None else pytest.approx(speedup))
-    assert measured.lines(" (p)")[0].startswith(f"measured speed-up: {words}")
+    ):
+        assert measured.speedup == (None if speedup is None else pytest.approx(speedup))
+        assert measured.lines(" (p)")[0].startswith(f"measured speed-up: {words}")
 
 
 def logged(drawn, reasons):
@@ -131,9 +128,8 @@ PARTS = dict(attention={"d": 0.6, "r": 0.2}, lists={"r": 0.05}, text={"r": 0.05}
 WARMUP, DENSE = "first steps ... lower easycache.warmup_steps = 2", "steps that sol leaves dense ... lower sol.dense"
 
 
-@pytest.mark.parametrize(
-    ("drawn", "methods", "options", "expected"),
-    [
+def test_the_causes_of_a_run_and_what_to_do():
+    for drawn, methods, options, expected in (
         ("", CACHE, {}, []),
         ("ddsssd", CACHE, dict(log=["first steps", "first steps", "last steps"]),
          [f"66% {WARMUP}", "33% last steps ... last_steps = 1"]),
@@ -163,15 +159,13 @@ WARMUP, DENSE = "first steps ... lower easycache.warmup_steps = 2", "steps that 
         ("drrr", SPARSE, PARTS, [  # 2.5 s: a dense forward, and three of half a second
             f"40% {DENSE}_steps = 0.2", "30% what is not self-attention ... alone 2.50 is the most",
             "6% planning attention calls ... ", "6% attention calls over a part of the keys ... "]),
-    ],
-)  # fmt: skip
-def test_the_causes_of_a_run_and_what_to_do(drawn, methods, options, expected):
-    lines = why(drawn, methods, **options)
-    assert len(lines) == len(expected)
-    for line, text in zip(lines, expected, strict=True):
-        start, advice = text.split(" ... ")
-        assert line.startswith(start)
-        assert advice in line
+    ):  # fmt: skip
+        lines = why(drawn, methods, **options)
+        assert len(lines) == len(expected)
+        for line, text in zip(lines, expected, strict=True):
+            start, advice = text.split(" ... ")
+            assert line.startswith(start)
+            assert advice in line
 
 
 def test_attention_that_stayed_dense_takes_its_share_of_the_attention_s_time():
@@ -225,20 +219,21 @@ def test_nothing_is_said_where_no_method_is_attached():
     assert Report(methods={}, backend="torch", model={}, steps=steps, timing=timing("dd")).why_not_faster() == []
 
 
-@pytest.mark.parametrize("how", ["attached", "enabled"])
-def test_no_further_cache_is_advised_beside_one_of_diffusers(how):
-    transformer, config = tiny_transformer(), diffusers.FirstBlockCacheConfig(threshold=0.4)
-    if how == "enabled":
-        transformer.enable_cache(config)
-    methods = [config] if how == "attached" else [SolAttention(block_size=16, min_tokens=1000)]
-    with dit_accel.attach(transformer, *methods, backend="torch") as attachment:
-        denoise(transformer, 12)
-        report = attachment.report()
-    assert {"dense", "reduced"} == {one.kind for one in report.timing.forwards}
-    lines = " ".join(report.why_not_faster())
-    assert "step cache" not in lines
-    assert "no method acted" not in lines or how == "enabled"
-    assert "diffusers' FirstBlockCacheConfig computed; loosen its options" in lines or how == "enabled"
+def test_no_further_cache_is_advised_beside_one_of_diffusers():
+    cache, sol = diffusers.FirstBlockCacheConfig(threshold=0.4), SolAttention(block_size=16, min_tokens=1000)
+    for method, enabled in ((cache, False), (sol, True)):
+        transformer = tiny_transformer()
+        if enabled:
+            transformer.enable_cache(cache)
+        with dit_accel.attach(transformer, method, backend="torch") as attachment:
+            denoise(transformer, 12)
+            report = attachment.report()
+        assert {"dense", "reduced"} == {one.kind for one in report.timing.forwards}
+        lines = " ".join(report.why_not_faster())
+        assert "step cache" not in lines
+        if not enabled:
+            assert "no method acted" not in lines
+            assert "diffusers' FirstBlockCacheConfig computed; loosen its options" in lines
 
 
 def test_a_defect_is_the_advice_where_there_is_one():

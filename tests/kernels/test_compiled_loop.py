@@ -210,19 +210,18 @@ def test_folders_are_the_users_alone(fresh):
 
 
 @posix
-@pytest.mark.parametrize("what", ["a link", "a link in the root", "a root of all"])
-def test_what_others_could_swap_is_refused_and_not_changed(fresh, monkeypatch, tmp_path, what):
-    """A link that somebody laid would have the mode of a folder of the user's own changed."""
+@pytest.mark.parametrize("place", ["kernels", "dit-accel", ""])
+def test_what_others_could_swap_is_refused_and_not_changed(fresh, monkeypatch, tmp_path, place):
+    """A link that somebody laid would have the mode of a folder of the user's own changed; or all may write to it."""
     monkeypatch.setattr(compiled, "_commands", lambda: [["c++"]])
     own, root = tmp_path / "own", fresh.parents[1]
     own.mkdir()
     own.chmod(0o775)
     root.mkdir(mode=0o700)
-    if what.startswith("a link"):
-        place = fresh if what == "a link" else fresh.parent
-        place.parent.mkdir(exist_ok=True)
-        place.symlink_to(own)
-    else:
+    link = {"kernels": fresh, "dit-accel": fresh.parent, "": root / "other"}[place]
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(own)
+    if not place:
         root.chmod(0o757)
     with pytest.warns(UserWarning, match=rf"loop.*{root}.*XDG_CACHE_HOME"):
         assert again().library is None

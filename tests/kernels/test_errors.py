@@ -6,11 +6,12 @@ import pytest
 import torch
 from dit_accel_kernels import EXACT, FrameDecay, Routing, Selection, TileLists, Vote
 from dit_accel_kernels import csr as csr_module
-from kernel_cases import attend, frame_decay, full, lists_of, qkv, random_lists
+from kernel_cases import attend, frame_decay, full, lists_of, qkv, random_lists, with_masks
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 Q, K, V = qkv(2, 4, 2, 20, 20, 8, torch.float32)
 TILES = random_lists(1, 20, 20, 8, 8)
+MASKED = with_masks(random_lists(1, 20, 20, 8, 8, pooled=False))
 CROSS = dict(k=K[:, :, :12], v=V[:, :, :12], tiles=full(20, 12, 8))
 BITS = torch.zeros(2, 4, 3, 1, dtype=torch.int32)  # of three block rows and a word of key tiles
 FOUR = torch.ones(4)
@@ -63,6 +64,7 @@ def test_calls():
         (dict(selection=Selection(routed=BITS[:, :3])), ValueError, r"selection\.routed.*\[2, 3, 3, 1\]"),
         (dict(selection=Selection(routed=BITS.to("meta"))), ValueError, r"selection\.routed.*cpu.*found meta"),
         (dict(return_tiles=True), ValueError, "return_tiles.*no selection"),
+        (dict(tiles=MASKED, selection=Selection()), ValueError, "selection.*masks.*one of both"),
     ):
         with pytest.raises(error, match=text):
             attend(**{**dict(q=Q, k=K, v=V, tiles=TILES), **changes})

@@ -184,6 +184,7 @@ def test_the_stand_in_has_the_real_ones_signature():
 
 COMPILES = """
 import sys, torch, cutlass
+from dataclasses import replace
 from torch._subclasses.fake_tensor import FakeTensorMode
 from dit_accel_kernels import TileLists
 from dit_accel_kernels.backends.fa4 import attend, support

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log of a pooled tile without a key
-TOKENS, BLOCK = 43, 16  # the last tile is ragged
+TOKENS, BLOCK, COUNT = 43, 16, 3  # the last tile is ragged
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 WAITING = (
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_static", "masked_select", "_unique2",
@@ -78,8 +78,7 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lists(rest: int, feature: str, device: str = "cpu") -> TileLists:
     """Diagonal and first column exact, everything else `rest`, in tiles of BLOCK; with masks inside for one feature."""
-    count = -(-TOKENS // BLOCK)
-    states = torch.full((count, count), rest, dtype=torch.uint8).fill_diagonal_(EXACT)
+    states = torch.full((COUNT, COUNT), rest, dtype=torch.uint8).fill_diagonal_(EXACT)
     states[:, 0] = EXACT
     tiles = lists_of(states, BLOCK, BLOCK, TOKENS, TOKENS)
     if "inside" in feature:
@@ -95,21 +94,20 @@ def decay(device: str) -> FrameDecay:
 
 def pinned(device: str) -> Tensor:
     """The diagonal, as bits."""
-    return pack_bits(torch.eye(-(-TOKENS // BLOCK), dtype=torch.bool)).to(device)
+    return pack_bits(torch.eye(COUNT, dtype=torch.bool)).to(device)
 
 
 def kept(device: str) -> Tensor:
     """Two tiles a row, as bits of one batch and two heads."""
-    count = -(-TOKENS // BLOCK)
-    return pack_bits((torch.arange(count)[:, None] + torch.arange(count)) % count < 2).expand(1, 2, -1, -1).to(device)
+    tile = torch.arange(COUNT)
+    return pack_bits((tile[:, None] + tile) % COUNT < 2).expand(1, 2, -1, -1).to(device)
 
 
 FEATURES: dict[str, Callable[[str], dict]] = {
     "plain": lambda device: {},
     "decay": lambda device: {"frame_decay": decay(device)},
     "key mask": lambda device: {
-        "key_mask": (torch.arange(TOKENS) % 7 > 0)[None].to(device),
-        "key_length": torch.tensor([30], device=device),
+        "key_mask": (torch.arange(TOKENS) % 7 > 0)[None].to(device), "key_length": torch.tensor([30], device=device),
     },
     "masks inside tiles": lambda device: FEATURES["key mask"](device),
     "token order": lambda device: {"token_order": torch.arange(TOKENS).flip(0).to(device)},

@@ -12,8 +12,7 @@ import matrix_situations
 import pytest
 import torch
 from matrix_cases import Case, cases_of, few, many, plain_of, quick, wrong_in
-from matrix_classes import covered, pipeline_classes
-from matrix_limits import found_of, limits, refused_of
+from matrix_limits import covered, found_of, limits, pipeline_classes, refused_of
 from matrix_methods import METHODS, names_of
 from matrix_runs import run
 from matrix_situations import SITUATIONS

@@ -81,9 +81,7 @@ def wan(make_pipe):
     return make_pipe()
 
 
-@pytest.mark.parametrize(
-    ("where", "method"), [("a forward", LITE), ("a run of WanPipeline", d.PAG(layers="L1", scale=2.0))]
-)
+@pytest.mark.parametrize(("where", "method"), [("a forward", LITE), ("of WanPipeline", d.PAG(layers="L1", scale=2.0))])
 def test_a_second_thread_around_one_attachment_is_refused_and_the_first_one_right(wan, where, method):
     """In the middle of a forward of the first run, and between two of them."""
     other = diffusers.WanPipeline(**{**wan.components, "scheduler": copy.deepcopy(wan.scheduler)})

@@ -1,23 +1,33 @@
-"""What diffusers' own pipelines can't do, as it was found by running them, and what is refused on them.
+"""Which of diffusers' pipelines there are, what they can't do, as it was found by running them, and what is refused.
 
 Refusals are read off what adapters and diffusers declare. `python tests/support/matrix_limits.py [pattern]` writes
 tests/support/matrix_limits.json, from which the matrix knows its cases without making a pipeline; a test finds all of
 it again.
 """
 
+import importlib
+import inspect
 import json
+import pkgutil
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers.modular_pipelines
+import diffusers.pipelines
+from diffusers import DiffusionPipeline
 from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.modular_pipelines import ModularPipeline
 from matrix_methods import GUIDING, METHODS, names_of
 from matrix_situations import SITUATIONS, Plain, Trial, class_names, plain_of, rescaled
+from tiny_parts import blocks_of as modular_blocks
 from tiny_stock import PIPELINES
 
+from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.block_lists import block_lists, blocks_of
 from dit_accel.adapters.cross_attention import CrossAttention
@@ -164,6 +174,47 @@ def _not_guided(adapter: Adapter, trial: Trial) -> str | None:
     if getattr(trial.pipe, "guider", None) is not None:
         return None  # what is added goes behind the guider's result, whatever that does
     return rescaled(trial)
+
+
+@cache
+def covered() -> frozenset[str]:
+    """Names of the transformer classes that an adapter covers."""
+    return frozenset(name for adapter in installed.adapters().values() for name in adapter.transformers)
+
+
+def _defined(package: Any, base: type) -> Iterator[type]:
+    """Classes of a kind that a package's modules define; modules that need what is not installed are left out."""
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        try:
+            module = importlib.import_module(found.name)
+        except ImportError:
+            continue
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and issubclass(cls, base) and cls.__module__ == module.__name__:
+                yield cls
+
+
+def _transformers(cls: type) -> set[str]:
+    """Names of the covered transformers that a pipeline's constructor is annotated with."""
+    asked = inspect.signature(cls.__init__).parameters.values()
+    return {name for one in asked for name in re.findall(r"\w+", str(one.annotation)) if name in covered()}
+
+
+def _modular_transformers(cls: Any) -> set[str]:
+    """The same of the components that a modular pipeline's own blocks expect."""
+    if cls.default_blocks_name is None:
+        return set()
+    hints = (component.type_hint for component in modular_blocks(cls).expected_components)
+    return {name for hint in hints if hint is not None if (name := hint.__name__) in covered()}
+
+
+def pipeline_classes() -> dict[str, set[str]]:
+    """Return pipeline class -> the covered transformers that it builds on."""
+    whole = {cls.__name__: _transformers(cls) for cls in _defined(diffusers.pipelines, DiffusionPipeline)}
+    blocks = {
+        cls.__name__: _modular_transformers(cls) for cls in _defined(diffusers.modular_pipelines, ModularPipeline)
+    }
+    return {name: found for name, found in {**whole, **blocks}.items() if found}
 
 
 def write(pattern: str) -> None:

@@ -241,24 +241,19 @@ class Attention:
     def _attend(self, b: int, h: int, i: int, states: np.ndarray, found: Found, grad: tuple | None) -> None:
         """Softmax of one query tile over its columns, written to `found`, its gradients added to those there."""
         case, queries, kh, scale = self.case, self.queries(i), self.key_head(h), self.scale_of(b, h)
-        seen, xs, slopes, ks, vs, gone = self.columns(b, h, i, states), [], [], [], [], []
+        seen, parts, q = self.columns(b, h, i, states), [], case.q[b, h, queries]
         if not seen:
             return
-        q = case.q[b, h, queries]
         for j, keys, pooled in seen:
-            k, v = case.k[b, kh, keys], case.v[b, kh, keys]
-            t = self.decay(queries, keys)
+            k, v, t = case.k[b, kh, keys], case.v[b, kh, keys], self.decay(queries, keys)
             if pooled:  # one key with the tile's means; t is the mean over all its tokens, valid or not
                 k, v = k.mean(0, keepdims=True), v.mean(0, keepdims=True)
                 t = self.decay(queries, self.keys(j)).mean(1, keepdims=True)
             x, slope = _decayed(scale * q @ k.T, t)
-            xs.append(x + np.log(len(keys)) if pooled else x)
-            gone.append(np.zeros(x.shape, bool) if pooled else self.hidden(b, h, i, j))
-            slopes.append(slope)
-            ks.append(k)
-            vs.append(v)
-        x, slope, k, v = np.concatenate(xs, 1), np.concatenate(slopes, 1), np.concatenate(ks), np.concatenate(vs)
-        gone = np.concatenate(gone, 1)
+            hidden = np.zeros(x.shape, bool) if pooled else self.hidden(b, h, i, j)
+            parts.append((x + np.log(len(keys)) if pooled else x, slope, hidden, k.T, v.T))
+        x, slope, gone, k, v = (np.concatenate(part, 1) for part in zip(*parts, strict=True))
+        k, v = k.T, v.T
         empty = gone.all(1)
         peak = np.where(gone, -np.inf, x).max(1, keepdims=True)
         peak[empty] = 0

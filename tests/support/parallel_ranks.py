@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 import traceback
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,8 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers.models import attention_dispatch
 from dit_accel_pipelines.processes.parallel import enable_ulysses
-from tiny_models import FLUX, HUNYUAN, LTX, MOCHI
-from wan_tiny import TINY as WAN_TINY
+from tiny_models import LTX, MOCHI
 
 import dit_accel
 
@@ -33,50 +31,38 @@ PRELOADED = [
 """What one process imports for all that are started, which are its copies."""
 
 
-def wan(heads: int) -> tuple[Any, dict[str, Any]]:
-    return diffusers.WanTransformer3DModel(**{**WAN_TINY, "num_attention_heads": heads}), dict(
-        hidden_states=torch.randn(1, 12, 5, 8, 8), encoder_hidden_states=torch.randn(1, 6, 64)
-    )
-
-
-def flux(heads: int, text: int = TEXT) -> tuple[Any, dict[str, Any]]:
-    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(10), indexing="ij")
-    return diffusers.FluxTransformer2DModel(**{**FLUX[0].config, "num_attention_heads": heads}), dict(
-        hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, text, 16),
-        pooled_projections=torch.randn(1, 8), txt_ids=torch.zeros(text, 3), guidance=torch.full((1,), 3.5),
-        img_ids=torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float(),
-    )  # fmt: skip
-
-
-def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
-    mask = (torch.arange(TEXT)[None] < TEXT - 3).long()
-    sizes = {**HUNYUAN[0].config, "num_attention_heads": heads, "num_layers": 1}
-    return diffusers.HunyuanVideoTransformer3DModel(**sizes), dict(
-        hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=torch.randn(1, TEXT, 16),
-        encoder_attention_mask=mask, pooled_projections=torch.randn(1, 8), guidance=torch.full((1,), 6000.0),
-    )  # fmt: skip
-
-
-def other(heads: int, name: str, place: int = 0) -> tuple[Any, dict[str, Any]]:
-    tiny = tiny_models.MODELS[name][place]
-    return tiny.transformer(**{**tiny.config, "num_attention_heads": heads}), dict(tiny.inputs(1))
-
-
 MODELS = {
-    "wan": wan, "flux": flux, "hunyuan-video": hunyuan, "flux2": partial(other, name="flux2"),
-    "flux2 with references": partial(other, name="flux2", place=1), "qwen-image": partial(other, name="qwen-image"),
-    "qwen-image-edit": partial(other, name="qwen-image", place=1), "chronoedit": partial(other, name="wan", place=3),
-    "minimax-h3": partial(other, name="minimax-h3"),
+    "wan": ("wan", 0), "flux": ("flux", 0), "hunyuan-video": ("hunyuan-video", 0), "flux2": ("flux2", 0),
+    "flux2 with references": ("flux2", 1), "qwen-image": ("qwen-image", 0), "qwen-image-edit": ("qwen-image", 1),
+    "chronoedit": ("wan", 3), "minimax-h3": ("minimax-h3", 0),
 }  # fmt: skip
+"""Name of a model -> its family and number among the tiny models."""
 
 
-def build(name: str, heads: int = 4, **sizes: int) -> tuple[Any, dict[str, Any]]:
+def shared_evenly(name: str, text: int) -> dict[str, Any]:
+    """Return inputs whose tokens four processes can share evenly, for models that differ from those of the table."""
+    mask, words = (torch.arange(text)[None] < text - 3).long(), torch.randn(1, text, 16)
+    return {
+        "wan": dict(hidden_states=torch.randn(1, 12, 5, 8, 8)),
+        "flux": dict(encoder_hidden_states=words, txt_ids=torch.zeros(text, 3)),
+        "hunyuan-video": dict(
+            hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=words, encoder_attention_mask=mask
+        ),
+    }.get(name, {})
+
+
+def build(name: str, heads: int = 4, text: int = TEXT) -> tuple[Any, dict[str, Any]]:
     """A tiny model that attends sharply, and what it is given."""
     torch.manual_seed(0)
-    transformer, inputs = MODELS[name](heads, **sizes)
+    family, number = MODELS[name]
+    tiny, changed = tiny_models.MODELS[family][number], shared_evenly(name, text)
+    transformer = tiny.transformer(**{**tiny.config, "num_attention_heads": heads})
     for path, weight in transformer.named_parameters():
         if path.endswith(("norm_q.weight", "norm_k.weight")):
             weight.data.mul_(3.0)
+    inputs = {**tiny.inputs(1), **changed}
+    if changed:
+        del inputs["timestep"]
     return transformer.eval(), inputs
 
 

@@ -188,7 +188,7 @@ def _check_kind(job: Job) -> None:
         )
 
 
-def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
+def check_lines(path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]) -> None:
     """Refuse lines of another model, call, reference or arm than the suite's, by name."""
     for line in lines:
         of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"
