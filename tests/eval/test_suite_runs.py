@@ -1,11 +1,8 @@
-"""What a suite asks of its runs besides: warm-up and repeats, schedulers by class, guiders, a full disk, short ways."""
+"""What a suite asks of its runs besides: warm-up and repeats, schedulers by class, guiders, a full disk."""
 
 import errno
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,16 +171,3 @@ def test_a_disk_that_is_full_leaves_what_stood_and_says_so(tmp_path, monkeypatch
                 work()
     assert [line["clip"] for line in read_lines(tmp_path / "s.jsonl")] == [0]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["s.jsonl"]
-
-
-TRACER = Path(__file__).parents[1] / "support" / "suite_path.py"
-
-
-@pytest.mark.slow
-def test_a_suite_s_job_visits_few_files_and_calls_none_back():
-    done = subprocess.run([sys.executable, TRACER], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["files"]) <= 14
-    assert len(found["functions"]) <= 128
-    assert len(found["names"]) <= 53
-    assert not found["climbs"]

@@ -146,7 +146,7 @@ def test_every_models_blocks_and_positions_are_as_the_adapter_says(name):
     check(name, tiny_models.MODELS[name], ["places", "blocks", "rope"])
 
 
-@pytest.mark.parametrize("name", some(ADAPTERS, "hunyuan-video", "flux"))
+@pytest.mark.parametrize("name", some(ADAPTERS, "mochi", "flux"))
 def test_every_model_passes_the_checks_of_the_adapter_alone(name):
     check(name, tiny_models.MODELS[name], ALONE)
 
