@@ -251,6 +251,7 @@ def test_shares_and_last_steps_of_a_run_of_unknown_length_are_refused():
 @given(st.integers(0, 98), st.integers(1, 100), COUNTS)
 @example(1, 19, 8)  # empty in diffusers' guiders
 @example(7, 93, 100)
+@example(3, 1, 100)  # of one step: not short
 def test_windows_by_exact_fractions(start, length, count):
     stop = min(start + length, 100)
     low, high = Fraction(start, 100), Fraction(stop, 100)
