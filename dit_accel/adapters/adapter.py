@@ -80,48 +80,65 @@ def patch_count(latents: Any, patch: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Sizes of one released model, so that a plan needs neither weights nor a network."""
+    """Sizes of one released model, so that a plan needs neither weights nor a network.
 
-    name: str  # what users type, such as ``wan2.1-14b``
-    repo: str  # the model's hub id
-    layers: int  # transformer blocks that hold a self-attention
-    heads: int  # attention heads, H
-    head_dim: int  # channels of a head, D
-    ffn_dim: int  # hidden width of the feed-forward
-    patch: tuple[int, int, int]  # (t, h, w) latents a token covers
-    # (t, s): pixels a latent covers in time (except for the first frame) and in each spatial direction
+    Attributes:
+        name: what users type, such as ``wan2.1-14b``.
+        repo: the model's hub id.
+        layers: transformer blocks that hold a self-attention.
+        heads: attention heads, H.
+        head_dim: channels of a head, D.
+        ffn_dim: hidden width of the feed-forward.
+        patch: (t, h, w) latents a token covers.
+        vae: (t, s): pixels a latent covers in time (except for the first frame) and in each spatial direction.
+        size_multiple: what the pipeline asks height and width to be multiples of, in pixels, whatever the patches need.
+        text_tokens: text tokens inside the self-attention sequence (joint attention); 0 for cross-attention models.
+        cross_tokens: text (and image) tokens of the cross-attention; 0 where there is none.
+        height: default output height in pixels.
+        width: default output width in pixels.
+        num_frames: default number of frames.
+        num_inference_steps: default number of denoising steps.
+        forwards_per_step: transformer rows per step, 2 with classifier-free guidance.
+        experts: transformers that share the steps, 2 for Wan 2.2 A14B.
+        first_expert: share of a run's steps that the first of two transformers makes; None: not known.
+        in_channels: channels of the transformer's input, where that tells it from a model of the same sizes, such as 36
+            for image to video; None: any.
+        trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
+            several lengths, or an image model.
+        trained_size: rows and columns of tokens of the largest pictures that it was trained on; None: not known.
+        not_advised: methods for larger outputs that are published not to help on it; no advice names them.
+        beyond: what ``generate`` does for pictures larger than trained: ``tiled_vae``, ``pinned_shift``.
+        config: entries of its transformer's config by which its rotary positions differ from those of the adapter's
+            other models or from the class's defaults, and what `Rope.axes` asks for; empty: they don't differ.
+        recipes: method name -> option -> value: what the papers and their code use on this model.
+        head_sets: name -> heads such as ``L3H1``: published sets for methods that perturb some heads.
+    """
+
+    name: str
+    repo: str
+    layers: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    patch: tuple[int, int, int]
     vae: tuple[int, int]
-    # what the pipeline asks height and width to be multiples of, in pixels, whatever the patches need
     size_multiple: int = 1
-    # text tokens inside the self-attention sequence (joint attention); 0 for cross-attention models
     text_tokens: int = 0
-    cross_tokens: int = 0  # text (and image) tokens of the cross-attention; 0 where there is none
-    height: int  # default output height in pixels
-    width: int  # default output width in pixels
-    num_frames: int  # default number of frames
-    num_inference_steps: int = 50  # default number of denoising steps
-    forwards_per_step: int = 2  # transformer rows per step, 2 with classifier-free guidance
-    experts: int = 1  # transformers that share the steps, 2 for Wan 2.2 A14B
-    # share of a run's steps that the first of two transformers makes; None: not known
+    cross_tokens: int = 0
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int = 50
+    forwards_per_step: int = 2
+    experts: int = 1
     first_expert: float | None = None
-    # channels of the transformer's input, where that tells it from a model of the same sizes, such as 36 for image to
-    # video; None: any
     in_channels: int | None = None
-    # frames of its training clips, as the transformer's tokens count them; None: not known, or several lengths, or an
-    # image model
     trained_frames: int | None = None
-    # rows and columns of tokens of the largest pictures that it was trained on; None: not known
     trained_size: tuple[int, int] | None = None
-    # methods for larger outputs that are published not to help on it; no advice names them
     not_advised: tuple[str, ...] = ()
-    # what ``generate`` does for pictures larger than trained: ``tiled_vae``, ``pinned_shift``
     beyond: tuple[str, ...] = ()
-    # entries of its transformer's config by which its rotary positions differ from those of the adapter's other models
-    # or from the class's defaults, and what `Rope.axes` asks for; empty: they don't differ
     config: Mapping[str, Any] = field(default_factory=dict)
-    # method name -> option -> value: what the papers and their code use on this model
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # name -> heads such as ``L3H1``: published sets for methods that perturb some heads
     head_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property

@@ -29,18 +29,27 @@ JOINT = ("hidden_states", "encoder_hidden_states")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockList:
-    """A list of transformer blocks of one kind, and the token streams that run through it."""
+    """A list of transformer blocks of one kind, and the token streams that run through it.
 
-    pattern: str  # module names of its blocks, such as ``transformer_blocks.*``; ``*`` stands for one part of a name
-    takes: tuple[str, ...] = ("hidden_states",)  # the arguments that hold the streams, the visual stream first
-    # which stream each element of a block's result is, or None for one that is not a stream. A lone tensor is one
-    # element: ``(0,)``; several elements are a tuple.
+    Attributes:
+        pattern: module names of its blocks, such as ``transformer_blocks.*``; ``*`` stands for one part of a name.
+        takes: the arguments that hold the streams, the visual stream first.
+        gives: which stream each element of a block's result is, or None for one that is not a stream. A lone tensor is
+            one element: ``(0,)``; several elements are a tuple.
+        joined: the visual stream is the whole attention sequence: what the adapter's grid counts as text, references
+            included, stands in it before and after the visual tokens.
+        token_axis: axis of a stream that counts its tokens.
+        beside: these blocks run beside the main ones, such as control branches: skipping one shortens no main path.
+
+    Raises:
+        ConfigError: for a pattern that names no list, or results that leave out or repeat a stream.
+    """
+
+    pattern: str
+    takes: tuple[str, ...] = ("hidden_states",)
     gives: tuple[int | None, ...] = (0,)
-    # the visual stream is the whole attention sequence: what the adapter's grid counts as text, references included,
-    # stands in it before and after the visual tokens
     joined: bool = False
-    token_axis: int = -2  # axis of a stream that counts its tokens
-    # these blocks run beside the main ones, such as control branches: skipping one shortens no main path
+    token_axis: int = -2
     beside: bool = False
 
     def __post_init__(self) -> None:

@@ -13,13 +13,20 @@ class CrossAttention:
 
     Its modules have ``to_q`` and ``to_out[0]``, and take ``hidden_states``, ``encoder_hidden_states`` and, where the
     text is padded, ``attention_mask``.
+
+    Attributes:
+        modules: module-name patterns (``blocks.*.attn2``).
+        projection: name of the module that each forward calls once, with the text first, to project it for them; None:
+            the text comes to them as it is. One that a model lacks counts as None.
+        text: name of the forward's input that holds the text, [B, tokens, C].
+
+    Raises:
+        ConfigError: for patterns of another type.
     """
 
-    modules: tuple[str, ...]  # module-name patterns (``blocks.*.attn2``)
-    # name of the module that each forward calls once, with the text first, to project it for them; None: the text comes
-    # to them as it is. One that a model lacks counts as None.
+    modules: tuple[str, ...]
     projection: str | None = None
-    text: str = "encoder_hidden_states"  # name of the forward's input that holds the text, [B, tokens, C]
+    text: str = "encoder_hidden_states"
 
     def __post_init__(self) -> None:
         if not isinstance(self.modules, tuple) or not all(isinstance(pattern, str) for pattern in self.modules):

@@ -58,6 +58,9 @@ class Guidance:
         rescaling_arguments: arguments of the pipelines' calls that ask for it as well, and that no attribute keeps.
         share_prefix: what a block takes besides its streams does not depend on earlier blocks, so that a second pass
             may begin at any block.
+
+    Raises:
+        ConfigError: for a value out of its choices, or a class that is named twice.
     """
 
     alone: tuple[str, ...] = ()

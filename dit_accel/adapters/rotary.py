@@ -37,14 +37,20 @@ Resolve = Callable[[int, "Tensor"], "Tensor"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """One axis of positions."""
+    """One axis of positions.
 
-    name: str  # one of `VISUAL_AXES`, or another word: such an axis can't be changed
-    # channels of a head that it rotates, two per frequency; of all heads, where positions are laid over them together
+    Attributes:
+        name: one of `VISUAL_AXES`, or another word: such an axis can't be changed.
+        channels: channels of a head that it rotates, two per frequency; of all heads, where positions are laid over
+            them together.
+        theta: frequency j is theta^(-exponent j), in radians per position; None: the frequencies are learned.
+        exponents: None: 2 j / channels.
+    """
+
+    name: str
     channels: int
-    # frequency j is theta^(-exponent j), in radians per position; None: the frequencies are learned
     theta: float | None
-    exponents: tuple[float, ...] | None = None  # None: 2 j / channels
+    exponents: tuple[float, ...] | None = None
 
     def frequencies(self) -> "np.ndarray":
         """Return the model's frequencies by their formula, float64 [channels / 2]; `ConfigError` for learned ones."""
@@ -59,34 +65,48 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Where and how a transformer makes its rotary positions."""
+    """Where and how a transformer makes its rotary positions.
 
-    owner: str = ""  # dotted name, from the transformer, of what makes them; empty: the transformer itself
-    method: str = "forward"  # the owner's method that makes them, or reads the tables
-    input: str = ""  # the forward's input that holds them, for the forms in `GIVEN`
-    form: str = "theta"  # one of `FORMS`
-    # what comes out: ``cos sin`` (two tensors), ``complex``, ``matrix`` [..., 2, 2], ``angles``, or ``halves`` (cos and
-    # sin in one tensor, joined along the dimension 1)
+    Attributes:
+        owner: dotted name, from the transformer, of what makes them; empty: the transformer itself.
+        method: the owner's method that makes them, or reads the tables.
+        input: the forward's input that holds them, for the forms in `GIVEN`.
+        form: one of `FORMS`.
+        values: what comes out: ``cos sin`` (two tensors), ``complex``, ``matrix`` [..., 2, 2], ``angles``, or
+            ``halves`` (cos and sin in one tensor, joined along the dimension 1).
+        parts: attributes of the owner that hold base, tables or frequencies: one for all axes, or one for each.
+        caches: attributes of the owner that keep what it made, for bases.
+        asks: for bases: the axes in the order in which they are requested, by index; None: each once.
+        axes: transformer config -> the axes in the model's order.
+        text: forward inputs by name -> which rows of the positions are text: how many of the first ones, or bool
+            [..., rows]. None: text has no positions along the visual axes.
+        max_positions: transformer config -> axis -> tokens that the model's tables hold; axes without a limit are left
+            out. It takes configs that lack entries too, for the class's defaults. None: no limits.
+        absent: transformer config -> why this model has no rotary positions, or None.
+        kinds: kinds of `dit_accel.rules.rotary_frequencies` that make sense here; None: all. ``note`` says why not
+            the others.
+        fitted: axes along which the model scales every size to the trained one, so that none is too long.
+        note: what a change does not do here.
+
+    Raises:
+        ConfigError: for an unknown form.
+    """
+
+    owner: str = ""
+    method: str = "forward"
+    input: str = ""
+    form: str = "theta"
     values: str = "cos sin"
-    # attributes of the owner that hold base, tables or frequencies: one for all axes, or one for each
     parts: tuple[str, ...] = ("theta",)
-    caches: tuple[str, ...] = ()  # attributes of the owner that keep what it made, for bases
-    # for bases: the axes in the order in which they are requested, by index; None: each once
+    caches: tuple[str, ...] = ()
     asks: tuple[int, ...] | None = None
-    axes: Callable[[Mapping[str, Any]], tuple[Axis, ...]]  # transformer config -> the axes in the model's order
-    # forward inputs by name -> which rows of the positions are text: how many of the first ones, or bool [..., rows].
-    # None: text has no positions along the visual axes.
+    axes: Callable[[Mapping[str, Any]], tuple[Axis, ...]]
     text: "Callable[[Mapping[str, Any]], int | Tensor] | None" = None
-    # transformer config -> axis -> tokens that the model's tables hold; axes without a limit are left out. It takes
-    # configs that lack entries too, for the class's defaults. None: no limits.
     max_positions: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
-    # transformer config -> why this model has no rotary positions, or None
     absent: Callable[[Mapping[str, Any]], str | None] | None = None
-    # kinds of `dit_accel.rules.rotary_frequencies` that make sense here; None: all. ``note`` says why not the others.
     kinds: tuple[str, ...] | None = None
-    # axes along which the model scales every size to the trained one, so that none is too long
     fitted: tuple[str, ...] = ()
-    note: str = ""  # what a change does not do here
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:

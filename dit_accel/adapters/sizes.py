@@ -11,15 +11,22 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of one transformer."""
+    """Sizes of one transformer.
 
-    layers: int  # transformer blocks that hold a self-attention
-    heads: int  # attention heads, H
-    head_dim: int  # channels of a head, D
-    # hidden width of a feed-forward of two matrices that costs what a block's own does for each visual token: a gated
-    # one, of three matrices, counts 3/2 of its width. None: the config does not tell.
+    Attributes:
+        layers: transformer blocks that hold a self-attention.
+        heads: attention heads, H.
+        head_dim: channels of a head, D.
+        ffn_dim: hidden width of a feed-forward of two matrices that costs what a block's own does for each visual
+            token: a gated one, of three matrices, counts 3/2 of its width. None: the config does not tell.
+        patch: (t, h, w) latents that a token covers; None: the config does not tell.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
     ffn_dim: int | None = None
-    patch: tuple[int, int, int] | None = None  # (t, h, w) latents that a token covers; None: the config does not tell
+    patch: tuple[int, int, int] | None = None
 
 
 def patch_sizes(size: int | Sequence[int], frames: int | None = None) -> tuple[int, int, int]:

@@ -31,12 +31,17 @@ class TransformerDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What `describe` found."""
+    """What `describe` found.
 
-    transformers: Sequence[TransformerDescription]  # one entry per transformer
-    # what to attach at the model's default size; None where it is not known
+    Attributes:
+        transformers: one entry per transformer.
+        recommendation: what to attach at the model's default size; None where it is not known.
+        not_recommended: why it can't, empty where it can.
+    """
+
+    transformers: Sequence[TransformerDescription]
     recommendation: Recommendation | None = None
-    not_recommended: str = ""  # why it can't, empty where it can
+    not_recommended: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain values, for JSON."""

@@ -15,24 +15,33 @@ WIDTH = 80
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One thing that could be attached, or nothing."""
+    """One thing that could be attached, or nothing.
 
-    name: str  # a preset's level, ``dense``, or the name of a tuned file
-    # method -> what it does in this run, in words; of a preset those alone that act in it
+    Attributes:
+        name: a preset's level, ``dense``, or the name of a tuned file.
+        methods: method -> what it does in this run, in words; of a preset those alone that act in it.
+        speedup: of the denoising loop. Predicted, as `dit-accel plan` does: by the FLOPs of the sparse attention, and
+            by the share of the forwards that the cache skipped where that was measured. Of a tuned file measured, by
+            work.
+        seconds: the least that the loop takes on the hardware, by its data sheet; None: not known.
+        losses: method -> dB to the user's own dense run that nine of ten prompts reached where it was measured, with as
+            many steps or the nearest, the least of the tiny models; None: not measured; without those for outputs
+            beyond the trained size, where the dense run is no measure. Of a tuned file its metric -> the mean against
+            the converged run.
+        medians: method -> the same dB of the median prompt, where it was measured.
+        sources: method, or tuned file -> the figure that this rests on.
+        state_bytes: memory that the methods hold besides the model, but for what a cache stores.
+        needs: what else it takes, such as a GPU with Triton; and what of a preset waits for a larger run.
+    """
+
+    name: str
     methods: Mapping[str, str] = field(default_factory=dict)
-    # of the denoising loop. Predicted, as `dit-accel plan` does: by the FLOPs of the sparse attention, and by the share
-    # of the forwards that the cache skipped where that was measured. Of a tuned file measured, by work.
     speedup: float = 1.0
-    seconds: float | None = None  # the least that the loop takes on the hardware, by its data sheet; None: not known
-    # method -> dB to the user's own dense run that nine of ten prompts reached where it was measured, with as many
-    # steps or the nearest, the least of the tiny models; None: not measured; without those for outputs beyond the
-    # trained size, where the dense run is no measure. Of a tuned file its metric -> the mean against the converged run.
+    seconds: float | None = None
     losses: Mapping[str, float | None] = field(default_factory=dict)
-    # method -> the same dB of the median prompt, where it was measured
     medians: Mapping[str, float] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)  # method, or tuned file -> the figure that this rests on
-    state_bytes: int = 0  # memory that the methods hold besides the model, but for what a cache stores
-    # what else it takes, such as a GPU with Triton; and what of a preset waits for a larger run
+    sources: Mapping[str, str] = field(default_factory=dict)
+    state_bytes: int = 0
     needs: tuple[str, ...] = ()
 
     @property
@@ -48,19 +57,32 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Recommendation:
-    """What could be attached to a model at a size: what was tuned on it, then presets and dense, the fastest first."""
+    """What could be attached to a model at a size: what was tuned on it, then presets and dense, the fastest first.
 
-    family: str  # the model's sizes
-    height: int  # output height in pixels
-    width: int  # output width in pixels
-    num_frames: int  # output frames, rounded as the pipeline does
-    num_inference_steps: int  # denoising steps
-    tokens: int  # visual tokens of one attention call
-    hardware: str | None  # name of the card or its memory, or None
-    # of the transformers: of a pipeline what it has, of a named model at least the matrices of its blocks in 16 bits
+    Attributes:
+        family: the model's sizes.
+        height: output height in pixels.
+        width: output width in pixels.
+        num_frames: output frames, rounded as the pipeline does.
+        num_inference_steps: denoising steps.
+        tokens: visual tokens of one attention call.
+        hardware: name of the card or its memory, or None.
+        weight_bytes: of the transformers: of a pipeline what it has, of a named model at least the matrices of its
+            blocks in 16 bits.
+        settings: the rows.
+        notes: what a user should know.
+    """
+
+    family: str
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    tokens: int
+    hardware: str | None
     weight_bytes: int
-    settings: Sequence[Setting]  # the rows
-    notes: tuple[str, ...]  # what a user should know
+    settings: Sequence[Setting]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recommendation as plain values, for JSON."""

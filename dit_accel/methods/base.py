@@ -50,17 +50,25 @@ class Place(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What a handler may know of the model it is attached to."""
+    """What a handler may know of the model it is attached to.
 
-    adapter: Adapter  # the model's adapter
-    family: Family | None  # the released model it has the sizes of, or None
-    heads: int  # attention heads, H
-    layers: int  # attention modules that the adapter names in one transformer
-    # how all methods of the attachment cut a sequence into tiles
+    Attributes:
+        adapter: the model's adapter.
+        family: the released model it has the sizes of, or None.
+        heads: attention heads, H.
+        layers: attention modules that the adapter names in one transformer.
+        tiling: how all methods of the attachment cut a sequence into tiles.
+        config: the transformer's config; None: there is no transformer yet, only a family's sizes.
+        scheduler: the pipeline's; None: it has none, or there is no pipeline.
+    """
+
+    adapter: Adapter
+    family: Family | None
+    heads: int
+    layers: int
     tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
-    # the transformer's config; None: there is no transformer yet, only a family's sizes
     config: Mapping[str, Any] | None = None
-    scheduler: Any = None  # the pipeline's; None: it has none, or there is no pipeline
+    scheduler: Any = None
 
     @property
     def noises(self) -> tuple[Noise, ...]:
@@ -100,6 +108,10 @@ class Handler:
     """One attached method: its options on one model and, where the method needs any, its state.
 
     A handler belongs to one attachment. It raises `ConfigError` on creation if the method can't work on the model.
+
+    Attributes:
+        settings: the config, its unset options filled in for this model; what the report shows.
+        model: the model.
     """
 
     config_type: ClassVar[type[MethodConfig]]

@@ -16,10 +16,15 @@ Note = typing.TypeVar("Note")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a value must be besides of its type."""
+    """What a value must be besides of its type.
 
-    words: str  # what follows "must be" in the error
-    holds: Callable[[Any], bool]  # value -> whether it is that
+    Attributes:
+        words: what follows "must be" in the error.
+        holds: value -> whether it is that.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)

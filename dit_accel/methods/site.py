@@ -19,19 +19,30 @@ from ..plan.context import StepContext
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardContext(StepContext):
-    """A forward that is about to run."""
+    """A forward that is about to run.
 
-    inputs: Mapping[str, Any]  # the forward's inputs by name; tensors as the pipeline gives them
+    Attributes:
+        inputs: the forward's inputs by name; tensors as the pipeline gives them.
+    """
+
+    inputs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
-    """One transformer block."""
+    """One transformer block.
 
-    index: int  # its place among all blocks that the adapter lists, in running order
-    name: str  # its name in the transformer
-    module: nn.Module  # the block
-    list: BlockList  # what the adapter says about its kind: which of its arguments and results are streams
+    Attributes:
+        index: its place among all blocks that the adapter lists, in running order.
+        name: its name in the transformer.
+        module: the block.
+        list: what the adapter says about its kind: which of its arguments and results are streams.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    list: BlockList
 
 
 AroundForward = Callable[[ForwardContext, Callable[..., Any]], Any]
@@ -46,18 +57,27 @@ AroundCall = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], 
 
 
 class Site(ABC):
-    """One transformer as one handler sees it while it installs itself."""
+    """One transformer as one handler sees it while it installs itself.
 
-    name: str  # the component's name
-    transformer: nn.Module  # the transformer
-    adapter: Adapter  # its adapter
-    pipe: Any  # the pipeline that the methods are attached to, or None: they are attached to the transformer alone
-    # the pipeline in whose call the current forward runs; None in a loop written by hand, and outside forwards. It need
-    # not be ``pipe``: several pipelines may share a transformer.
+    Attributes:
+        name: the component's name.
+        transformer: the transformer.
+        adapter: its adapter.
+        pipe: the pipeline that the methods are attached to, or None: they are attached to the transformer alone.
+        running: the pipeline in whose call the current forward runs; None in a loop written by hand, and outside
+            forwards. It need not be ``pipe``: several pipelines may share a transformer.
+        attention: index -> name of the attention modules that methods may change.
+        compiled: it is compiled whole, so that nothing can run around its blocks.
+        blocks: the transformer's blocks, in running order; `UnsupportedModel` if the adapter describes none.
+    """
+
+    name: str
+    transformer: nn.Module
+    adapter: Adapter
+    pipe: Any
     running: Any
-    attention: Mapping[int, str]  # index -> name of the attention modules that methods may change
-    compiled: bool  # it is compiled whole, so that nothing can run around its blocks
-    # the transformer's blocks, in running order; `UnsupportedModel` if the adapter describes none
+    attention: Mapping[int, str]
+    compiled: bool
     blocks: tuple[Block, ...]
 
     @abstractmethod

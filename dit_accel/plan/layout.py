@@ -12,15 +12,22 @@ class TokenLayout:
 
     The visual tokens are frame-major and raster-ordered inside a frame: token ``(f * height + y) * width + x``.
 
+    Attributes:
+        frames: F, latent frames after patching; 1 for an image.
+        height: Y, patch rows of a frame.
+        width: X, patch columns of a frame.
+        text_before: text (or audio, or reference) tokens in front of the visual ones.
+        text_after: the same, behind them.
+
     Raises:
         ConfigError: for a size that is not a whole number, or too small.
     """
 
-    frames: int  # F, latent frames after patching; 1 for an image
-    height: int  # Y, patch rows of a frame
-    width: int  # X, patch columns of a frame
-    text_before: int = 0  # text (or audio, or reference) tokens in front of the visual ones
-    text_after: int = 0  # the same, behind them
+    frames: int
+    height: int
+    width: int
+    text_before: int = 0
+    text_after: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):

@@ -71,25 +71,34 @@ class PredictedSpeedup:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Report:
-    """What ran in the last generation, and what "auto" and the recipe resolved to."""
+    """What ran in the last generation, and what "auto" and the recipe resolved to.
 
-    methods: Mapping[str, Mapping[str, Any]]  # method name -> its options, every recipe value filled in
-    # the requested kernel backend, what ``auto`` chose, how the torch backend computed (by its compiled loop, or else
-    # why not), and in which precision queries and keys were multiplied, if not in their own
+    Attributes:
+        methods: method name -> its options, every recipe value filled in.
+        backend: the requested kernel backend, what ``auto`` chose, how the torch backend computed (by its compiled
+            loop, or else why not), and in which precision queries and keys were multiplied, if not in their own.
+        model: component name -> adapter and family.
+        steps: one entry per denoising call, in the order of the run.
+        notes: remarks of the methods, such as a sequence too short to gain, and the problem.
+        problem: why what is attached did not act, and what to do; "" where nothing is wrong.
+        calls: one entry per planned attention call, by layer and head.
+        state_bytes: method name -> the most memory that it held from step to step since attach; methods that held none
+            are left out.
+        sections: what individual methods report.
+        timing: how long the forwards took, and the speed-up that this measures.
+        predicted: what `dit-accel plan` predicts for this run; None: of a model with the sizes of no released one.
+    """
+
+    methods: Mapping[str, Mapping[str, Any]]
     backend: str
-    model: Mapping[str, str]  # component name -> adapter and family
-    steps: Sequence[StepReport] = field(default_factory=tuple)  # one entry per denoising call, in the order of the run
-    # remarks of the methods, such as a sequence too short to gain, and the problem
+    model: Mapping[str, str]
+    steps: Sequence[StepReport] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
-    problem: str = ""  # why what is attached did not act, and what to do; "" where nothing is wrong
-    # one entry per planned attention call, by layer and head
+    problem: str = ""
     calls: Sequence[CallReport] = field(default_factory=tuple)
-    # method name -> the most memory that it held from step to step since attach; methods that held none are left out
     state_bytes: Mapping[str, int] = field(default_factory=dict)
-    sections: Sequence[Section] = field(default_factory=tuple)  # what individual methods report
-    # how long the forwards took, and the speed-up that this measures
+    sections: Sequence[Section] = field(default_factory=tuple)
     timing: Timing = field(default_factory=Timing, compare=False)
-    # what `dit-accel plan` predicts for this run; None: of a model with the sizes of no released one
     predicted: PredictedSpeedup | None = None
 
     @property

@@ -19,11 +19,17 @@ from .sparse import SparseConfig, SparseHandler
 
 
 class Tokens(NamedTuple):
-    """Visual tokens by their places in the patch grid."""
+    """Visual tokens by their places in the patch grid.
 
-    frame: Tensor  # int32, in latent frames
-    y: Tensor  # int32, the row
-    x: Tensor  # int32, the column
+    Attributes:
+        frame: int32, in latent frames.
+        y: int32, the row.
+        x: int32, the column.
+    """
+
+    frame: Tensor
+    y: Tensor
+    x: Tensor
 
 
 class MaskHandler(SparseHandler, ABC):

@@ -32,16 +32,26 @@ class StepDecision:
 
     It lives from step to step; a new one begins where another branch or other latents are measured. What it keeps of
     the tensors that its handler was given is copied for it.
+
+    Attributes:
+        branch: the branch that is measured: the first one of a step.
+        shapes: of what is measured.
+        step: the last step that was decided.
+        reuse: the step is skipped.
+        reason: why.
+        value: the indicator, where it was measured.
+        in_a_row: steps skipped since the last computed one.
+        kept: whatever the cache keeps from step to step; a subclass may have fields of its own beside it.
     """
 
-    branch: str  # the branch that is measured: the first one of a step
-    step: int = -1  # the last step that was decided
-    reuse: bool = False  # the step is skipped
-    reason: str = ""  # why
-    value: float | None = None  # the indicator, where it was measured
-    in_a_row: int = 0  # steps skipped since the last computed one
-    shapes: Any = None  # of what is measured
-    kept: Any = None  # whatever the cache keeps from step to step; a subclass may have fields of its own beside it
+    branch: str
+    step: int = -1
+    reuse: bool = False
+    reason: str = ""
+    value: float | None = None
+    in_a_row: int = 0
+    shapes: Any = None
+    kept: Any = None
 
     @property
     def nbytes(self) -> int:
