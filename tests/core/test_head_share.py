@@ -65,11 +65,6 @@ def test_what_is_joined_is_in_the_heads_order(monkeypatch, total, size):
         assert next(iter(processes.shapes))[-1] == (torch.uint8 if dtype == torch.bool else dtype)
 
 
-def test_heads_are_runs_of_one_length_and_the_last_is_shorter():
-    assert [(share.start, share.count) for share in shares(7, 3)] == [(0, 3), (3, 3), (6, 1)]
-    assert [(share.start, share.count) for share in shares(3, 4)] == [(0, 1), (1, 1), (2, 1), (3, 0)]
-
-
 def test_sums_leave_what_is_summed(monkeypatch):
     processes, values = Processes(monkeypatch, 2), [torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])]
     for total in processes.run(lambda rank: HeadShare(start=0, count=1, total=2).summed(values[rank])):

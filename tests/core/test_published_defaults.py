@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dit_accel.methods.attention.radial import RadialAttention
-from dit_accel.methods.attention.sparsed import SparseD
 from dit_accel.methods.registry import methods
 from dit_accel.plan.layout import TokenLayout
 
@@ -102,8 +101,3 @@ def test_the_docstring_has_the_range_of_the_table():
     assert len({tuple(row[1:3]) for row in ROWS}) == len(ROWS) == 7
     shares = [int(row[-1].removesuffix(" %")) for row in ROWS]
     assert f"{min(shares)} to {max(shares)} % more tiles" in " ".join(RadialAttention.__doc__.split())
-
-
-@pytest.mark.parametrize(("tiles", "density", "kept"), [(10, 0.3, 3), (10, 0.31, 4), (591, 0.3, 178), (3, 0.01, 1)])
-def test_sparsed_keeps_a_share_rounded_up(tiles, density, kept):
-    assert SparseD(density=density, block_size=16).filled().kept_tiles(tiles) == kept

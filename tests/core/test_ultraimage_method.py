@@ -16,6 +16,7 @@ from dit_accel import ConfigError, EasyCache, RoPE, UltraImage
 from dit_accel.methods.positions.entropy import focus, token_entropy
 from dit_accel.methods.positions.ultraimage import UltraImageHandler, _rows
 from dit_accel.plan.layout import TokenLayout
+from dit_accel.testing.recording import recorded
 from dit_accel.testing.tiny_models import Case
 
 BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
@@ -103,6 +104,19 @@ def test_the_first_step_measures_and_later_ones_concentrate():
     expected = torch.nn.functional.scaled_dot_product_attention(call.q * factors[..., None, None], call.k, call.v)
     torch.testing.assert_close(out[1], expected)
     assert not torch.equal(out[0], out[1])
+
+
+def test_the_heads_of_all_layers_are_compared_in_each_branch_by_itself():
+    transformer, factors = tiny_transformer(), []
+    with dit_accel.attach(transformer, HEADS) as attachment, recorded(attachment) as calls:
+        denoise(transformer, 2)
+    for branch in ("cond", "uncond"):
+        first, second = ([c for c in calls if (c.context.branch, c.context.step_index) == (branch, i)] for i in (0, 1))
+        rows = _rows(first[0].context.layout, 16, "cpu")
+        entropy = torch.stack([direct(call.q[:, :, rows], call.k, call.q.shape[-1] ** -0.5) for call in first])
+        factors.append(torch.stack([call.plan.head_scale for call in second]))
+        torch.testing.assert_close(factors[-1], focus(entropy, entropy.min(), entropy.max(), 1.0, 1.3, 2.0))
+    assert (factors[0] - factors[1]).abs().max() > 1e-4
 
 
 def test_two_float32_numbers_a_head_layer_and_branch_are_planned_to_be_held():
