@@ -1,6 +1,7 @@
 """The public face: names, handles and layers of an attachment, and what is refused before anything is touched."""
 
 import ast
+import dataclasses
 import gc
 import weakref
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
+import dit_accel.adapters
+import dit_accel.methods
 from dit_accel import AttachError, ConfigError, MissingBackend, RadialAttention
 from dit_accel.public import HOMES
 
@@ -23,6 +26,13 @@ def test_public_names_are_those_of_the_stub_and_typos_are_not_swallowed():
     assert dit_accel.__version__.count(".") >= 1
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
         dit_accel.atach  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [dit_accel, dit_accel.adapters, dit_accel.methods])
+def test_public_classes_name_their_fields(module):
+    for kind in filter(dataclasses.is_dataclass, (getattr(module, name) for name in module.__all__)):
+        fields = [field.name for field in dataclasses.fields(kind) if field.name in kind.__annotations__]
+        assert not [name for name in fields if name not in kind.__doc__], kind
 
 
 def test_reports_show_themselves_in_a_line():
