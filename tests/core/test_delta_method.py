@@ -17,7 +17,6 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
 from dit_accel.methods.attention.delta import DeltaHandler, groups_of, neighbour_correlation
-from dit_accel.methods.attention.radial import RadialHandler
 from dit_accel.plan.call import Call
 from dit_accel.plan.exact_rows import dense_rows
 from dit_accel.plan.layout import TokenLayout
@@ -201,29 +200,6 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
     torch.testing.assert_close(added[1], added[0])
     delta.reset()
     assert corrected(delta, plan, call)[1] is not None
-
-
-class Taker(RadialHandler):
-    """Notes what it is given."""
-
-    def __init__(self, wants: bool = True) -> None:
-        super().__init__(RADIAL, MODEL)
-        self.wants, self.seen = wants, []
-
-    def restore_tiles(self, plan, context, probe, margin) -> None:
-        if self.wants:
-            self.seen.append((*probe(), margin))
-
-
-def test_probes_go_to_the_handlers_that_want_them():
-    call = call_of()
-    plan, takers = plan_of(), (Taker(), Taker(wants=False))
-    for reactivate in (True, False):
-        delta = handler(stride=5, margin=2.5, reactivate=reactivate)
-        delta.check_with(takers)
-        corrected(delta, plan, call)
-    assert [len(taker.seen) for taker in takers] == [1, 0]
-    assert takers[0].seen[0][2] == 2.5
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])

@@ -33,11 +33,6 @@ BESIDE = {
 EVERY_2 = dict(every=2, warmup_steps=0, last_steps=0)
 
 
-@pytest.fixture
-def transformer():
-    return tiny_transformer()
-
-
 def steps_of(transformer, *methods, steps=4, noise_level=True):
     """The planned calls of some steps on moving latents, and the report."""
     calls, generator = [], torch.Generator().manual_seed(0)

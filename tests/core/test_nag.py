@@ -22,11 +22,6 @@ METHOD = NAG(scale=6.0, negative_embeds=EMBEDS)
 ANY = dict(name="a", transformers=("A",), self_attention=("b",))
 
 
-@pytest.fixture
-def transformer():
-    return tiny_transformer()
-
-
 def changed(config, **options):
     return dataclasses.replace(config, **options)
 

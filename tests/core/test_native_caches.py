@@ -48,11 +48,6 @@ CACHES = {
 ALL = pytest.mark.parametrize("cache", CACHES)
 
 
-@pytest.fixture
-def transformer():
-    return tiny_transformer()
-
-
 def latents(frames=5, width=8):
     return torch.randn(1, 12, frames, 8, width, generator=torch.Generator().manual_seed(3))
 

@@ -176,11 +176,6 @@ def registered(monkeypatch):
         monkeypatch.setitem(registry.handlers(), handler.config_type.name, handler)
 
 
-@pytest.fixture
-def transformer():
-    return tiny_transformer()
-
-
 def forward(model, step=0, branch="cond", scale=1.0, frames=5, height=8):
     noise = torch.Generator().manual_seed(3)
     latents = scale * torch.randn(1, 12, frames, height, 8, generator=noise)

@@ -35,15 +35,6 @@ def test_public_classes_name_their_fields(module):
         assert not [name for name in fields if name not in kind.__doc__], kind
 
 
-def test_reports_show_themselves_in_a_line():
-    transformer = tiny_transformer(num_layers=1)
-    with dit_accel.attach(transformer, RADIAL) as attachment:
-        assert repr(attachment.report()) == "<Report: radial; 0 calls, density 1.000>"
-        assert "nothing has run yet" in str(attachment.report())
-        denoise(transformer, 1)
-        assert len(repr(attachment.report())) < 100
-
-
 def test_other_backends_and_a_method_twice_are_refused():
     for methods, options, error, match in (
         ([RADIAL], dict(backend=None), MissingBackend, r"backend None.*auto, fa4, flex"),

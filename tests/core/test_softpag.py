@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from wan_tiny import RADIAL, denoise, guided, tiny_transformer
+from wan_tiny import RADIAL, denoise, guided
 
 import dit_accel
 from dit_accel import PAG, SLG, ConfigError, EasyCache, SoftPAG, StaticCache
@@ -15,11 +15,6 @@ from dit_accel.methods.guidance.log import UnperturbedRun
 from dit_accel.testing.recording import recorded
 
 HALF = SoftPAG(heads="L1H0", u=0.5)
-
-
-@pytest.fixture
-def transformer():
-    return tiny_transformer()
 
 
 @pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", start=0.0, stop=1.0, scale=1.0)])

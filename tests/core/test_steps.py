@@ -263,15 +263,3 @@ def test_windows_by_exact_fractions(start, length, count):
         assert found == [min(math.ceil(low * count), count - 1)]
     assert is_short(start / 100, stop / 100, count) == ((high - low) * count < 1)
     assert inside or is_short(start / 100, stop / 100, count)
-
-
-def test_the_published_window_of_slg_is_that_of_diffusers():
-    """But for a step right on the start, which is in, and diffusers' Stable Diffusion 3 pipeline leaves it out."""
-    config = dit_accel.SLG(layers="L1").filled({})
-    assert (config.start, config.stop) == (0.01, 0.2)
-    for start, stop, count, first in (
-        (0.01, 0.2, 6, []), (0.01, 0.2, 11, []), (0.01, 0.2, 28, []), (0.01, 0.2, 99, []), (0.01, 0.2, 100, [1]),
-        (0.0, 0.5, 10, [0]), (0.2, 0.5, 10, [2]),
-    ):  # fmt: skip
-        theirs = [step for step in range(count) if count * start < step < count * stop]
-        assert list(dit_accel.SLG(layers="L1", start=start, stop=stop).steps(count)) == first + theirs
