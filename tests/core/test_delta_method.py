@@ -277,7 +277,7 @@ def test_a_tile_that_lite_dropped_for_good_comes_back_when_probes_see_it():
 def test_a_tile_comes_back_above_the_threshold_by_the_margin():
     """By shares where votes are by mass, and never where it must be skipped."""
     for lite, delta, back, densities in (
-        (dict(), dict(margin=1.0), -6.0, [0.25, 0.375]),
+        (dict(), dict(margin=1.0), -6.5, [0.25, 0.375]),
         (dict(), dict(margin=1.0), -7.5, [0.25, 0.25]),
         (dict(), dict(margin=0.0), -7.5, [0.25, 0.375]),
         (dict(), dict(margin=3.0), -6.0, [0.25, 0.25]),
