@@ -130,8 +130,8 @@ def test_ctrl_c_ends_what_runs_and_keeps_what_has_ended(tmp_path):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, text = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert text == "stopped: what has ended is in the results, and the same command goes on\n"
+    stopped = "stopped: what has ended is in the results, and the same command goes on\n"
+    assert (process.returncode, text) == (130, stopped)
     assert list(records_in(out)) == ["first", "missing"]
     for running in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended since
