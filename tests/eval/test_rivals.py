@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.results import ResultLine, result_lines
-from dit_accel_eval.runs.rivals import cached_by, check_rival
+from dit_accel_eval.runs.rivals import cached_by, check_rival, require_rivals
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.figures import pair_figures, pairs_markdown, suite_figures, suite_table
 from dit_accel_eval.suites.job import Job
@@ -254,5 +254,6 @@ def test_unknown_rivals_and_options_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="'cache-dit'"):
         check_rival("cachedit", {})
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    check_rival("cache-dit", {"an option": "of a suite whose results are read"})
     with pytest.raises(ConfigError, match=r"'\.\[eval\]'"):
-        check_rival("cache-dit", {})
+        require_rivals(["cache-dit"])

@@ -1,5 +1,6 @@
 """What a suite's file and a ladder of rivals may say, and that everything else is refused by its name and value."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
 from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.results import result_lines
-from dit_accel_eval.suites.job import Job, check_lines
+from dit_accel_eval.suites.job import Job, check_lines, checked
 from dit_accel_eval.suites.ladder import read_ladder
 from dit_accel_eval.suites.suite import read_suite
 from fake_model import ARM, HEAD, LADDER, THIN
@@ -121,7 +122,16 @@ def test_bad_files_say_what_is_wrong(tmp_path):
             read(tmp_path, clips(f"clips = 2\nfirst_clip = 4\n{RIVALS}"))
 
 
-def test_committed_suites_read_and_match_their_results():
+def test_committed_suites_read_and_match_their_results_without_the_rivals(tmp_path, monkeypatch):
+    """As `make demo` reads one where no rival is installed; to run a rival is refused before anything runs."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: find(name, *more) if name != "cache_dit" else None
+    )
+    rival = read(tmp_path, HEAD + BARE + "rival = { cache-dit = {} }\n")
+    job = Job(suite=rival, out=tmp_path / "s.jsonl", cache=tmp_path, timed=False, threads=None)
+    with pytest.raises(ConfigError, match=r"cache-dit.*'\.\[eval\]'"), checked(job, [0]):
+        pass
     for path in sorted((ROOT / "suites").glob("*.toml")):
         suite = read_suite(path)
         assert suite.name == path.stem

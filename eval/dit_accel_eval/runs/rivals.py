@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dit_accel_pipelines.generation.loading import transformers_of
@@ -19,11 +19,11 @@ CALIBRATOR = "taylorseer_order"
 
 
 def check_rival(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse an unknown rival, one that is not installed, and an option that it has not."""
+    """Refuse an unknown rival, and an option that it has not; its options are known where it is installed."""
     if name not in RIVALS:
         raise ConfigError(f"no rival is called {name!r}; {did_you_mean(name, RIVALS)}")
-    if importlib.util.find_spec("cache_dit") is None:
-        raise ConfigError(f"the rival cache-dit needs its package, found none; {install('eval')}")
+    if importlib.util.find_spec("cache_dit") is None:  # a suite's results can be read without it
+        return
     from cache_dit import DBCacheConfig
 
     known = [CALIBRATOR, *(field.name for field in dataclasses.fields(DBCacheConfig))]
@@ -32,10 +32,17 @@ def check_rival(name: str, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"cache-dit has no option {option!r}; {did_you_mean(option, known)}")
 
 
+def require_rivals(rivals: Iterable[str]) -> None:
+    """Refuse to run rivals that are not installed."""
+    if any(rivals) and importlib.util.find_spec("cache_dit") is None:
+        raise ConfigError(f"the rival cache-dit needs its package, found none; {install('eval')}")
+
+
 @contextlib.contextmanager
 def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     """Let another project's cache act on a pipeline for the block; without options as ``enable_cache(pipe)`` does."""
     ((name, options),) = rival.items()
+    require_rivals(rival)
     check_rival(name, options)
     import cache_dit
     from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig

@@ -24,6 +24,7 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, embedded_weights, given_weights, model_call
 from ..runs.model import arm_scheduler, check_guided, shipped_scheduler
 from ..runs.results import AGREE, Line, ResultLine, result_lines, write_lines
+from ..runs.rivals import require_rivals
 from .arms import Arm
 from .judges import Judge, judge_of
 from .suite import Suite
@@ -119,11 +120,13 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
 
 
 def _check_fits(job: Job, clips: Sequence[int], known: Sequence[ResultLine], family: Family) -> None:
-    """Refuse a disk without room for the lines and frames that clips lack, or for one dense run to be kept."""
+    """Refuse runs of a rival that is not installed, and a disk without room for what clips lack."""
     made = {line.key for line in known}
-    missing = sum((arm.name, clip) not in made for arm in job.suite.arms for clip in clips)
-    if not missing:
+    lacking = [arm for arm in job.suite.arms for clip in clips if (arm.name, clip) not in made]
+    if not lacking:
         return
+    require_rivals(name for arm in lacking for name in arm.rival)
+    missing = len(lacking)
     call = suite_call(job.suite, job.suite.call)
     frames, height, width = (call.get(name) or getattr(family, name) for name in ("num_frames", "height", "width"))
     pixels, runs = (frames or 1) * height * width, "1 run" if missing == 1 else f"{missing} runs"
