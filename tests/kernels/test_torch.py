@@ -202,3 +202,13 @@ def test_empty_and_full_bits():
     assert not outs[0].any()
     truth = attend(*(x.to(WIDE) for x in inputs), tiles, backend="reference")
     assert_within_rounding(outs[1], attend(*inputs, tiles, backend="reference"), truth, torch.float32)
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_a_pooled_tile_weighs_in_bfloat16_what_its_tokens_do():
+    """Its logit is 4 + ln 64, which bfloat16 rounds by .03."""
+    q, k = (torch.full((1, 1, count, 16), size, dtype=torch.bfloat16) for count, size in ((64, 1.0), (192, 0.25)))
+    v = (torch.arange(192) >= 64).to(torch.bfloat16)[:, None].expand(1, 1, -1, 16)
+    tiles = lists_of([[2, 1, 1]], 64, 64, 64, 192)
+    out = attend(q, k, v, tiles, scale=1.0, backend="torch")
+    assert (out.double() - 2 / 3).abs().max() < 0.003

@@ -64,6 +64,13 @@ def test_wan_tells_steps_and_branches(pipe):
         assert torch.equal(generate(pipe, **six), plain)
 
 
+def test_a_step_with_more_noise_than_the_one_before_reuses_nothing():
+    pipe, call = stock_pipeline("FluxPipeline")
+    with dit_accel.attach(pipe, StaticCache(every=6, warmup_steps=1, last_steps=0)) as attachment:
+        run_stock(pipe, call, num_inference_steps=5, sigmas=[1.0, 0.6, 0.8, 0.4, 0.2], output_type="latent")
+        assert drawn(attachment) == {"cond": "#.#.."}
+
+
 def test_a_scheduler_that_replaces_another_after_attach_is_asked():
     pipe, call = stock_pipeline("HunyuanVideoPipeline")
     method = RadialAttention(block_size=16, dense_steps=0.5, dense_last_steps=1, dense_layers=0)
