@@ -88,6 +88,7 @@ def test_view_mode_keeps_the_small_picture_in_the_middle_alone(name):
     assert (middle - small).abs().max() < 1e-4 * small.abs().max()
     assert not torch.allclose(other[..., top : top + rows, left : left + columns], small, atol=0.1)
     assert not torch.allclose(large[..., :top, :], other[..., :top, :])
+    assert large[..., :top, :].abs().mean() > 0.1 * small.abs().mean()  # where there is nothing to keep
     assert "had the small picture in the middle" in report.sections[0].lines[0]
 
 
