@@ -94,6 +94,8 @@ def test_chunks_cover_every_query_tile_once_with_little_padding(columns, multipl
         odd += rows > 2 and rows % 2
     assert torch.equal(seen, tiles.states())
     assert multiple == 1 or odd <= 1  # the last one takes what is left
+    alike = chunks_of(lists_problem(full(100)), columns, multiple, remember=False)
+    assert len(alike) == {1: 21, 150: 21, 10_000: 1}[columns]  # rows of one length are as many as fit
 
 
 @pytest.mark.usefixtures("by_operations")
