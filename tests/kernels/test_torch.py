@@ -58,8 +58,10 @@ def lists_problem(tiles):
     return problem_of(*qkv(1, 3, 1, 100, 100, 8, torch.float32), tiles, layout="bhsd")
 
 
-def test_chunks_are_made_once_for_a_list():
+def test_chunks_are_made_once_for_a_list_and_leave_a_processor_its_cache():
     call = lists_problem(random_lists(1, 100, 100, 16, 16))
+    _, columns, each = torch_attend.chunk_sizes(call)
+    assert columns * call.block_q * 4 <= torch_attend.CHUNK_BYTES * each
     found = chunks_of(call, 40, 1, remember=True)
     alias = replace(call, exact_offsets=call.exact_offsets.view(1, -1), exact_indices=call.exact_indices.detach())
     wider = replace(call, q=torch.randn(1, 3, 100, 16), k=torch.randn(1, 1, 100, 16))
