@@ -194,6 +194,16 @@ def test_bounded_memory_keeps_the_rests_that_hold_most_and_layers_without_room_l
         torch.testing.assert_close(out, without, rtol=1e-6, atol=1e-6)
 
 
+def test_what_a_rest_holds_is_its_share_of_the_output():
+    gains = []
+    for size in (1.0, 100.0):
+        layer, (q, k, v) = OneLayer(replace(SPARSED, rest_memory=1.0)), parts_of(0)
+        layer.call(q, k, size * v, LAYOUT)
+        (entry,) = layer.engine.attention[0].rests.kept.values()
+        gains.append(entry.gain)
+    assert 0 < gains[0] == pytest.approx(gains[1], rel=1e-5)
+
+
 def test_plan_counts_the_turns_and_the_memory():
     wan = family("wan2.1-14b")
     plain = estimate(WAN, wan, methods=[SparseD(density=0.2)])

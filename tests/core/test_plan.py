@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from one_layer import Fixed, OneLayer
 
 from dit_accel import ConfigError
+from dit_accel.plan.call import Call
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan, RowOverride, is_full
 from dit_accel.plan.tiling import Tiling, full_tiles
@@ -264,3 +265,9 @@ def test_the_gradient_of_keys_before_their_mean_is_taken_off(masked):
     torch.testing.assert_close(plan.centred(k.detach()), (k - mean).detach())
     assert AttentionPlan().gradient_before_centring(grad, mask) is grad
     assert AttentionPlan().centred(grad) is grad
+
+
+def test_a_call_of_some_rows_is_planned_with_a_query_for_every_token():
+    q, k = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 9, 8)
+    whole = Call(q=q, k=k, v=k, rows=torch.arange(3)).for_planning()
+    assert (whole.q.shape, whole.rows) == ((2, 4, 9, 8), None)
