@@ -62,6 +62,7 @@ BESIDE = {
     "taylor, diffusers": (
         TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, cache_identifiers=[r"blocks\.\d\.attn1"]),
     ),
+    "staticcache, corrected": (d.StaticCache(every=2, predictor="corrected", **CACHE),),
 }  # fmt: skip
 """Settings of every method and of every rest, turn and reuse that it may have."""
 
@@ -205,7 +206,7 @@ def require_nothing_added(beside, cases):
 
 @pytest.mark.parametrize("name", some(BESIDE, *[name for name in BESIDE if name not in ALIKE]))
 def test_nothing_is_added_beside_a_method(name):
-    require_nothing_added(BESIDE[name], [QUICK[7 * list(BESIDE).index(name) % len(QUICK)]])
+    require_nothing_added(BESIDE[name], [QUICK[5 * list(BESIDE).index(name) % len(QUICK)]])
 
 
 @pytest.mark.slow
