@@ -242,7 +242,7 @@ class StepCacheHandler(Handler):
         """Return the shapes that must not change, or what was stored and measured is of no use."""
         return tensor_shapes(context.inputs[self.model.adapter.latents])
 
-    def _new_history(self, shapes: Any, beside: bool = False) -> History:
+    def _new_history(self, shapes: Any, beside: bool) -> History:
         assert self._start is not None
         return History(self.settings, shapes, self._start, reach=self._reach, beside=beside)
 

@@ -230,7 +230,7 @@ class ProfilingHandler(SpanHandler):
         why = super()._must_compute(context, decision)
         return "refreshed" if why is None and all(refreshed) else why
 
-    def _new_history(self, shapes: Any, beside: bool = False) -> History:
+    def _new_history(self, shapes: Any, beside: bool) -> History:
         assert self._start is not None
         held_on = torch.device("cpu") if self.settings.offload == "cpu" else None
         return History(self.settings, shapes, self._start, held_on, self._reach, beside)
