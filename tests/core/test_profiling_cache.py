@@ -62,7 +62,7 @@ def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
     with dit_accel.attach(meta, config) as attachment:
         handler = attachment.engine.handlers[0]
         handler._start = 0
-        history = handler._new_history(None)
+        history = handler._new_history(None, False)
         history.take((torch.ones(2),), (torch.zeros(2),), 0)
         assert history.points[0].values[0].device.type == "cpu"
         assert history.forecast((torch.zeros(2, device="meta"),), 1, 9)[0].device.type == "meta"
