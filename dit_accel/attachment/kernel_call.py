@@ -32,7 +32,9 @@ def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, re
     measured what they gain.
     """
     tiles, dense = plan.tiles, replace(plan, tiles=None, token_order=None)
-    if tiles is None or call.backend != "auto" or dense.needs_kernel or plan.reused is not None or call.rows is not None:
+    if tiles is None or call.backend != "auto" or dense.needs_kernel:
+        return plan
+    if plan.reused is not None or call.rows is not None:
         return plan
     tiles, arguments = plan.kernel_arguments(call)
     speed = speed_over_dense(*call.as_held(call.q, call.k, call.v), tiles, **arguments)
@@ -41,8 +43,8 @@ def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, re
     recorder.backends.add("dense")
     recorder.stays_dense(context, "backend")
     recorder.note(
-        f"{context.transformer}: {tiles.density:.1%} of the tiles took {1 / speed:.2f} times as long as dense attention "
-        "here, so such calls went to the model's own; a named backend would run them"
+        f"{context.transformer}: {tiles.density:.1%} of the tiles took {1 / speed:.2f} times as long as dense "
+        "attention here, so such calls went to the model's own; a named backend would run them"
     )
     return dense
 

@@ -8,7 +8,9 @@ from .api import (
     selected_tiles,
     speed_over_dense,
 )  # fmt: skip
+from .backends.cudnn import missing_requirement as cudnn_requirement
 from .backends.fa4.support import missing_requirement as fa4_requirement
+from .backends.flashinfer import missing_requirement as flashinfer_requirement
 from .backends.flex import missing_requirement as flex_requirement
 from .backends.torch.fused import way as torch_way
 from .backends.triton.support import missing_requirement as triton_requirement
@@ -25,7 +27,7 @@ from .tiles import TileLists
 __all__ = [
     "BACKENDS", "EXACT", "PARTIAL", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing",
     "Selection", "TileLists", "Vote", "backend_of_last_call", "block_sparse_attention",
-    "block_sparse_attention_backward", "block_sparse_attention_eager", "count_bits", "decisions", "fa4_requirement",
-    "flex_requirement", "pack_bits", "release_captured", "selected_tiles", "speed_of_dense_by", "speed_over_dense",
-    "torch_way", "triton_requirement", "unpack_bits",
+    "block_sparse_attention_backward", "block_sparse_attention_eager", "count_bits", "cudnn_requirement", "decisions",
+    "fa4_requirement", "flashinfer_requirement", "flex_requirement", "pack_bits", "release_captured", "selected_tiles",
+    "speed_of_dense_by", "speed_over_dense", "torch_way", "triton_requirement", "unpack_bits",
 ]  # fmt: skip

@@ -70,8 +70,8 @@ def block_sparse_attention(
         precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits as
             precision.py says, on the triton backend ("reference" simulates it): int8 wherever that runs, fp8 from
             compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given. None: the dtype of q.
-        backend: "auto" (choice/race.py says what it takes) or the name of a candidate, which runs or raises. Gradients: the
-            triton backend's kernels, for fa4 too; "reference" by autograd; else the torch backend's recomputation.
+        backend: "auto" (what it takes: choice/race.py) or the name of one, which runs or raises. Gradients: the triton
+            backend's kernels, for fa4 too; "reference" by autograd; else the torch backend's recomputation.
 
     Returns:
         The output, or a tuple of it and what else was requested: LSE, exact tiles, a vote's bits (like `keep`).

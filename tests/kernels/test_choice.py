@@ -315,7 +315,7 @@ def test_the_part_that_is_timed_has_few_heads_where_they_share_lists(monkeypatch
 
 
 def test_every_candidate_can_be_named_and_an_unknown_one_is_refused():
-    assert BACKENDS == ("auto", *CANDIDATES)
+    assert ("auto", *CANDIDATES) == BACKENDS
     with pytest.raises(ValueError, match=r"backend .*'cuddn'"):
         run(backend="cuddn")
     for name in ("cudnn", "flashinfer"):

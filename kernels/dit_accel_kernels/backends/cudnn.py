@@ -32,7 +32,9 @@ class Blocks(NamedTuple):
 _BLOCKS: StorageCache[Blocks] = StorageCache()
 
 
-def missing_requirement(device: torch.device, tile: tuple[int, int], dims: tuple[int, int]) -> str | None:
+def missing_requirement(
+    device: torch.device, tile: tuple[int, int] = (128, 128), dims: tuple[int, int] = (128, 128)
+) -> str | None:
     """What this machine lacks for calls of these tiles and head dims, or None."""
     arch = architecture(device)
     if not arch.startswith(("sm_9", "sm_10", "sm_11", "sm_12")):

@@ -26,7 +26,7 @@ WORKSPACE = 128 << 20  # bytes, as its documentation has it
 _PLANS: StorageCache[Any] = StorageCache()
 
 
-def missing_requirement(device: torch.device, dims: tuple[int, int]) -> str | None:
+def missing_requirement(device: torch.device, dims: tuple[int, int] = (128, 128)) -> str | None:
     """What this machine lacks for calls of these head dims, or None."""
     if not architecture(device).startswith("sm_"):
         return f"an NVIDIA card from compute capability 8.0 on (found {architecture(device)})"
@@ -41,7 +41,7 @@ def check(problem: Problem) -> None:
     missing(missing_requirement(problem.q.device, (problem.q.shape[-1], problem.v.shape[-1])))
     if problem.selection is not None:
         raise BackendUnavailableError("backend 'flashinfer' plans lists, which a selection changes in every call")
-    if len(problem.q) > 1 or problem.groups > 1 and problem.q.shape[1] != problem.k.shape[1]:
+    if len(problem.q) > 1 or (problem.groups > 1 and problem.q.shape[1] != problem.k.shape[1]):
         missing(f"one batch row, and lists that heads share where they share keys (found {list(problem.q.shape)})")
 
 

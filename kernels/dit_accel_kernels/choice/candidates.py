@@ -26,7 +26,7 @@ from ..errors import BackendUnavailableError
 from ..problem import Problem
 
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Output [B, H, S_q, D], LSE [B, H, S_q], exact tiles and kept bits of a call; what it doesn't give is empty or None."""
+"""Output [B, H, S_q, D], LSE [B, H, S_q], exact tiles, kept bits of a call; what it doesn't give is empty or None."""
 
 
 class Candidate(NamedTuple):
@@ -101,7 +101,7 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     "reference": Candidate(lambda x: None, reference.attend),
 }  # fmt: skip
-"""Name -> candidate, by capability: what takes a call where nothing may be measured is the first of ours that runs it."""
+"""Name -> candidate, the likeliest to win first."""
 
 OURS = ("triton", "torch", "gather")
 """Taken without a race, in this order."""

@@ -1,13 +1,14 @@
-"""Which kernel "auto" takes for a call: those that pass their self check run on the call's own queries, keys, values.
+"""Which kernel "auto" takes: those that pass their self check run on a call's own queries, keys and values, once.
 
-Dense attention by torch runs beside them, so that a caller knows what the lists gain (`Chosen.speed`). A race is run once
-for calls of one kind and about one size and density, of at least `LEAST_FLOPS`, and kept on disk with its machine. None
-is run under `DIT_ACCEL_MEASURE=0`, inside a captured graph, or where torch is to be deterministic: then the first of our
-own kernels that takes the call and passes is chosen. Of several processes the first one races, and the others follow it.
+Dense attention by torch runs beside them, so that a caller knows what the lists gain (`Chosen.speed`). A race decides
+for all calls of one kind and of about one size and density, from `LEAST_FLOPS` on, and is kept on disk. There is none
+under `DIT_ACCEL_MEASURE=0`, inside a captured graph, or where torch is to be deterministic: then the first of our own
+kernels that takes the call and passes is chosen. Of several processes the first one races and the others follow it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -161,8 +162,6 @@ def _agreed(key: str, race: Callable[[], dict[str, Any]]) -> dict[str, Any] | No
     """What the first of several processes finds, or the only one; None where it does not say in time."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return race()
-    import json
-
     store = dist.distributed_c10d._get_default_store()
     name = f"dit-accel {key}"
     if dist.get_rank() == 0:
@@ -186,20 +185,22 @@ def _raced(problem: Problem, kind: Kind) -> dict[str, Any]:
                 continue
             if candidate.refusal(sample) is None and not refused(name, kind):
                 passing.append(name)
-    times = timed({name: lambda x=CANDIDATES[name].attend, y=_tiled(name, sample): x(y) for name in passing}, sample)
-    dense = timed({"dense": lambda: _dense(sample)}, sample).get("dense")
+    times = timed({**{name: _call(name, sample) for name in passing}, "dense": partial(_dense, sample)}, sample)
+    dense = times.pop("dense", None)
     if not times:
         return {"name": "gather", "share": None, "why": "nothing else could run"}
     name = min(times, key=times.__getitem__)
     speed = None if dense is None else dense / times[name]
     others = "".join(f", {other} {times[other] / times[name]:.2f} times as long" for other in times if other != name)
-    gain = "" if speed is None else f", {speed:.2f} times as fast as dense attention at {sample.density:.0%} of the tiles"
+    gain = f", {speed:.2f} times as fast as dense attention at {sample.density:.0%} of the tiles" if speed else ""
     share = None if speed is None else speed * sample.density
     return {"name": name, "share": share, "why": f"{name}{gain}{others}", "seconds": {**times, "dense": dense}}
 
 
-def _tiled(name: str, problem: Problem) -> Problem:
-    return problem if CANDIDATES[name].in_order else problem.tiled()
+def _call(name: str, problem: Problem) -> Callable[[], Any]:
+    """A call by a candidate, the order of tokens that it wants included: that takes time, too."""
+    candidate = CANDIDATES[name]
+    return lambda: candidate.attend(problem if candidate.in_order else problem.tiled())
 
 
 def _dense(problem: Problem) -> Any:
@@ -208,7 +209,7 @@ def _dense(problem: Problem) -> Any:
 
 
 def part(problem: Problem) -> Problem:
-    """The part of a call that is timed: on a CPU few of its heads, where they share their lists; a GPU needs them all."""
+    """The part of a call that is timed: on a CPU few of its heads, where they share lists; all of them on a GPU."""
     heads, key_heads = problem.q.shape[1], problem.k.shape[1]
     few = math.ceil(SLICE_FLOPS / max(1.0, _flops(problem) / len(problem.q) / heads))
     if problem.q.device.type != "cpu" or problem.groups > 1 or few >= heads or key_heads != heads:
@@ -216,12 +217,11 @@ def part(problem: Problem) -> Problem:
     selection, scale = problem.selection, problem.head_scale
     if selection is not None:
         bits = {
-            name: x[:1, :few].contiguous()
-            for name in ("keep", "routed")
-            if (x := getattr(selection, name)) is not None
+            name: x[:1, :few].contiguous() for name in ("keep", "routed") if (x := getattr(selection, name)) is not None
         }
         selection = replace(selection, **bits)
-    rows = {name: x[:1] for name in ("key_length", "key_mask", "key_valid") if (x := getattr(problem, name)) is not None}
+    masks = "key_length", "key_mask", "key_valid"
+    rows = {name: x[:1] for name in masks if (x := getattr(problem, name)) is not None}
     q, k, v = (x[:1, :few] for x in (problem.q, problem.k, problem.v))
     return replace(
         problem, q=q, k=k, v=v, selection=selection, head_scale=None if scale is None else scale[:1, :few], **rows,
@@ -233,7 +233,7 @@ def timed(calls: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, fl
     """Seconds of each call, the median of three in turn after one that is not counted; without those that fail."""
     device, taken = problem.q.device, {name: [] for name in calls}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for turn in range(TURNS + 1):
+        for _ in range(TURNS + 1):
             for name in list(taken):
                 try:
                     began = _now(device)
