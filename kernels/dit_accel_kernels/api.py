@@ -154,7 +154,7 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
         return "triton"
     if timed:
         return race.choose(problem).name
-    return next(name for name in OURS if CANDIDATES[name].refusal(problem) is None)
+    return next(name for name in OURS if CANDIDATES[name].takes(problem))
 
 
 def backend_of_last_call() -> str:
@@ -198,7 +198,7 @@ def _attend(problem: Problem) -> Results:
     except BackendUnavailableError:  # torch.compile was switched off since the race, say
         if problem.backend != "auto" or name in OURS:
             raise
-        name = next(name for name in OURS if CANDIDATES[name].refusal(problem) is None)
+        name = next(name for name in OURS if CANDIDATES[name].takes(problem))
         candidate = CANDIDATES[name]
         out, lse, exact, kept = candidate.attend(problem if candidate.in_order else problem.tiled())
     _ran.name = name

@@ -32,15 +32,21 @@ Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 class Candidate(NamedTuple):
     """One kernel: what a call lacks here, as "backend 'x' needs ..." or None; how it runs; its package, if not ours.
 
-    `in_order` says whether the caller's order of tokens is its own to follow; else calls come in tiled order.
-    `waits` is for what takes seconds to compile: it is tried where nothing else passes, or by name.
+    "auto" tries it on the device types `on`, on all where it is empty. `in_order`: it follows the caller's order of
+    tokens by itself, others get calls in tiled order. `waits`: it takes seconds to compile, so that it is tried where
+    nothing else passes, or by name.
     """
 
     refusal: Callable[[Problem], str | None]
     attend: Callable[[Problem], Results]
     package: str | None = None
+    on: tuple[str, ...] = ()
     in_order: bool = False
     waits: bool = False
+
+    def takes(self, problem: Problem) -> bool:
+        """Whether "auto" may hand a call to it."""
+        return (not self.on or problem.q.device.type in self.on) and self.refusal(problem) is None
 
     @property
     def version(self) -> str:
@@ -63,7 +69,7 @@ def _triton_refusal(problem: Problem) -> str | None:
     for x in (problem.q, problem.v):
         missing = triton_support.missing_requirement(x.device, x.dtype, x.shape[-1], problem.precision)
         if missing:
-            return f"backend 'triton' needs {missing}"
+            return f"backend 'triton' needs {missing}: use 'torch' or 'auto'"
     return None
 
 
@@ -86,10 +92,12 @@ def _loop_refusal(problem: Problem) -> str | None:
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "triton": Candidate(_triton_refusal, _triton, "triton", in_order=True),
-    "cudnn": Candidate(_checked(cudnn.check), cudnn.attend, cudnn.PACKAGE),
-    "fa4": Candidate(_checked(fa4.check), lambda x: fa4.attend(x, need_lse=x.return_lse), fa4_support.PACKAGE),
-    "flashinfer": Candidate(_checked(flashinfer.check), flashinfer.attend, flashinfer.PACKAGE),
+    "triton": Candidate(_triton_refusal, _triton, "triton", ("cuda", "xpu"), in_order=True),
+    "cudnn": Candidate(_checked(cudnn.check), cudnn.attend, cudnn.PACKAGE, ("cuda",)),
+    "fa4": Candidate(
+        _checked(fa4.check), lambda x: fa4.attend(x, need_lse=x.return_lse), fa4_support.PACKAGE, ("cuda",)
+    ),
+    "flashinfer": Candidate(_checked(flashinfer.check), flashinfer.attend, flashinfer.PACKAGE, ("cuda",)),
     "torch": Candidate(_loop_refusal, lambda x: torch_backend.attend(x, need_lse=x.return_lse)),
     "gather": Candidate(
         lambda x: None, lambda x: torch_backend.attend(x, need_lse=x.return_lse, by_loop=False)

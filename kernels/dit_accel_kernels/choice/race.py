@@ -92,7 +92,7 @@ def choose(problem: Problem) -> Chosen:
 def _first(problem: Problem, kind: Kind, *, check: bool) -> Chosen:
     """The first of our kernels that takes a call, and passes its check where it may be checked."""
     for name in OURS:
-        if CANDIDATES[name].refusal(problem) is None and not (check and refused(name, kind)):
+        if CANDIDATES[name].takes(problem) and not (check and refused(name, kind)):
             return Chosen(name, "the first of ours that takes it")
     return Chosen("gather", "nothing else takes it")
 
@@ -183,7 +183,7 @@ def _raced(problem: Problem, kind: Kind) -> dict[str, Any]:
         for name, candidate in CANDIDATES.items():
             if name == "reference" or candidate.waits != waits or len(passing) == MOST or (waits and passing):
                 continue
-            if candidate.refusal(sample) is None and not refused(name, kind):
+            if candidate.takes(sample) and not refused(name, kind):
                 passing.append(name)
     times = timed({**{name: _call(name, sample) for name in passing}, "dense": partial(_dense, sample)}, sample)
     dense = times.pop("dense", None)
@@ -265,7 +265,7 @@ def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Cho
     key = f"dense attention, {kind}"
     with _lock:
         kept = measured(device)[key]
-        if kept is None and (CANDIDATES["torch"].refusal(problem) or refused("torch", kind)):
+        if kept is None and (not CANDIDATES["torch"].takes(problem) or refused("torch", kind)):
             kept = {"name": "torch", "share": None}
         if kept is None:
             kept = _raced(problem, kind)
