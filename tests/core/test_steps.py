@@ -87,6 +87,11 @@ def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
     assert timeline_of(after(heun, 10, _num_timesteps=7)) == Timeline(steps=4, repeats=True)  # of 19
     flow.set_begin_index(3)
     assert timeline_of(SimpleNamespace(scheduler=flow)).steps == 7
+    schedule, levels = Schedule(flow, 3), [float(one) for one in flow.sigmas]
+    assert [Schedule(None).is_over(0), *map(schedule.is_over, (0, 5, 6))] == [True, False, False, True]
+    assert (schedule.number(), [schedule.sigma(number) for number in (0, 6, 7)]) == (None, [levels[3], levels[9], None])
+    for flow._step_index, number in ((2, None), (3, 0), (9, 6), (10, None)):
+        assert (schedule.number(), schedule.sigma(0)) == (number, levels[3] if number is None else levels[3 + number])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, None])
@@ -118,6 +123,8 @@ def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
     assert skipping.follow((750.0,), None, 0) == (0, 0)
     assert skipping.follow((250.0,), None, 1) is None
     assert Schedule(None).follow((750.0,), None, 0) is None
+    # the one of the last step, off by half of what a share of the first may be and by far less of its own
+    assert Schedule(SimpleNamespace(timesteps=[1000.0, 500.0, 1.0])).follow((0.999995,), None, 0) == (2, 2)
     assert len(Schedule(SimpleNamespace(timesteps=[3, 2, 1]))) == 3  # no tensor
 
 
