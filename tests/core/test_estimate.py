@@ -35,9 +35,7 @@ def test_flops_are_those_of_the_radial_attention_paper():
     hunyuan = plan("hunyuan-video", **HUNYUAN_117)
     assert hunyuan.attention_flops == pytest.approx(0.80 * 612 * PETA, rel=0.01)
     assert hunyuan.total_flops == pytest.approx(612 * PETA, rel=0.08)
-    radial = plan(
-        "hunyuan-video", **HUNYUAN_117, methods=[RadialAttention(boundary="published", dense_steps=12)]
-    )  # fmt: skip
+    radial = plan("hunyuan-video", **HUNYUAN_117, methods=[RadialAttention(boundary="published", dense_steps=12)])
     assert radial.total_flops - radial.planned_total_flops == pytest.approx((612 - 339) * PETA, rel=0.02)
 
 

@@ -82,9 +82,7 @@ def test_it_says_what_it_leaves():
     assert handler().estimate(short, 8).tiles is None
 
 
-rules = st.builds(
-    AnchorRule, trained_frames=st.integers(1, 40), window=st.integers(0, 9), first=st.integers(0, 4)
-)  # fmt: skip
+rules = st.builds(AnchorRule, trained_frames=st.integers(1, 40), window=st.integers(0, 9), first=st.integers(0, 4))
 
 
 @pytest.mark.parametrize(
@@ -131,11 +129,6 @@ def test_every_frame_sees_itself_the_first_ones_and_as_many_others(rule, frames,
     seen, stride = rule.visible(frames, offset), rule.stride(frames)
     assert seen.diagonal().all()
     assert seen[:, : rule.first].all()
-    if frames <= max(rule.first + 1, rule.trained_frames):
-        assert stride == 1
-    if stride == 1:
-        assert seen.all()
-        return
     anchors = rule.anchors(frames, stride, offset)
     others = min(2 * rule.window + 1, int((~anchors).sum()))
     assert (seen.sum(1) == anchors.sum() + others).all()
