@@ -122,7 +122,7 @@ def exact_bits(tiles: TileLists, heads: int) -> Tensor:
     """Return the exact tiles of lists as bits, int32 [B or 1, H or 1, NQ, W]; the same object for the same lists."""
     with torch.inference_mode(False):
         bits = pack_bits(tiles.states() == EXACT)
-    return bits[None] if tiles.groups in (1, heads) else bits.unflatten(0, (-1, heads))
+    return bits.unflatten(0, (-1, min(tiles.groups, heads)))
 
 
 @lru_cache(maxsize=32)
