@@ -240,7 +240,7 @@ class Engine:
         forward.calls[layer] += 1
         # models that attend row by row make a call for each; of packed rows it is not known how many follow
         if forward.batch is not None or not layer.state.adapter.variable_text_length:
-            row %= max(1, forward.rows(batch) // batch)
+            row %= max(1, (forward.batch or batch) // batch)
         shared = None if forward.shards is None else forward.shards.share(layer.heads)
         here = {"layout": layout, "batch": batch, "layer": layer.index, "depth": layer.depth, "device": call.q.device}
         here |= {"row": row, "repeated": row != count, "differentiate": differentiate, "heads": shared}
