@@ -12,16 +12,7 @@ from dit_accel_kernels.backends.torch.chunks import chunks_of
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.features import product_dtype
-from kernel_cases import (
-    assert_within_rounding,
-    attend,
-    check_against_reference,
-    full,
-    lists_of,
-    problem_from,
-    qkv,
-    random_lists,
-)
+from kernel_cases import assert_within_rounding, attend, check_against_reference, full, lists_of, qkv, random_lists
 
 WIDE = torch.float64
 VOTES = [Vote(threshold=-3.0), Vote(criterion="mass", threshold=0.03)]
@@ -84,7 +75,7 @@ def test_long_calls_have_workers_and_chunks_stay_in_a_threads_cache(monkeypatch)
     def sizes(threads: int, dim: int = 25, device: str = "cpu") -> tuple[int, int, int]:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         q, k = (torch.empty(1, device=device).expand(2, 5, tokens, dim) for tokens in (2500, 4000))
-        return torch_attend.chunk_sizes(problem_from(tiles, q, k, k))
+        return torch_attend.chunk_sizes(problem_of(q, k, k, tiles.to(device), layout="bhsd"))
 
     most = (2 << 20) // (100 * 4)
     assert [sizes(2), sizes(2, 24), sizes(3)] == [(2, most, 1), (1, 2 * most, 2), (1, 3 * most, 3)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, Routing, Selection, TileLists, Vote, pack_bits, unpack_bits
 from dit_accel_kernels.backends import rows
+from dit_accel_kernels.backends.torch.chunks import chunks_of
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import expand as triton_expand
@@ -81,7 +82,7 @@ def test_plans_hold_nothing_of_what_they_are_remembered_with():
     tiles, frames = random_lists(1, 100, 100, 16, 16), frame_decay(100)
     parts = (frames.table, frames.q_frames, frames.k_frames, torch.rand(1, 100) > 0.3)
     call = problem_from(tiles, *qkv(1, 2, 2, 100, 100, 16, torch.float32), decay=parts[:3], key_valid=parts[3])
-    plans = [row_plan(call), column_plan(call, whole_chunks=True)]
+    plans = [row_plan(call), column_plan(call, whole_chunks=True), chunks_of(call, 300, 1, remember=True)]
     held = {x.untyped_storage().data_ptr() for x in nested_tensors(plans)}
     assert held.isdisjoint(x.untyped_storage().data_ptr() for x in (*parts, *tiles.parts.values()) if x is not None)
 
