@@ -21,18 +21,16 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels are compiled 
 
 
 @triton.jit
-def _sums_kernel(a_ptr, rows_ptr, columns_ptr, words_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sums_kernel(a_ptr, rows_ptr, words_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     a = tl.load(a_ptr + rows[:, None] * COLUMNS + columns[None, :])
     total, rest = tl.reduce((a, a * 1e-9), 1, _add_exactly)
     tl.store(rows_ptr + rows, total + rest)
-    total, rest = tl.reduce((a, a * 1e-9), 0, _add_exactly, keep_dims=True)
-    tl.store(columns_ptr + columns[None, :], total + rest)
     tl.store(words_ptr, tl.reduce(1 << rows, 0, _or))
 
 
 def sums(a):
-    found = torch.empty(a.shape[0]), torch.empty(a.shape[1]), torch.zeros(1, dtype=torch.int32)
+    found = torch.empty(a.shape[0]), torch.zeros(1, dtype=torch.int32)
     _sums_kernel[(1,)](a, *found, ROWS=a.shape[0], COLUMNS=a.shape[1])
     return found
 
@@ -44,7 +42,7 @@ def test_a_reduction_gives_the_bits_of_one_number_by_number(monkeypatch):
     for one, other in zip(by_slices, sums(a), strict=True):
         assert torch.equal(one, other)
     torch.testing.assert_close(by_slices[0], a.double().sum(1).float())
-    assert by_slices[2] == 255
+    assert by_slices[1] == 255
 
 
 @triton.jit

@@ -58,12 +58,9 @@ def test_longest_rows_come_first_and_plans_are_made_once_for_a_list_and_in_every
     inputs = qkv(1, 2, 2, 100, 100, 16, torch.float32)
     plain = problem_from(tiles, *inputs)
     assert row_plan(plain) is row_plan(plain)
-    for states, ends in (
-        ([[2, 2, 0], [1, 0, 1], [0, 1, 0]], [[0, 0], [0, 3], [1, 2]]),
-        ([[0, 1, 0], [2, 2, 2], [0, 2, 0]], [[1, 2], [0, 0], [0, 0]]),
-    ):  # of pooled tiles
-        plan = row_plan(problem_from(lists_of(states), *qkv(1, 1, 1, 40, 40, 16, torch.float32)))
-        assert plan.bounds[0, :, 4:].tolist() == ends
+    states = lists_of([[[2, 2, 0], [1, 0, 1], [0, 1, 0]], [[0, 1, 0], [2, 2, 2], [0, 2, 0]]])
+    ends = row_plan(problem_from(states, *qkv(1, 2, 2, 40, 40, 16, torch.float32))).bounds[:, :, 4:]
+    assert ends.tolist() == [[[0, 0], [0, 3], [1, 2]], [[1, 2], [0, 0], [0, 0]]]  # of pooled tiles
     masked = problem_from(tiles, *inputs, key_length=length)
     assert int(row_plan(masked).valid.sum()) == 90
     length.fill_(80)
@@ -151,15 +148,6 @@ def test_expanded_lists_are_the_plan_filtered(groups, masked):
         assert pooled.any() or pooled_start == pooled_end
     assert min(places) > 0
     assert max(places) < lists.indices.numel() - 1
-
-
-def test_lists_that_batches_or_heads_share_are_copied_once_for_each_of_them():
-    """3 batches of 4 heads; a stride of 0 says that all of them share the list."""
-    for strides, entries, expected in (
-        ((8, 2), 1, ((0, 0), 1)), ((8, 0), 1, ((0, 1), 4)), ((0, 2), 1, ((1, 0), 3)), ((0, 0), 1, ((4, 1), 12)),
-        ((0, 0), 5, ((20, 5), 60)),
-    ):  # fmt: skip
-        assert triton_expand._room(strides, entries, 3, 4) == expected
 
 
 TILE = 1024  # 16 chunks or more
