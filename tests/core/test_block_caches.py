@@ -245,7 +245,7 @@ def test_what_can_not_be_attached(transformer):
         ((DBPrune(first_blocks=4, last_blocks=2),), r"^dbprune.*4 first and 2 last.*6"),
         ((DBPrune(first_blocks=1, last_blocks=8),), r"^dbprune.*1 first and 8 last.*6"),
         ((ProfilingCache(blocks="4-8"),), r"^prof.*\.blocks.*5 .*transformer.*6-8.*6 \(6 of blocks\.\*\).*0 to 5"),
-        ((ProfilingCache(),), r"^profilingcache.*'wan, 6 layers, 2 heads'.*hunyuan"),
+        ((ProfilingCache(),), r"^profilingcache.*'wan, 6 layers, 2 heads'.* hunyuan-video, wan2\.1-14b;"),
     ):
         with pytest.raises(ConfigError, match=text):
             dit_accel.attach(transformer, *configs)

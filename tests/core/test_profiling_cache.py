@@ -101,6 +101,8 @@ def test_schedules_of_profilingcache(transformer):
     two = ProfilingCache(blocks="3-4", refresh=(3,), blocks_2="1-2", refresh_2=(2, 4), warmup_steps=1)
     expected = [WHOLE, [0, 5], [0, 1, 2, 5], [0, 3, 4, 5], [0, 1, 2, 5], [0, 5]]
     assert ran_by_step(transformer, two, 6) == expected
+    usual = ProfilingCache(blocks="1").filled()
+    assert (usual.every, usual.measured_steps, usual.warmup_steps, usual.last_steps) == (6, 50, 0.12, 0)
 
 
 def test_the_estimate_is_what_runs(transformer):
