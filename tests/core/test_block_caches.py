@@ -127,9 +127,8 @@ def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
     transformer.requires_grad_(False)
     with dit_accel.attach(transformer, ProfilingCache(blocks="1, 3", **ONCE)):
         for step, gradients in enumerate((True, False, False)):  # as of a prompt that is learned
-            text = torch.zeros(1, 6, 64, requires_grad=gradients)
             with transformer.cache_context("a", step_index=step):
-                transformer(**{**run_inputs(), "encoder_hidden_states": text})
+                transformer(**{**run_inputs(), "encoder_hidden_states": torch.zeros(1, 6, 64, requires_grad=gradients)})
     assert counted.lengths() == [6, 6, 4]
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)):
         for step, (frames, text) in enumerate(((5, 6), (5, 6), (4, 6), (4, 6), (4, 7), (4, 7))):

@@ -13,7 +13,7 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, SoftPAG
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.methods.caches.native_limits import CONFIGS, check_hooked
+from dit_accel.methods.caches.native_limits import CONFIGS, check_call, check_hooked
 from dit_accel.testing.tiny_models import STEPS as FEW_STEPS
 from dit_accel.testing.tiny_models import Case
 
@@ -198,12 +198,12 @@ def test_the_identifiers_that_are_named_work(transformer):
     named = eval(str(refused.value).partition("cache_identifiers=")[2].partition(", or")[0])
     with dit_accel.attach(transformer, taylor(cache_identifiers=named)) as attachment:
         assert "3 modules hooked" in str(attachment.report().section("diffusers-cache"))
-    lite = "TaylorSeerCacheConfig", hooks.TaylorSeerCacheConfig(use_lite_mode=True), transformer
-    adapter = adapter_for("WanTransformer3DModel")
+    lite = hooks.TaylorSeerCacheConfig(use_lite_mode=True)
+    on = "TaylorSeerCacheConfig", lite, transformer, adapter_for("WanTransformer3DModel")
     for hooked, lacks in (({"proj_out"}, "no blocks"), ({"blocks.0.attn1"}, "no proj_out")):
         with pytest.raises(ConfigError, match=lacks):
-            check_hooked(*lite, adapter, hooked)
-    check_hooked(*lite, adapter, {"proj_out", "blocks.0.attn1"})
+            check_hooked(*on, hooked)
+    check_hooked(*on, {"proj_out", "blocks.0.attn1"})
 
 
 def test_models_on_which_a_cache_is_wrong_are_named():
@@ -228,8 +228,9 @@ def test_noise_levels_and_steps_that_a_cache_can_not_follow(transformer):
     with dit_accel.attach(transformer, CACHES["sea"]):
         assert forward(transformer, 0, sigma=0.0).isfinite().all()
         for level in (-0.5, 1.5):
+            about = types.SimpleNamespace(inputs={}, beside=None, share_of_noise=level, num_inference_steps=4)
             with pytest.raises(ConfigError, match=rf"sigma in \[0, 1\].*sigma = {level}"):
-                forward(transformer, 0, sigma=level)
+                check_call("SeaCacheConfig", None, about, None, None, ())
         with pytest.raises(ConfigError, match="sigma = None"):
             without_context(transformer, 0)
     with dit_accel.attach(transformer, mag()):
