@@ -10,16 +10,8 @@ import pytest
 import torch
 from dit_accel_kernels import Selection, Vote, block_sparse_attention, block_sparse_attention_eager, pack_bits
 from dit_accel_kernels.backends import flex
-from kernel_cases import (
-    CALLS,
-    Call,
-    attend,
-    check_against_reference,
-    check_gradients,
-    gradients,
-    qkv,
-    random_lists,
-)
+from kernel_cases import CALLS, Call, attend, check_against_reference, check_gradients
+from kernel_cases import gradients, qkv, random_lists
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:divide by zero:RuntimeWarning",  # log of a pooled tile without a key, in the interpreter
