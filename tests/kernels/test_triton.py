@@ -19,19 +19,8 @@ from dit_accel_kernels.features import tile_means
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import routing_scores, selected_states
-from kernel_cases import (
-    WIDE,
-    assert_within_rounding,
-    attend,
-    check_against_reference,
-    frame_decay,
-    full,
-    lists_of,
-    problem_from,
-    qkv,
-    random_lists,
-    with_masks,
-)
+from kernel_cases import WIDE, assert_within_rounding, attend, check_against_reference, frame_decay, full
+from kernel_cases import lists_of, problem_from, qkv, random_lists, with_masks
 from torch import Tensor
 
 pytestmark = [
