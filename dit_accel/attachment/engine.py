@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..methods.base import AttentionHandler, Handler, OutputStep, Phase
 from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
-from ..plan.layout import TokenLayout, length_of
+from ..plan.layout import TokenLayout
 from ..plan.plan import AttentionPlan, KernelResult
 from ..plan.rests import Rests
 from ..report.recorder import Recorder
@@ -167,8 +167,8 @@ class Engine:
         if forward.shards is not None:
             call = forward.shards.own_queries(call, differentiate)
         call, own = call.completed(sizes, layer.state.adapter.outer_masks)
-        layout, keys = forward.layout, call.k.shape[2]
-        if keys != length_of(sizes):
+        layout, (frames, height, width, before, after) = forward.layout, sizes
+        if (keys := call.k.shape[2]) != before + frames * height * width + after:
             layout = shortened(layer, layout, keys)
         handlers = self._acting(layer, layout)
         out, plan = self._attend(layer, call, self._context(layer, layout, call, differentiate), handlers)
