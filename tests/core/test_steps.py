@@ -123,7 +123,6 @@ def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
     assert skipping.follow((750.0,), None, 0) == (0, 0)
     assert skipping.follow((250.0,), None, 1) is None
     assert Schedule(None).follow((750.0,), None, 0) is None
-    # the one of the last step, off by half of what a share of the first may be and by far less of its own
     assert Schedule(SimpleNamespace(timesteps=[1000.0, 500.0, 1.0])).follow((0.999995,), None, 0) == (2, 2)
     assert len(Schedule(SimpleNamespace(timesteps=[3, 2, 1]))) == 3  # no tensor
 
