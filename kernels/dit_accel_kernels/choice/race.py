@@ -260,7 +260,7 @@ def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Cho
     random = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
     q, k, v = (torch.randn(1, 2, 1024, dim, generator=random).to(device, dtype) for _ in range(3))
     lists = TileLists.full(1024, 1024, block_q=128, block_k=128)
-    problem = Problem(q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5)
+    problem = Problem(q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5, heads_first=True)
     kind = kind_of(problem)
     key = f"dense attention, {kind}"
     with _lock:
