@@ -196,7 +196,7 @@ def test_the_faster_of_those_that_pass_wins_and_is_kept_and_the_wrong_one_never_
     assert "gather, " in said
     assert "slow " in said
     race.measured.cache_clear()  # another process
-    monkeypatch.setattr(race, "_raced", lambda *_: pytest.fail("raced again"))
+    monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced again"))
     run()
     assert backend_of_last_call() == "gather"
     kept = [json.loads(path.read_text()) for path in cache_folder().glob("measured-*.json")]
@@ -240,7 +240,7 @@ def test_a_check_that_ended_the_process_is_not_tried_again(monkeypatch):
 
 
 def test_nothing_is_measured_where_it_must_not_be(monkeypatch):
-    monkeypatch.setattr(race, "_raced", lambda *_: pytest.fail("raced"))
+    monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced"))
     only(monkeypatch, right=RIGHT)
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,0 +1,41 @@
+"""What is asked of a whole machine, before any call: which kernels run on it, whether they are right, and how fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..tiles import TileLists
+from .candidates import CANDIDATES
+from .race import class_of, measured, raced
+from .self_check import Kind, kind_of, on_device, sample
+
+SIDE = 128  # of the tiles
+
+
+def lacks(name: str, kind: Kind) -> str | None:
+    """What a kernel needs for calls of a kind and does not find here, as a sentence, or None."""
+    candidate, call = CANDIDATES[name], on_device(sample(kind), kind.device)
+    others = f"backend {name!r} is for devices of type {' and '.join(candidate.on)} (found {kind.device.type})"
+    return candidate.refusal(call) or (None if candidate.takes(call) else others)
+
+
+def race_of(q: Tensor, k: Tensor, v: Tensor, density: float, *, whole: bool) -> dict[str, Any]:
+    """The race of calls like q, k, v [B, H, S, D] over random lists of a density, run now and kept; see `raced`."""
+    grid, random = -(-q.shape[2] // SIDE), torch.Generator().manual_seed(0)
+    states = (torch.rand(1, grid, grid, generator=random) < density) | torch.eye(grid, dtype=torch.bool)
+    lists = TileLists.from_states(2 * states.byte(), block_q=SIDE, block_k=SIDE, num_q=q.shape[2], num_k=q.shape[2])
+    sizes = dict(block_q=SIDE, block_k=SIDE, scale=q.shape[3] ** -0.5, heads_first=True)
+    call = Problem(q=q, k=k, v=v, **lists.parts, **sizes)
+    call, kind = on_device(call, q.device), kind_of(call)
+    kept = measured(q.device)[class_of(call, kind)] = raced(call, kind, whole=whole)
+    return kept
+
+
+def races(device: torch.device) -> list[dict[str, Any]]:
+    """The races of a device that are kept, of calls that sparse lists alone distinguish from dense attention."""
+    found = [one for one in measured(device).values() if isinstance(one, dict) and one.get("share")]
+    return [one for one in found if one.get("features") == [] and one["density"] < 1]
