@@ -22,7 +22,7 @@ from dit_accel_kernels.choice.race import SWITCH, measures, refused
 from dit_accel_kernels.choice.self_check import Kind
 
 from ..adapters.installed import family
-from .kept_races import own_device
+from .kept_races import own_device, usual_dtype
 from .sizes import token_layout
 
 SECONDS = 110.0
@@ -56,7 +56,7 @@ class Examination:
     Attributes:
         machine: processor, instructions, threads, memory, cards; and the device that was examined.
         versions: of Python, packages and the system.
-        candidates: of each kernel its package, what it lacks on this device in its plainest call, or None.
+        candidates: of each kernel its package, and what it lacks on this device for calls of any dtype, or None.
         checks: self checks that were run: kernel, kind of call, and what was wrong, or None.
         races: of each shape its size and dtype, and seconds of dense attention and of each kernel; or why not.
         install: what would make this machine faster, a line each.
@@ -85,7 +85,7 @@ Job = tuple[str, Callable[[float], bool]]
 def examine(say: Say) -> Examination:
     """Examine the device that runs go to: self checks of every kernel, and races at three real shapes."""
     device, end = own_device(), time.monotonic() + SECONDS
-    candidates = [_candidate(name, _kind(device, torch.bfloat16)) for name in NAMES]
+    candidates = [_candidate(name, device) for name in NAMES]
     found = Examination(machine=_machine(device), versions=_versions(), candidates=candidates)
     found.install.extend(_installable(candidates, device))
     if not measures():
@@ -105,8 +105,10 @@ def examine(say: Say) -> Examination:
 def _jobs(found: Examination, device: torch.device) -> list[Job]:
     """Return all parts of an examination, what matters most first."""
     cpu = device.type == "cpu"
-    dtypes = (torch.float32, torch.bfloat16) if cpu else (torch.bfloat16, torch.float16, torch.float32)
+    dtypes = _dtypes(device)
     raced = dtypes if cpu else dtypes[:1]
+    here = [one["name"] for one in found.candidates if one["missing"] is None]
+    quick = [name for name in here if not CANDIDATES[name].waits]
 
     def checks(kinds: Sequence[Kind], names: Sequence[str]) -> list[Job]:
         return [(f"self check of {name}", partial(_check, found, name, kind)) for kind in kinds for name in names]
@@ -117,12 +119,18 @@ def _jobs(found: Examination, device: torch.device) -> list[Job]:
 
     kinds = [_kind(device, dtype, dim, *more) for more in FEATURES for dim in (128, 64) for dtype in dtypes]
     first = [_kind(device, dtype) for dtype in raced]
-    rest = checks([kind for kind in kinds if kind not in first], [n for n in NAMES if not CANDIDATES[n].waits])
-    return [*checks(first, NAMES), *races(raced[0]), *rest, *(job for dtype in raced[1:] for job in races(dtype))]
+    rest = checks([kind for kind in kinds if kind not in first], quick)
+    return [*checks(first, here), *races(raced[0]), *rest, *(job for dtype in raced[1:] for job in races(dtype))]
 
 
 def _kind(device: torch.device, dtype: torch.dtype, dim: int = 128, *features: str) -> Kind:
     return Kind(device, dtype, dim, dim, (128, 128), frozenset(features))
+
+
+def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Return the number formats that models run in on a device, the usual one first."""
+    others = (torch.bfloat16,) if device.type == "cpu" else (torch.float16, torch.float32)
+    return usual_dtype(device), *others
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -158,9 +166,10 @@ def _race(found: Examination, device: torch.device, dtype: torch.dtype, shape: S
     return True
 
 
-def _candidate(name: str, kind: Kind) -> dict[str, Any]:
+def _candidate(name: str, device: torch.device) -> dict[str, Any]:
     candidate = CANDIDATES[name]
-    missing = lacks(name, kind)
+    runs = any(lacks(name, _kind(device, dtype)) is None for dtype in _dtypes(device))
+    missing = None if runs else lacks(name, _kind(device, torch.bfloat16))
     if missing:  # without the start and the end that it has as an error
         missing = re.sub(r": (install it or )?use '.*$", "", missing.removeprefix(f"backend {name!r} "))
     return {"name": name, "package": candidate.package, "version": candidate.version or None, "missing": missing}

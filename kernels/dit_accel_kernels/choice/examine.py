@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,22 +15,23 @@ from .race import class_of, measured, raced
 from .self_check import Kind, kind_of, on_device, sample
 
 SIDE = 128  # of the tiles
+_sample = lru_cache(maxsize=4)(sample)  # of all kernels that are asked about a kind
 
 
 def lacks(name: str, kind: Kind) -> str | None:
     """What a kernel needs for calls of a kind and does not find here, as a sentence, or None."""
-    candidate, call = CANDIDATES[name], on_device(sample(kind), kind.device)
-    others = f"backend {name!r} is for devices of type {' and '.join(candidate.on)} (found {kind.device.type})"
-    return candidate.refusal(call) or (None if candidate.takes(call) else others)
+    candidate, call = CANDIDATES[name], on_device(_sample(kind), kind.device)
+    others = None if candidate.takes(call) else f"needs a device of type {' or '.join(candidate.on)}"
+    return candidate.refusal(call) or others
 
 
 def race_of(q: Tensor, k: Tensor, v: Tensor, density: float, *, whole: bool) -> dict[str, Any]:
     """The race of calls like q, k, v [B, H, S, D] over random lists of a density, run now and kept; see `raced`."""
     grid, random = -(-q.shape[2] // SIDE), torch.Generator().manual_seed(0)
-    states = (torch.rand(1, grid, grid, generator=random) < density) | torch.eye(grid, dtype=torch.bool)
-    lists = TileLists.from_states(2 * states.byte(), block_q=SIDE, block_k=SIDE, num_q=q.shape[2], num_k=q.shape[2])
-    sizes = dict(block_q=SIDE, block_k=SIDE, scale=q.shape[3] ** -0.5, heads_first=True)
-    call = Problem(q=q, k=k, v=v, **lists.parts, **sizes)
+    states = 2 * (torch.rand(1, grid, grid, generator=random) < density).byte()
+    lists = TileLists.from_states(states, block_q=SIDE, block_k=SIDE, num_q=q.shape[2], num_k=q.shape[2])
+    sizes = dict(block_q=SIDE, block_k=SIDE, scale=q.shape[3] ** -0.5)
+    call = Problem(q=q, k=k, v=v, **lists.parts, **sizes, heads_first=True)
     call, kind = on_device(call, q.device), kind_of(call)
     kept = measured(q.device)[class_of(call, kind)] = raced(call, kind, whole=whole)
     return kept
