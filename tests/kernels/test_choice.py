@@ -254,7 +254,7 @@ def test_a_race_before_any_call_decides_for_calls_of_its_class(monkeypatch):
     assert examine.race_of(x, x, x, 0.25, whole=False)["name"] == "right"
     kept = examine.race_of(x, x, x, 0.25, whole=True)
     assert (kept["name"], kept["share"]) == ("late", 8 * kept["density"])
-    assert 0.2 < kept["density"] < 0.3
+    assert 0.2 < kept["density"] < 0.35
     assert examine.races(CPU) == [kept]
     monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced again"))
     states = 2 * torch.eye(8, dtype=torch.uint8)[None]
