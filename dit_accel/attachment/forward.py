@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..methods.base import Place
 from ..methods.find import scheduler_of
 from ..methods.noise import require_noise
-from ..methods.site import AroundForward, ForwardContext, target_sample
+from ..methods.site import AroundForward, target_sample
 from ..plan.context import StepContext
 from ..plan.layout import TokenLayout
 from .engine import Engine
@@ -164,8 +164,8 @@ class ForwardWrapper:
         denoising, state = self._denoising, self._state
 
         def around(**changed: Any) -> Any:
-            step = denoising.context(state)  # a function further out may have opened a nested branch
-            context = ForwardContext(inputs={**inputs, **changed}, **step.values)
+            # only now: a function further out may have opened a nested branch
+            context = denoising.forward_context(state, {**inputs, **changed})
             out = function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
             state.note_ran()
             return out

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..adapters.noise import NOISES, Noise, noise_of
 from ..errors import AttachError
 from ..methods.find import scheduler_of
+from ..methods.site import ForwardContext
 from ..plan.context import StepContext
 from .engine import Engine
 from .layers import Branch, RememberedTensors, TransformerState, tensors_in, text_in
@@ -118,6 +119,15 @@ class DenoisingState:
         if run is None:
             self._look_for_another_begin(state, inputs)
 
+    def stand(self, step_index: int, num_inference_steps: int | None, sigma: float | None) -> None:
+        """Take where a flow's denoising stands from a host that knows it, in place of `enter` and `forward`."""
+        self.step_index, self.num_inference_steps, self.sigma, self._noise = (
+            step_index,
+            num_inference_steps,
+            sigma,
+            "flow",
+        )
+
     def broke_off(self) -> None:
         """Note that the run is over, whatever comes next: a forward raised, or a user said so."""
         self._broken = True
@@ -141,6 +151,10 @@ class DenoisingState:
             beside=beside,
             rows=rows,
         )
+
+    def forward_context(self, state: TransformerState, inputs: Mapping[str, Any]) -> ForwardContext:
+        """Make the context of one transformer's forward of some inputs."""
+        return ForwardContext(inputs=inputs, **self.context(state).values)
 
     def _infer(
         self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None
