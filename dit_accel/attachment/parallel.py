@@ -62,6 +62,7 @@ def require_parallel(engine: Engine, state: TransformerState, config: Any) -> No
                 f"ulysses_degree = {config.ulysses_degree} does not divide the {layer.heads} heads of {state.name}; "
                 "choose a degree that does, or ulysses_anything=True"
             )
+        # with ulysses_anything the last process has what the others, which round up, leave
         if (config.ulysses_degree - 1) * -(-layer.heads // config.ulysses_degree) >= layer.heads:
             raise ConfigError(
                 f"ulysses_degree = {config.ulysses_degree} leaves a process none of the {layer.heads} heads of "

@@ -57,7 +57,7 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
             continue
         share = np.ones((size, size))
         for part, acts in zip(parts.values(), active, strict=True):
-            share = part.keep(share) if acts else share
+            share = part.keep(share) if acts else share  # of what those before it leave
         kept, planned = kept + count * float(share.sum()), planned + count
     return TilesLeft(
         kept=round(kept / planned) if planned else size * size,
