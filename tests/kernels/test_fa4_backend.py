@@ -211,7 +211,7 @@ parts = dict(exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indice
 problem = Problem(
     q=torch.zeros(2, 4, 1000, dim, dtype=torch.bfloat16), k=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16),
     v=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16), **parts, pooled_indices=None, block_q=block_q, block_k=128,
-    scale=0.1, head_scale=torch.rand(2, 4) if "scale" in features else None,
+    heads_first=True, scale=0.1, head_scale=torch.rand(2, 4) if "scale" in features else None,
     key_valid=valid if "mask" in features else None,
     decay=(torch.rand(5), frames, frames) if "decay" in features else None,
 )

@@ -111,10 +111,8 @@ def check_against_reference(
 
 def problem_from(tiles: TileLists, q: Tensor, k: Tensor, v: Tensor, **features) -> Problem:
     """A call in [B, H, S, D] as backends get it."""
-    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
-    lists = {name: getattr(tiles, name) for name in names}
-    defaults = dict(scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
-    return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
+    defaults = dict(scale=q.shape[-1] ** -0.5, heads_first=True, block_q=tiles.block_q, block_k=tiles.block_k)
+    return Problem(q=q, k=k, v=v, **tiles.parts, **{**defaults, **features})
 
 
 @dataclass(frozen=True)
