@@ -113,8 +113,7 @@ def test_the_plan_of_some_rows_reuses_and_leads_none():
     assert torch.equal(some.tiles.states(), states.to(torch.uint8)[[2, 3, 6, 7]])
     for shared in (full(), AttentionPlan().with_tiles(lists(states[:HEADS]))):
         one = shared.scale(torch.ones(HEADS)).of_rows(slice(0, 1), HEADS, HEADS)  # as many rows as heads
-        assert one.tiles is shared.tiles
-        assert len(one.head_scale) == HEADS
+        assert (one.tiles is shared.tiles, len(one.head_scale)) == (True, HEADS)
 
 
 CHANGES = {
@@ -170,5 +169,5 @@ def test_what_all_rows_of_a_call_share_is_refused():
         with pytest.raises(ConfigError, match=rf"one {part} for"):
             with_rows_apart(plan, change(plan), SECOND, random_call(LAYOUT, "bhsd"))
     for pair in itertools.permutations((AttentionPlan(tiles=masked), AttentionPlan(tiles=random_lists()))):
-        with pytest.raises(ConfigError, match="one masks within"):
+        with pytest.raises(ConfigError, match=r"masks.*for"):
             with_rows_apart(*pair, SECOND, random_call(LAYOUT, "bhsd"))

@@ -49,13 +49,7 @@ def context_of(layout: TokenLayout, **changes: Any) -> CallContext:
 
 
 def random_call(
-    layout: TokenLayout,
-    form: str = "bshd",
-    *,
-    sharp: float = 2,
-    dtype: Any = torch.float64,
-    batch: int = 2,
-    **changes: Any,
+    layout: TokenLayout, form: str = "bshd", *, sharp: float = 2, dtype=torch.float64, batch: int = 2, **changes: Any
 ) -> Call:
     """Return a call of 2 heads; ``form`` tells how its tensors lie, ``sharp`` how far logits spread."""
     shape = (batch, layout.tokens, 2, 8) if form == "bshd" else (batch, 2, layout.tokens, 8)
