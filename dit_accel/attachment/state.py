@@ -38,17 +38,7 @@ class DenoisingState:
         self._run: PipelineRun | None = None
         self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
         self._broken = self._warned = False
-        self._schedule: Schedule | None = None
-        self._timeline = Timeline()
-        self._course = Course()
-        self._number = 0  # of the run's different timesteps
-        self._stated_steps: int | None = None
-        self._first: dict[tuple[str, str], RememberedTensors] = {}  # latents of a hand-written loop's first step
-        self.step_index = 0
-        self.num_inference_steps: int | None = None
-        self.sigma: float | None = None
-        self._noise: Noise | None = None  # what sigma is; None: as it was first
-        self.training = self._stated = False  # of the last step
+        self._forget()
 
     @property
     def pipe(self) -> Any:
@@ -101,7 +91,7 @@ class DenoisingState:
         stated = state.branches[-1].stated if state.branches else {}
         if "step_index" not in stated and training:
             self._start()
-            self.training, self.sigma = True, None
+            self.training = True
             return
         given = inputs.get(state.adapter.timestep)
         if "step_index" not in stated:
@@ -246,11 +236,20 @@ class DenoisingState:
 
     def _start(self) -> None:
         self._begin_run()
-        self.step_index = self._number = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know nothing of the run that begins."""
+        self._schedule: Schedule | None = None
+        self._timeline = Timeline()
         self._course = Course()
-        self._timeline, self._schedule, self._stated_steps = Timeline(), None, None
-        self._first.clear()
-        self.num_inference_steps, self._noise, self.training, self._stated = None, None, False, False
+        self.step_index = self._number = 0  # the second: of the run's different timesteps
+        self._stated_steps: int | None = None
+        self._first: dict[tuple[str, str], RememberedTensors] = {}  # latents of a hand-written loop's first step
+        self.num_inference_steps: int | None = None
+        self.sigma: float | None = None
+        self._noise: Noise | None = None  # what sigma is; None: as it was first
+        self.training = self._stated = False  # of the last step
 
 
 def _reference(value: Any) -> Callable[[], Any]:

@@ -53,7 +53,7 @@ class Course:
             return 0
         self.ends = low, high
         self._far, self._moves = self._far + abs(by), self._moves + 1
-        return 1 if by * self._way > 0 else -1
+        return int(math.copysign(1, by * self._way))
 
 
 def noise_level(scheduler: Any) -> float | None:

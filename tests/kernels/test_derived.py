@@ -2,7 +2,6 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
-import gc
 import weakref
 
 import pytest
@@ -143,22 +142,6 @@ def test_a_value_is_of_all_its_tensors_until_one_is_written_to():
     assert not entry.fits([owner, other], versions)
     assert not entry.fits([other, second], versions)
     assert not entry.fits([owner, second], ((0, 0, 0), (0, 1, 0)))
-
-
-@pytest.mark.slow
-def test_nothing_derived_holds_what_it_is_derived_from():
-    """It would keep lists alive for good: those of a card are most of what a plan takes."""
-    tiles, frames, mask, length = random_tiles(2), frame_decay(TOKENS), torch.rand(1, TOKENS) > 0.3, torch.tensor([40])
-    leaves = [x.requires_grad_() for x in inputs()]
-    for backend in ("triton", "torch"):
-        for options in ({}, {"frame_decay": frames}, {"key_mask": mask}, {"key_mask": mask, "key_length": length}):
-            attend(*leaves, tiles, backend=backend, **options).sum().backward()
-    given = (tiles.exact_offsets, tiles.exact_indices, frames.table, frames.q_frames, frames.k_frames, mask, length)
-    storages = [weakref.ref(x.untyped_storage()) for x in given]
-    assert tiles.exact_offsets.untyped_storage()._derived_dit_accel_kernels
-    del tiles, frames, given, options, mask, length
-    gc.collect()
-    assert [x() for x in storages] == [None] * 7
 
 
 def test_a_capture_stores_nothing_and_builds_what_may_change(monkeypatch):
