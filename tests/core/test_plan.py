@@ -120,9 +120,8 @@ def test_routing_and_votes_are_added_to_what_is_kept():
         (full.narrow(keep=keep).route(routing).vote(vote, reverse=True), vote),
         (full.vote(None, reverse=True).narrow(keep=keep).route(routing), None),
     ):
-        selected = plan.selection
-        assert selected.keep is keep
-        assert (selected.routing, selected.vote, selected.reverse) == (routing, votes, True)
+        one = plan.selection
+        assert (one.keep is keep, one.routing, one.vote, one.reverse) == (True, routing, votes, True)
 
 
 def test_a_backend_is_chosen_by_the_tiles_of_a_call_that_asks_for_nothing_else(monkeypatch):
