@@ -86,6 +86,5 @@ def with_valid_text(layout: TokenLayout, length: int) -> TokenLayout:
     if length == layout.visual_tokens:
         return replace(layout, text_before=0, text_after=0)
     dropped = layout.tokens - length
-    if not 0 <= dropped <= layout.text_after:
-        return layout
-    return replace(layout, text_after=layout.text_after - dropped)
+    fits = dropped in range(layout.text_after + 1)
+    return replace(layout, text_after=layout.text_after - dropped) if fits else layout

@@ -66,6 +66,9 @@ def test_only_chosen_layers_change():
             assert attachment.report().steps[0].dense_layers == 0
     for layers, text in (
         ("1-3", r"layers = '1-3'.*3,.*0-2"),
+        ("one", r"layers = 'one'.*'one'"),
+        ("2-1", r"layers = '2-1'.*'2-1'"),
+        (7, r"'0, 3-20'.*got 7"),
         (lambda name, module: False, r"3 attention layers \(blocks\.0\.attn1"),
     ):
         with pytest.raises(ConfigError, match=text):

@@ -29,6 +29,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.delenv(race.SWITCH, raising=False)
     monkeypatch.setattr(race, "LEAST_FLOPS", 0.0)
     monkeypatch.setattr(race, "_said", {})
+    monkeypatch.setattr(race, "_decided", {})
     race.measured.cache_clear()
     yield tmp_path
     race.measured.cache_clear()
@@ -196,6 +197,7 @@ def test_the_faster_of_those_that_pass_wins_and_is_kept_and_the_wrong_one_never_
     assert "gather, " in said
     assert "slow " in said
     race.measured.cache_clear()  # another process
+    race._decided.clear()
     monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced again"))
     run()
     assert backend_of_last_call() == "gather"
