@@ -1,5 +1,6 @@
 """`dit-accel doctor`: what this machine has and lacks, whether its kernels are right, and how fast they are."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -30,52 +31,37 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON, for a 
     for text in found.notes:
         note(text)
     if json:
-        print_json(found.to_dict())
+        print_json(asdict(found))
     else:
         _print(found)
 
 
 def _print(found: Examination) -> None:
+    machine, versions = found.machine, found.versions
     table = Table.grid(padding=(0, 2))
-    for label, value in _rows(found):
+    for label, value in (
+        ("processor", f"{machine['processor']}  ({machine['instructions']}; torch uses {machine['torch_uses']})"),
+        ("threads", f"{machine['threads']} of {machine['cores']} cores, {machine['memory_gib'] or '?'} GiB of memory"),
+        ("cards", "; ".join(machine["cards"]) or "none that torch can use"),
+        ("examined", machine["device"]),
+        ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),
+    ):
         table.add_row(label, value)
     OUT.print(table)
-    OUT.print()
     table = plain_table("kernel", "version", "here")
     for one in found.candidates:
         table.add_row(one["name"], one["version"] or "", one["missing"] or _checked(found, one["name"]))
-    OUT.print(table)
-    if any("seconds" in race for race in found.races):
+    OUT.print("", table, sep="\n")
+    if found.races:
         OUT.print(
             f"\nTimes as fast as dense attention at a density of {DENSITY:g} (ideal: {1 / DENSITY:g}). Backend "
             '"auto" takes the fastest for such calls from now on.'
         )
-    if found.races:
         OUT.print(_race_table(found.races))
     if found.install:
-        OUT.print("\nTo be faster:")
-    for line in found.install:
-        OUT.print(f"- {line}", markup=False, soft_wrap=True)
-    OUT.print(
-        "\nA bug report should hold the output of `dit-accel doctor --json`, the command or the code that fails, and "
-        "all that it prints, with --traceback.",
-        style="dim",
-    )
-
-
-def _rows(found: Examination) -> list[tuple[str, str]]:
-    machine, versions = found.machine, found.versions
-    made_for = ", ".join(machine["instructions"])
-    cards = "; ".join(f"{card['name']}, {card['gib']:g} GiB, {card['arch']}" for card in machine["cards"])
-    return [
-        ("processor", f"{machine['processor']}  ({made_for}; torch uses {machine['torch_uses']})"),
-        ("threads", f"{machine['threads']} of {machine['cores']} cores"),
-        ("memory", f"{machine['memory_gib'] or '?'} GiB"),
-        ("cards", cards or "none that torch can use"),
-        ("examined", machine["device"]),
-        ("system", versions["system"] or ""),
-        ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items() if name != "system")),
-    ]
+        OUT.print("\nTo be faster:", *found.install, sep="\n- ", markup=False, soft_wrap=True)
+    report = "`dit-accel doctor --json`, the command or the code that fails, and what it prints with --traceback"
+    OUT.print(f"\nA bug report should hold the output of {report}.", style="dim")
 
 
 def _checked(found: Examination, name: str) -> str:
@@ -90,16 +76,12 @@ def _race_table(races: list[dict[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for race in races for name in race.get("seconds", ()) if name != "dense"))
     table = plain_table("call", "tokens", "dtype", "dense", *names, right=("tokens", "dense", *names))
     for race in races:
-        about = f"{race['model']} {race['size']}", f"{race['tokens']:,}", race["dtype"]
-        seconds = race.get("seconds")
-        if seconds is None:
-            table.add_row(*about, "not measured")
-            continue
-        dense = seconds["dense"]
-        least = min(time for time in seconds.values() if time)
-        speeds = [
-            f"{'[bold]' * (seconds[name] == least)}{dense / seconds[name]:.2f}" if dense and name in seconds else "-"
-            for name in names
-        ]
-        table.add_row(*about, f"{'[bold]' * (dense == least)}{dense:.3g} s" if dense else "-", *speeds)
+        cells, dense = ["not measured"], race.get("seconds", {}).get("dense")
+        if dense:
+            speeds = {name: dense / seconds for name, seconds in race["seconds"].items()}
+            best = max(speeds, key=speeds.__getitem__)
+            cells = [f"{dense:.3g} s", *(f"{speeds[name]:.2f}" if name in speeds else "-" for name in names)]
+            place = ["dense", *names].index(best)
+            cells[place] = f"[bold]{cells[place]}"
+        table.add_row(f"{race['model']} {race['size']}", f"{race['tokens']:,}", race["dtype"], *cells)
     return table

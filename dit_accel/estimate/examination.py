@@ -3,19 +3,21 @@
 What is measured is kept as the kernels keep it, so that `backend="auto"` takes what won, and `plan` counts by it.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from dit_accel_kernels.backends.torch.compiled import processor_text
+from dit_accel_kernels.backends.triton.launch import architecture
 from dit_accel_kernels.choice.candidates import CANDIDATES
 from dit_accel_kernels.choice.examine import lacks, race_of
 from dit_accel_kernels.choice.race import SWITCH, measures, refused
@@ -25,14 +27,9 @@ from ..adapters.installed import family
 from .kept_races import own_device, usual_dtype
 from .sizes import token_layout
 
-SECONDS = 110.0
-"""After so long nothing more is begun; what takes seconds to compile is left out after half of it."""
-
-RACE = 25.0
-"""Seconds that must be left for a race."""
-
-DENSITY = 0.25
-"""Share of the tiles that the lists of a race keep."""
+SECONDS = 110.0  # after which nothing more is begun; what takes seconds to compile is left out after half of them
+RACE = 25.0  # of them that must be left for a race
+DENSITY = 0.25  # share of the tiles that the lists of a race keep
 
 SHAPES = {
     "cpu": (("flux.1-dev", 1024, 1024, 1), ("wan2.1-1.3b", 480, 832, 17), ("wan2.1-1.3b", 480, 832, 33)),
@@ -41,39 +38,22 @@ SHAPES = {
 """The calls that are raced: model, height and width in pixels, frames; a CPU times few of their heads."""
 
 FEATURES = ((), ("LSE",), ("pooled tiles",))
-INSTRUCTIONS = "avx2 avx512f avx512_bf16 amx_bf16 asimd bf16 sve"
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "dit-accel", "dit-accel-kernels")
 INSTALLABLE = re.compile(r"\bpackage\b|compiler|imported|could not be built")
-
-Say = Callable[[str, int, int], None]
-"""Is called before each part of an examination: what it is, how many are done, how many there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """What was found on this machine, as plain values for JSON.
+    """What was found on this machine, as plain values for JSON."""
 
-    Attributes:
-        machine: processor, instructions, threads, memory, cards; and the device that was examined.
-        versions: of Python, packages and the system.
-        candidates: of each kernel its package, and what it lacks on this device for calls of any dtype, or None.
-        checks: self checks that were run: kernel, kind of call, and what was wrong, or None.
-        races: of each shape its size and dtype, and seconds of dense attention and of each kernel; or why not.
-        install: what would make this machine faster, a line each.
-        notes: what was not measured, and why.
-    """
-
-    machine: dict[str, Any]
-    versions: dict[str, str | None]
-    candidates: list[dict[str, Any]]
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    races: list[dict[str, Any]] = field(default_factory=list)
-    install: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it, for JSON."""
-        return asdict(self)
+    machine: dict[str, Any]  # processor, threads, memory, cards, and the device that was examined
+    versions: dict[str, str | None]  # of Python, packages and the system
+    candidates: list[dict[str, Any]]  # of each kernel its package, and what it lacks here for calls of any dtype
+    checks: list[dict[str, Any]] = field(default_factory=list)  # kernel, kind of call, and what was wrong, or None
+    races: list[dict[str, Any]] = field(default_factory=list)  # a call, and seconds of each kernel, or why none
+    install: list[str] = field(default_factory=list)  # what would make this machine faster, a line each
+    notes: list[str] = field(default_factory=list)  # what was not measured, and why
 
 
 NAMES = [name for name in CANDIDATES if name != "reference"]
@@ -82,16 +62,21 @@ Job = tuple[str, Callable[[float], bool]]
 """A part of an examination: what it is, and what does it in so many seconds and tells whether they were enough."""
 
 
-def examine(say: Say) -> Examination:
-    """Examine the device that runs go to: self checks of every kernel, and races at three real shapes."""
+def examine(say: Callable[[str, int, int], None]) -> Examination:
+    """Examine the device that runs go to: self checks of every kernel, and races at three real shapes.
+
+    Before each part ``say`` is called with what it is, how many are done, and how many there are.
+    """
     device, end = own_device(), time.monotonic() + SECONDS
-    candidates = [_candidate(name, device) for name in NAMES]
+    others = (torch.bfloat16,) if device.type == "cpu" else (torch.float16, torch.float32)
+    dtypes = (usual_dtype(device), *others)
+    candidates = [_candidate(name, [_kind(device, dtype) for dtype in dtypes]) for name in NAMES]
     found = Examination(machine=_machine(device), versions=_versions(), candidates=candidates)
     found.install.extend(_installable(candidates, device))
     if not measures():
         found.notes.append(f"nothing was measured: {SWITCH} is 0 in the environment; unset it")
         return found
-    jobs, late = _jobs(found, device), 0
+    jobs, late = _jobs(found, device, dtypes), 0
     for number, (text, job) in enumerate(jobs):
         say(text, number, len(jobs))
         late += not job(end - time.monotonic())
@@ -102,11 +87,9 @@ def examine(say: Say) -> Examination:
     return found
 
 
-def _jobs(found: Examination, device: torch.device) -> list[Job]:
+def _jobs(found: Examination, device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Job]:
     """Return all parts of an examination, what matters most first."""
-    cpu = device.type == "cpu"
-    dtypes = _dtypes(device)
-    raced = dtypes if cpu else dtypes[:1]
+    raced, shapes = (dtypes, SHAPES["cpu"]) if device.type == "cpu" else (dtypes[:1], SHAPES["gpu"])
     here = [one["name"] for one in found.candidates if one["missing"] is None]
     quick = [name for name in here if not CANDIDATES[name].waits]
 
@@ -114,7 +97,6 @@ def _jobs(found: Examination, device: torch.device) -> list[Job]:
         return [(f"self check of {name}", partial(_check, found, name, kind)) for kind in kinds for name in names]
 
     def races(dtype: torch.dtype) -> list[Job]:
-        shapes = SHAPES["cpu" if cpu else "gpu"]
         return [(f"{shape[0]} in {_name(dtype)}", partial(_race, found, device, dtype, shape)) for shape in shapes]
 
     kinds = [_kind(device, dtype, dim, *more) for more in FEATURES for dim in (128, 64) for dtype in dtypes]
@@ -125,12 +107,6 @@ def _jobs(found: Examination, device: torch.device) -> list[Job]:
 
 def _kind(device: torch.device, dtype: torch.dtype, dim: int = 128, *features: str) -> Kind:
     return Kind(device, dtype, dim, dim, (128, 128), frozenset(features))
-
-
-def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Return the number formats that models run in on a device, the usual one first."""
-    others = (torch.bfloat16,) if device.type == "cpu" else (torch.float16, torch.float32)
-    return usual_dtype(device), *others
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -166,10 +142,10 @@ def _race(found: Examination, device: torch.device, dtype: torch.dtype, shape: S
     return True
 
 
-def _candidate(name: str, device: torch.device) -> dict[str, Any]:
-    candidate = CANDIDATES[name]
-    runs = any(lacks(name, _kind(device, dtype)) is None for dtype in _dtypes(device))
-    missing = None if runs else lacks(name, _kind(device, torch.bfloat16))
+def _candidate(name: str, kinds: Sequence[Kind]) -> dict[str, Any]:
+    """Return what is said of a kernel; what it lacks is what it lacks for bfloat16, which most of them take."""
+    candidate, found = CANDIDATES[name], {kind.dtype: lacks(name, kind) for kind in kinds}
+    missing = found[torch.bfloat16] if all(found.values()) else None
     if missing:  # without the start and the end that it has as an error
         missing = re.sub(r": (install it or )?use '.*$", "", missing.removeprefix(f"backend {name!r} "))
     return {"name": name, "package": candidate.package, "version": candidate.version or None, "missing": missing}
@@ -177,46 +153,35 @@ def _candidate(name: str, device: torch.device) -> dict[str, Any]:
 
 def _installable(candidates: Sequence[dict[str, Any]], device: torch.device) -> list[str]:
     """Return a line for each thing that is not installed and would make this device faster."""
-    lines = []
-    for one in candidates:
-        on = CANDIDATES[one["name"]].on
-        if one["missing"] and (not on or device.type in on) and INSTALLABLE.search(one["missing"]):
-            lines.append(f"{one['name']} {one['missing']}")
+    here = [one for one in candidates if device.type in (CANDIDATES[one["name"]].on or (device.type,))]
+    lines = [f"{one['name']} {one['missing']}" for one in here if INSTALLABLE.search(one["missing"] or "")]
     if device.type == "cpu" and any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd")):
         lines.append(f"a card is there that torch {torch.__version__} can't use: install torch for it (pytorch.org)")
     return lines
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    text = processor_text()
+    text, memory = processor_text(), None
+    cards = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     model = re.search(r"model name\s*:\s*(.*)", text)
-    has = set(text.split())
-    cards = []
-    for number in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(number)
-        arch = getattr(card, "gcnArchName", f"sm_{card.major}{card.minor}")
-        cards.append({"name": card.name, "gib": round(card.total_memory / 2**30, 1), "arch": arch})
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):
-        memory = None
     return {
         "processor": model[1] if model else platform.processor() or platform.machine(),
-        "instructions": [name for name in INSTRUCTIONS.split() if name in has],
+        "instructions": " ".join(name for name in INSTRUCTIONS if name in text.split()),
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "memory_gib": memory,
-        "cards": cards,
+        "cards": [f"{torch.cuda.get_device_name(card)}, {architecture(card)}" for card in cards],
         "device": str(device),
     }
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "system": platform.platform()}
+    about = {"python": platform.python_version(), "system": platform.platform()}
+    versions: dict[str, str | None] = {**about, **dict.fromkeys(PACKAGES)}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return versions

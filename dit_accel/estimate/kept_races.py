@@ -1,20 +1,13 @@
 """The cost of sparse attention as it was measured on this machine, by `dit-accel doctor` or by a run."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from dit_accel_kernels.choice.examine import races
 from dit_accel_kernels.choice.race import measures
 
 from .hardware import card_called, find_hardware
-
-
-class MeasuredCost(NamedTuple):
-    """The time per kept FLOP over the dense kernel's, and in words where that was measured."""
-
-    cost: float
-    words: str
 
 
 def own_device() -> torch.device:
@@ -28,10 +21,10 @@ def usual_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def measured_cost(head_dim: int, tokens: int, density: float) -> MeasuredCost | None:
-    """Return the cost that the race nearest in tokens and density found; None: there was none.
+def measured_cost(head_dim: int, tokens: int, density: float) -> tuple[float, str] | None:
+    """Return the time per kept FLOP over the dense kernel's, and in words where it was measured; None: nowhere.
 
-    What a race measured is the share of the ideal that sparse attention reaches: the dense time x density over its own.
+    It is that of the race nearest in tokens and density: one over the share of the ideal, dense time x density / time.
     """
     if not measures():
         return None
@@ -50,7 +43,7 @@ def measured_cost(head_dim: int, tokens: int, density: float) -> MeasuredCost | 
         f"sparse attention counts as measured on this machine by doctor: {race['share']:.0%} of the ideal at {at}; for "
         "another machine name its hardware or a kernel cost"
     )
-    return MeasuredCost(1 / race["share"], words)
+    return 1 / race["share"], words
 
 
 def elsewhere(hardware: str | None) -> bool:

@@ -211,10 +211,10 @@ def predict(
     (step, scale), (patch_frames, patch_height, patch_width) = family.vae, family.patch
     dense = _dense_run(family, layout, steps, linears)
     tiles = tiles_left(savings, steps, family.layers, tiles_a_side(layout))
-    measured, cost = None, kernel_cost or KERNEL_COST
+    measured = None
     if kernel_cost is None and tiles and not tiles.rows_alone:
         measured = measured_cost(family.head_dim, layout.tokens, tiles.density)
-        cost = measured.cost if measured else cost
+    cost, words = measured or (kernel_cost or KERNEL_COST, "")
     waits = [handler.name for handler in handlers if steps < (getattr(handler.settings, "min_steps", None) or 0)]
     return Prediction(
         family=family,
@@ -227,14 +227,14 @@ def predict(
         savings=savings,
         tiles=tiles,
         kernel_cost=cost,
-        cost_measured=measured.words if measured else "",
+        cost_measured=words,
         linears=linears,
         weight_bytes=least_weights(family, linears.share if linears else 0.0),
         uncounted_methods=tuple(n for n, saving in savings.items() if not saving.counted and n not in waits),
-        notes=(*_notes(savings, tiles), *((measured.words,) if measured else ()), *(linears.notes if linears else ())),
+        notes=(*_notes(savings, tiles), *([words] if words else []), *(linears.notes if linears else ())),
         warnings=tuple(text for saving in savings.values() for text in saving.warnings),
         **dense,
-        **_planned_run(savings, tiles, layout, cost, measured is not None, steps=steps, layers=family.layers, **dense),
+        **_planned_run(savings, tiles, layout, cost, bool(words), steps=steps, layers=family.layers, **dense),
         **_memory(savings, tiles, family),
     )
 

@@ -80,11 +80,8 @@ def recommend(
     )  # fmt: skip
     dense = estimate(of.adapter, of.family, **sizes)
     presets = [preset_methods(level, of.model) for level in LEVELS]
-    rows, measured = [Setting(name=DENSE)], dict[str, None]()
-    for preset in presets:
-        row, prediction = _preset_row(preset, of, sizes, dense)
-        rows.append(row)
-        measured |= {prediction.cost_measured: None} if prediction.cost_measured else {}
+    made = [_preset_row(preset, of, sizes, dense) for preset in presets]
+    rows = [Setting(name=DENSE), *(row for row, _ in made)]
     rows.sort(key=lambda row: -round(row.speedup, 2))  # as it is shown: equal ones stay in the presets' order
     tuned = find_tuned(of.source) if of.source else []
     fitting = [setting for setting in tuned if _fits(setting, dense)]
@@ -100,7 +97,7 @@ def recommend(
             *_notes(of, dense, num_frames, presets[-1]),
             *(_card_notes(of, card) if card else ()),
             PREDICTED_NOTE,
-            *measured,
+            *dict.fromkeys(measured for _, measured in made if measured),
             *(_elsewhere(setting) for setting in tuned if setting not in fitting),
         ),
     )  # fmt: skip
@@ -153,23 +150,22 @@ def _weights(transformer: Any) -> int:
 
 def _preset_row(
     preset: PresetMethods, of: _Subject, sizes: Mapping[str, Any], dense: Prediction
-) -> tuple[Setting, Prediction]:
-    """Return the row of a preset, and its prediction; of its methods those are named that act in a run of this size."""
+) -> tuple[Setting, str]:
+    """Return the row of a preset, of the methods that act in a run of this size, and how sparse attention counts."""
     idle = {choice.config.name: _idle(choice, dense, of.family) for choice in preset.chosen}
     acting = {choice.config.name: choice for choice in preset.chosen if idle[choice.config.name] is None}
     prediction = estimate(of.adapter, of.family, preset=replace(preset, chosen=tuple(acting.values())), **sizes)
     promises = {name: preset.promises(dense.num_inference_steps).get(name) for name in acting}
     planned = [name for name, choice in acting.items() if issubclass(handler_of(choice.config), AttentionHandler)]
     needs = [f"{', '.join(planned)}: a GPU with Triton"] if planned else []
-    row = Setting(
+    return Setting(
         name=preset.level, methods={name: choice.what for name, choice in acting.items()},
         speedup=prediction.speedup_of_methods,
         losses={name: promise and promise.tenth for name, promise in promises.items() if not acting[name].beyond},
         medians={name: promise.median for name, promise in promises.items() if promise is not None},
         sources={name: choice.source for name, choice in acting.items()}, state_bytes=prediction.state_bytes,
         needs=(*needs, *(why for why in idle.values() if why)),
-    )  # fmt: skip
-    return row, prediction
+    ), prediction.cost_measured  # fmt: skip
 
 
 def _idle(choice: Choice, run: Prediction, family: Family) -> str | None:

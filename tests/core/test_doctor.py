@@ -48,7 +48,6 @@ def doctor() -> dict:
 def test_it_says_what_there_is_and_what_is_fastest():
     found = doctor()
     assert found["machine"]["threads"] == torch.get_num_threads()
-    assert found["versions"]["torch"]
     missing = {one["name"]: one["missing"] for one in found["candidates"]}
     assert (missing["triton"], missing["torch"]) == ("needs a card", None)
     assert missing["fa4"].startswith("needs a card of sm_90")
@@ -69,14 +68,10 @@ def test_what_is_wrong_is_named_and_does_not_race(monkeypatch):
     assert all("gather" not in one["seconds"] for one in doctor()["races"])
     text = " ".join(run("doctor").stdout.split())
     assert "right in 0 of 8 self checks; not used for float32, head dim 128" in text
-    assert "since it is off" in text
-    monkeypatch.setattr(race, "fault", lambda kind, attend: None)
-    assert not [one for one in doctor()["checks"] if one["fault"]]  # checked anew
 
 
 @pytest.mark.parametrize(("left", "checks", "races"), [(0, 0, 0), (10, 8, 0), (40, 8, 4), (100, 10, 4)])
 def test_what_there_is_no_time_for_is_said(monkeypatch, left, checks, races):
-    monkeypatch.setattr(examination, "SECONDS", 110.0)
     times = iter([left - 110.0 - 1e-3])  # the first look at the clock is at the start
     monkeypatch.setattr(examination.time, "monotonic", lambda: next(times, 0.0))
     found = doctor()
@@ -89,8 +84,8 @@ def test_what_there_is_no_time_for_is_said(monkeypatch, left, checks, races):
 def test_nothing_is_measured_where_that_is_switched_off(monkeypatch):
     monkeypatch.setenv(race.SWITCH, "0")
     result = run("doctor")
-    assert (result.exit_code, "not checked" in result.stdout) == (0, True)
-    assert f"nothing was measured: {race.SWITCH} is 0" in result.stderr
+    assert (result.exit_code, result.stdout.count("not checked")) == (0, 3)
+    assert f"{race.SWITCH} is 0" in result.stderr
 
 
 def test_what_to_install(monkeypatch):
