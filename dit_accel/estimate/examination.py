@@ -97,12 +97,13 @@ def _jobs(found: Examination, device: torch.device, dtypes: Sequence[torch.dtype
         return [(f"self check of {name}", partial(_check, found, name, kind)) for kind in kinds for name in names]
 
     def races(dtype: torch.dtype) -> list[Job]:
-        return [(f"{shape[0]} in {_name(dtype)}", partial(_race, found, device, dtype, shape)) for shape in shapes]
+        jobs = [(f"{shape[0]} in {_name(dtype)}", partial(_race, found, device, dtype, shape)) for shape in shapes]
+        return [*checks([_kind(device, dtype)], here), *jobs]
 
     kinds = [_kind(device, dtype, dim, *more) for more in FEATURES for dim in (128, 64) for dtype in dtypes]
     first = [_kind(device, dtype) for dtype in raced]
     rest = checks([kind for kind in kinds if kind not in first], quick)
-    return [*checks(first, here), *races(raced[0]), *rest, *(job for dtype in raced[1:] for job in races(dtype))]
+    return [*races(raced[0]), *rest, *(job for dtype in raced[1:] for job in races(dtype))]
 
 
 def _kind(device: torch.device, dtype: torch.dtype, dim: int = 128, *features: str) -> Kind:
