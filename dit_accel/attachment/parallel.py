@@ -62,6 +62,7 @@ def require_parallel(engine: Engine, state: TransformerState, config: Any) -> No
                 f"ulysses_degree = {config.ulysses_degree} does not divide the {layer.heads} heads of {state.name}; "
                 "choose a degree that does, or ulysses_anything=True"
             )
+        # with ulysses_anything the last process has what the others, which round up, leave
         if (config.ulysses_degree - 1) * -(-layer.heads // config.ulysses_degree) >= layer.heads:
             raise ConfigError(
                 f"ulysses_degree = {config.ulysses_degree} leaves a process none of the {layer.heads} heads of "
@@ -85,18 +86,18 @@ def require_agreement(denoising: DenoisingState, state: TransformerState, config
         "latents": f"{latents.dtype} {list(latents.shape)}",
     }
     picks = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
-    noise = latents.detach().flatten()[picks].float().cpu()
-    others: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(others, (mine, noise.tolist()), group=group)
-    for rank, (other, numbers) in enumerate(others):
-        for what, value in others[0][0].items():
+    noise = latents.flatten()[picks].float().cpu()
+    facts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(facts, (mine, noise.tolist()), group=group)
+    for rank, (other, numbers) in enumerate(facts):
+        for what, value in facts[0][0].items():
             if other[what] != value:
                 raise ConfigError(
                     f"the processes that run {state.name} together disagree: {what} is {value} on rank 0 and "
                     f"{other[what]} on rank {rank}; attach the same methods and call the pipeline alike on all of them"
                 )
-        difference = (torch.tensor(numbers) - torch.tensor(others[0][1])).abs().max()
-        if difference > 0.1 * (1e-3 + torch.tensor(others[0][1]).abs().max()):
+        difference = (torch.tensor(numbers) - torch.tensor(facts[0][1])).abs().max()
+        if difference > 0.1 * (1e-3 + torch.tensor(facts[0][1]).abs().max()):
             raise ConfigError(
                 f"the processes that run {state.name} together begin with other latents on rank {rank} than on rank 0; "
                 "give the pipeline a generator of the same seed on all of them"
@@ -112,18 +113,16 @@ def split_before(
     """
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     splits = [hook for name, hook in hooks.items() if name.startswith("cp_input")]
-    if not splits:
-        return args, kwargs, run
     kwargs = dict(kwargs)
     for hook in splits:
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
 
-    def run_split(*given: Any, **named: Any) -> Any:
+    def run_split(*positional: Any, **named: Any) -> Any:
         plans = [hook.metadata for hook in splits]
         try:
             for hook in splits:
                 hook.metadata = {}
-            return run(*given, **named)
+            return run(*positional, **named)
         finally:
             for hook, plan in zip(splits, plans, strict=True):
                 hook.metadata = plan

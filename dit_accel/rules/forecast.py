@@ -29,9 +29,7 @@ def taylor(times: Sequence[float], at: float, order: int, damping: float = 0.0) 
         damping: share of the change from the last value that is not followed; 1 holds it.
     """
     used = times[-(order + 1) :]
-    weights = [
-        float(np.prod([(at - other) / (time - other) for other in used if other != time], initial=1.0)) for time in used
-    ]
+    weights = [float(np.prod([(at - other) / (time - other) for other in used if other != time])) for time in used]
     weights = [(1 - damping) * weight for weight in weights]
     weights[-1] += damping
     return [0.0] * (len(times) - len(used)) + weights
@@ -44,7 +42,7 @@ def growth(times: Sequence[float], at: float) -> float:
 
     ``times``: of the values that it goes through; below it, or all above it.
     """
-    return float(np.prod([abs(at - time) for time in times], initial=1.0))
+    return float(np.prod([abs(at - time) for time in times]))
 
 
 def log_snr(sigma: float, *, flow: bool) -> float:
@@ -77,14 +75,14 @@ def heun(times: Sequence[float], skipped: Sequence[float], at: float, before: fl
     older = computed[-2]
     full = (anchor - np.eye(count)[older]) / (times[-1] - times[older])
     slope = (anchor - np.eye(count)[-2]) / (times[-1] - times[-2])
-    given, time = anchor, times[-1]
+    latest, time = anchor, times[-1]
     for index, moment in enumerate([*skipped, at], start=1):
         value = anchor + (moment - times[-1]) * (full + slope) / 2
         if index > DAMPED_AFTER:
             share = DAMPED_AFTER / index
             value = share * value + (1 - share) * anchor
-        slope, given, time = (value - given) / (moment - time), value, moment
-    return given.tolist()
+        slope, latest, time = (value - latest) / (moment - time), value, moment
+    return latest.tolist()
 
 
 def chebyshev(

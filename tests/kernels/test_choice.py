@@ -29,6 +29,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.delenv(race.SWITCH, raising=False)
     monkeypatch.setattr(race, "LEAST_FLOPS", 0.0)
     monkeypatch.setattr(race, "_said", {})
+    monkeypatch.setattr(race, "_decided", {})
     race.measured.cache_clear()
     yield tmp_path
     race.measured.cache_clear()
@@ -196,6 +197,7 @@ def test_the_faster_of_those_that_pass_wins_and_is_kept_and_the_wrong_one_never_
     assert "gather, " in said
     assert "slow " in said
     race.measured.cache_clear()  # another process
+    race._decided.clear()
     monkeypatch.setattr(race, "_raced", lambda *_: pytest.fail("raced again"))
     run()
     assert backend_of_last_call() == "gather"
@@ -300,7 +302,7 @@ def test_the_part_that_is_timed_has_few_heads_where_they_share_lists(monkeypatch
     q, k, v = qkv(2, 8, 8, 256, 256, 16, torch.float32)
     lists = random_lists(1, 256, 256, 64, 64, pooled=False)
     keep = Selection(keep=torch.full((2, 8, 4, 1), -1, dtype=torch.int32))
-    call = Problem(q=q, k=k, v=v, **lists.parts, block_q=64, block_k=64, scale=0.25, selection=keep)
+    call = Problem(q=q, k=k, v=v, **lists.parts, block_q=64, block_k=64, scale=0.25, heads_first=True, selection=keep)
     call = replace(call, head_scale=torch.ones(1, 8), key_length=torch.tensor([256, 200]))
     monkeypatch.setattr(race, "SLICE_FLOPS", 3.0 * 4 * 256 * 256 * 16)
     small = race.part(call)

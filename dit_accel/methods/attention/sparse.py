@@ -10,7 +10,15 @@ from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...plan.layout import TokenLayout
 from ...plan.rests import USUAL_TURN, Rests, RestType
-from ...plan.tiling import TILE, Tiling, bitmap_bytes, full_lists_bytes, pinned_bytes, visual_lists_bytes
+from ...plan.tiling import (
+    TILE,
+    Tiling,
+    bitmap_bytes,
+    full_lists_bytes,
+    pinned_bytes,
+    tiles_without_text,
+    visual_lists_bytes,
+)
 from ..base import AttentionHandler, Handler, Model
 from ..config import MethodConfig
 from ..noise import NeedsNoise
@@ -154,7 +162,7 @@ class SparseHandler(AttentionHandler):
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse turns of dense layers beside a method that leaves rows out."""
-        partial = next((one for one in others if "reused rows" in one.exclusive), None)
+        partial = next((handler for handler in others if "reused rows" in handler.exclusive), None)
         if self.rests is not None and partial is not None:
             raise ConfigError(
                 f"{self.name}.refresh = {self.rests.every} has layers compute all rows in turn, and {partial.name} "
@@ -184,23 +192,22 @@ class SparseHandler(AttentionHandler):
             return depth >= (self.settings.dense_layers or 0)
         return not self.settings.is_dense(step.step_index, step.num_inference_steps, depth, step.sigma)
 
-    def saving(self, kept: np.ndarray, lists: Sequence[np.ndarray], layout: TokenLayout, steps: int) -> Saving:
-        """Return the saving of a mask that is known before it runs.
-
-        ``kept``: share of the steps in which each visual tile is exact, [N, N].
-        """
-        size = sum(visual_lists_bytes(one, self.pools, layout, self.settings.tiling.block_size) for one in lists)
-        return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)
+    def saving(self, kept: np.ndarray, layout: TokenLayout, steps: int) -> Saving:
+        """Return the saving of lists that are known before they run; visual tiles are exact where ``kept``, [N, N]."""
+        block = self.settings.tiling.block_size
+        text = tiles_without_text(layout, block)
+        size = visual_lists_bytes(int((~kept[:text, :text]).sum()), self.pools, layout, block)
+        return self.saving_of(lambda share, rows: share * kept[rows], layout, steps, tiles=len(kept), list_bytes=size)
 
     def saving_of(
         self,
-        keep: Callable[[np.ndarray], np.ndarray],
+        keep: Callable[[np.ndarray, slice], np.ndarray],
         layout: TokenLayout,
         steps: int,
         *,
         tiles: int | None = None,
         expected: bool = False,
-        **others: Any,
+        **options: Any,
     ) -> Saving:
         """Return the saving of a method that leaves a known part of the tiles; for the options see `TileSaving`.
 
@@ -213,15 +220,15 @@ class SparseHandler(AttentionHandler):
         saving = TileSaving(
             tiles=settings.tiling.tiles(layout.visual_tokens) if tiles is None else tiles,
             active=lambda step, layer: applies and not settings.is_dense(step, steps, layer, 0.0),
-            keep=lambda share: dense * share + (1 - dense) * keep(share),
+            keep=lambda share, rows: dense * share + (1 - dense) * keep(share, rows),
             pools=self.pools,
             expected=expected,
         )
-        notes = (*others.pop("notes", ()), *settings.notes())
+        notes = (*options.pop("notes", ()), *settings.notes())
         warnings = (advice,) if advice else ()
-        carried = others.pop("carried_bytes", 0) + self.rest_bytes(layout, steps)
+        carried = options.pop("carried_bytes", 0) + self.rest_bytes(layout, steps)
         return Saving(
-            tiles=saving, notes=notes, warnings=warnings, carried_bytes=carried, **{"list_bytes": lists, **others}
+            tiles=saving, notes=notes, warnings=warnings, carried_bytes=carried, **{"list_bytes": lists, **options}
         )
 
     def dense_share(self, steps: int) -> float:

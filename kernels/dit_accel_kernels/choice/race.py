@@ -43,15 +43,15 @@ TRIED = "self check begun by process"
 
 
 class Chosen(NamedTuple):
-    """What computes a call, how it came to be chosen, and its speed over dense attention, None if not measured."""
+    """What computes a call, and its speed over dense attention, None if that is not measured."""
 
     name: str
-    why: str
     speed: float | None = None
 
 
 _lock = threading.RLock()
 _said: dict[str, str] = {}
+_decided: dict[tuple, tuple[str, float | None]] = {}  # by what a class is made of, for the calls after the first
 
 
 @lru_cache(maxsize=16)
@@ -71,30 +71,41 @@ def decisions() -> list[str]:
 
 
 def choose(problem: Problem) -> Chosen:
-    """What computes a call whose backend is "auto"."""
-    kind = kind_of(problem)
+    """What computes a call whose backend is "auto"; its time is taken to fall with the density of its tiles."""
+    kind, exact = kind_of(problem), torch.are_deterministic_algorithms_enabled()
     if not measures():
-        return _first(problem, kind, check=False)
+        return Chosen(_first(problem, kind, check=False))
+    call = (kind, problem.q.shape, problem.num_k, problem.groups, problem.tiles_exact, exact)
+    decided = _decided.get(call)
+    if decided is None:
+        decided = _decide(problem, kind)
+        if not capturing(kind.device):
+            _decided[call] = decided
+    name, share = decided
+    return Chosen(name, None if share is None else share / max(problem.density, 1e-9))
+
+
+def _decide(problem: Problem, kind: Kind) -> tuple[str, float | None]:
+    """The kernel of a class of calls by a race, kept or run now, and its share of the ideal; or the first of ours."""
     key = _class_of(problem, kind)
     with _lock:
         kept = measured(kind.device)[key]
-        if kept is None:
-            race = _may_race(problem)
-            kept = _agreed(key, lambda: _raced(problem, kind)) if race else None
-            if kept is None:
-                return _first(problem, kind, check=not capturing(kind.device))
-            measured(kind.device)[key] = kept
-    share = kept["share"]
+        if kept is None and _may_race(problem):
+            kept = _agreed(key, lambda: _raced(problem, kind))
+            if kept is not None:
+                measured(kind.device)[key] = kept
+    if kept is None:
+        return _first(problem, kind, check=not capturing(kind.device)), None
     _said[key] = f"{key}: {kept['why']}"
-    return Chosen(kept["name"], kept["why"], None if share is None else share / max(problem.density, 1e-9))
+    return kept["name"], kept["share"]
 
 
-def _first(problem: Problem, kind: Kind, *, check: bool) -> Chosen:
+def _first(problem: Problem, kind: Kind, *, check: bool) -> str:
     """The first of our kernels that takes a call, and passes its check where it may be checked."""
     for name in OURS:
         if CANDIDATES[name].takes(problem) and not (check and refused(name, kind)):
-            return Chosen(name, "the first of ours that takes it")
-    return Chosen("gather", "nothing else takes it")
+            return name
+    return "gather"
 
 
 def refused(name: str, kind: Kind) -> str | None:
@@ -260,7 +271,7 @@ def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Cho
     random = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
     q, k, v = (torch.randn(1, 2, 1024, dim, generator=random).to(device, dtype) for _ in range(3))
     lists = TileLists.full(1024, 1024, block_q=128, block_k=128)
-    problem = Problem(q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5)
+    problem = Problem(q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5, heads_first=True)
     kind = kind_of(problem)
     key = f"dense attention, {kind}"
     with _lock:
@@ -270,4 +281,4 @@ def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Cho
         if kept is None:
             kept = _raced(problem, kind)
         measured(device)[key] = kept
-    return Chosen(kept["name"], kept.get("why", ""), kept["share"])
+    return Chosen(kept["name"], kept["share"])

@@ -80,7 +80,9 @@ def sample(kind: Kind) -> Problem:
     states[:, 1], states[:, 1, 1] = 0, 2  # and one that sees little
     states[:, -1, -1] = 2
     lists = TileLists.from_states(states, block_q=kind.tile[0], block_k=kind.tile[1], num_q=tokens, num_k=tokens)
-    problem = Problem(q=q, k=k, v=v, **lists.parts, block_q=kind.tile[0], block_k=kind.tile[1], scale=kind.dim**-0.5)
+    problem = Problem(
+        q=q, k=k, v=v, **lists.parts, block_q=kind.tile[0], block_k=kind.tile[1], scale=kind.dim**-0.5, heads_first=True
+    )
     return _with_features(problem, kind.features, random)
 
 

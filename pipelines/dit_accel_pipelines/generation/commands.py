@@ -10,7 +10,7 @@ import typer
 
 from dit_accel.cli import MethodList, RunTable
 from dit_accel.cli.console import OUT, TALK, print_json
-from dit_accel.cli.stopping import keeps
+from dit_accel.cli.stopping import STOP
 from dit_accel.errors import ConfigError
 
 from .options import (
@@ -86,7 +86,7 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     fields |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
     request = Request(prompts=prompts, methods=tuple(methods), **fields)
     if len(request.prompts) > 1:
-        keeps("outputs that were made are whole, and the same command with --resume makes the others")
+        STOP.files = "outputs that were made are whole, and the same command with --resume makes the others"
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
         shown = {"on_written": _line} if many else {}
         written = generate(
@@ -150,19 +150,19 @@ def describe_model(
         OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
 
 
-def _line(one: "Written") -> None:
+def _line(output: "Written") -> None:
     """Print an output in one write, so that lines of several processes stay whole."""
-    sys.stdout.write(f"{one.record['output']}\n")
+    sys.stdout.write(f"{output.record['output']}\n")
     sys.stdout.flush()
 
 
-def _print_written(one: "Written") -> None:
-    if one.kept:
+def _print_written(output: "Written") -> None:
+    if output.kept:
         TALK.print("kept: its side-car tells the same request", markup=False, soft_wrap=True)
         return
-    steps, seconds = one.record["num_inference_steps"], one.record["seconds"]
+    steps, seconds = output.record["num_inference_steps"], output.record["seconds"]
     text = f"{steps} steps in {seconds['denoise']:.1f} s, decoded in {seconds['decode']:.1f} s"
-    lines = [text, *([str(one.report)] if one.report else [])]
-    if one.check:
-        lines += [f"check: {one.check}", f"both and their difference: {one.record['check']['picture']}"]
+    lines = [text, *([str(output.report)] if output.report else [])]
+    if output.check:
+        lines += [f"check: {output.check}", f"both and their difference: {output.record['check']['picture']}"]
     TALK.print("\n".join(lines), markup=False, soft_wrap=True)

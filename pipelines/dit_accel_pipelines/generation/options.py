@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from dit_accel.cli.run_options import Frames, InferenceSteps, Pixels
 from dit_accel.errors import ConfigError
@@ -107,7 +108,7 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
     In the help the class's own fields stand before those of its bases.
     """
     signature = inspect.signature(command, eval_str=True)
-    taken, *others = signature.parameters.values()
+    taken, *parameters = signature.parameters.values()
     hints = typing.get_type_hints(taken.annotation, include_extras=True)
     declared = [inspect.get_annotations(cls) for cls in taken.annotation.__mro__]
     fields = sorted(
@@ -123,8 +124,15 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name]) for field in fields
     ]
-    run.__signature__ = signature.replace(parameters=[*options, *others])  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(parameters=[*options, *parameters])  # type: ignore[attr-defined]
     return run
+
+
+def help_and_default(name: str) -> tuple[str, Any]:
+    """Return the help and the default of a request's option."""
+    hint = typing.get_type_hints(RunOptions, include_extras=True)[name]
+    (text,) = (part.help for part in typing.get_args(hint) if isinstance(part, OptionInfo))
+    return text, next(field.default for field in dataclasses.fields(RunOptions) if field.name == name)
 
 
 def require_one_document(json: bool, count: int) -> None:

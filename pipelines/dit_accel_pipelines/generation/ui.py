@@ -15,10 +15,11 @@ from dit_accel.cli.console import TALK, print_error, warn
 from dit_accel.errors import ConfigError, DitAccelError, MissingBackend, install
 from dit_accel.files import check_room
 
-from .options import Device, Dtype, Model, Offload
+from .options import Device, Dtype, Model, Offload, help_and_default
 
 FIRST = "Compare generates twice, first dense; the first run of a model loads it."
 STOPPED = "Stopped."
+FIELDS = ("preset", "model", "num_inference_steps", "seed")  # options of a request that the page offers
 EXAMPLES = ["a red circle moving right", "a green square on a navy background", "a red circle on a navy background"]
 TOML = "[easycache]\nthreshold = 0.1"
 MOST_WAITING = 16  # runs behind the one that is on
@@ -85,10 +86,11 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
     models = dict.fromkeys([model, *embedded_names()])
 
     def compare(
-        prompt: str, model: str, preset: str, config: str, steps: float, seed: float, request: gradio.Request,
-        progress: Any = gradio.Progress(),  # noqa: B008 - Gradio looks for it there
+        request: gradio.Request, progress: Any = gradio.Progress(), *inputs: Any,  # noqa: B008 - Gradio looks there
     ) -> list[Any]:  # fmt: skip
-        choices = dict(model=model, preset=preset, config=config, steps=int(steps or 0), seed=int(seed or 0))
+        prompt, config, *values = inputs
+        whole = [value if isinstance(value, str) else int(value or 0) for value in values]
+        choices = {"config": config, **dict(zip(FIELDS, whole, strict=True))}
         session = str(request.session_hash)
         running[session] = event = threading.Event()
         try:
@@ -106,24 +108,30 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
         leave(request)
         return STOPPED if on else gradio.skip()
 
+    def field(name: str, kind: Callable[..., Any], **shown: Any) -> Any:
+        """Make the field of an option with the help and the default that a request gives it."""
+        text, default = help_and_default(name)
+        label = name.removeprefix("num_").replace("_", " ").capitalize()
+        return kind(**{"value": default, "label": label, "info": text, "elem_id": name, **shown})
+
     with gradio.Blocks(title="dit-accel", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown("# dit-accel\nOne prompt and seed, dense and with methods.")
         with gradio.Row():
             with gradio.Column(min_width=280):
                 prompt = gradio.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
                 gradio.Examples(EXAMPLES, prompt, label="Prompts that the embedded models know")
-                preset = gradio.Radio([*LEVELS, NONE], value="balanced", label="Preset", elem_id="preset")
+                preset = field("preset", gradio.Radio, choices=[*LEVELS, NONE], value="balanced")
                 with gradio.Accordion("Methods as TOML, beside the preset", open=False):
                     config = gradio.Textbox("", placeholder=TOML, lines=4, label="Methods", elem_id="methods")
             with gradio.Column(min_width=280):
-                chosen = gradio.Dropdown(list(models), value=model, label="Model", elem_id="model")
-                steps = gradio.Slider(1, 100, value=20, step=1, label="Denoising steps", elem_id="steps")
-                seed = gradio.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
+                chosen = field("model", gradio.Dropdown, choices=list(models), value=model)
+                steps = field("num_inference_steps", gradio.Slider, minimum=1, maximum=100, step=1, value=20)
+                seed = field("seed", gradio.Number, precision=0, minimum=0)
         with gradio.Row():
             go = gradio.Button("Compare", variant="primary", elem_id="compare")
             halt = gradio.Button("Stop", elem_id="stop")
         outputs = _outputs(gradio)
-        inputs = [prompt, chosen, preset, config, steps, seed]
+        inputs = [prompt, config, preset, chosen, steps, seed]
         show = {"show_progress_on": outputs[0], "concurrency_limit": 1, "api_visibility": "private"}
         event = gradio.on([go.click, prompt.submit], compare, inputs, outputs, **show)
         halt.click(stop, None, outputs[0], cancels=[event], queue=False, api_visibility="private")
@@ -147,7 +155,7 @@ def _outputs(gradio: Any) -> list[Any]:
 
 def _run(
     comparing: Callable[..., Any], progress: Any, stop: threading.Event, folder: Path, prompt: str,
-    given: dict[str, Any],
+    choices: dict[str, Any],
 ) -> Any:  # fmt: skip
     """Compare; or return why there is nothing to compare, as one plain sentence for the result's place."""
     from .side_by_side import Stopped, Watched
@@ -156,7 +164,7 @@ def _run(
         progress((done, total) if total else 0, desc=what, unit="steps")
 
     try:
-        return comparing(prompt, Path(tempfile.mkdtemp(dir=folder)), **given, stages=Watched(tell, stop))
+        return comparing(prompt, Path(tempfile.mkdtemp(dir=folder)), **choices, stages=Watched(tell, stop))
     except Stopped:
         return STOPPED
     except DitAccelError as error:
@@ -167,22 +175,22 @@ def _run(
     return f"**Not made:** {html.escape(text, quote=False)}"
 
 
-def _shown(gradio: Any, made: Any) -> list[Any]:
+def _shown(gradio: Any, comparison: Any) -> list[Any]:
     """Return what the page's outputs become; the clips stay where there is but a sentence."""
-    if isinstance(made, str):
-        return [made, *[gradio.skip()] * 7]
-    check, psnr = made.check, made.check.metrics.get("psnr")
+    if isinstance(comparison, str):
+        return [comparison, *[gradio.skip()] * 7]
+    check, psnr = comparison.check, comparison.check.metrics.get("psnr")
     near = "" if psnr is None else f" · PSNR **{psnr:.1f} dB**"
     lines = [
         f"dense **{check.dense_seconds:.2f} s** · with methods **{check.accelerated_seconds:.2f} s** · "
         f"**{check.speedup:.2f} times** as fast, the whole call{near}",
-        *(f"- {text}" for text in made.notes),
+        *(f"- {text}" for text in comparison.notes),
     ]
-    files = [str(one) for one in (made.dense, made.accelerated, made.difference)]
-    video = made.dense.suffix == ".mp4"
-    clips = [gradio.update(value=one if video else None, visible=video) for one in files]
-    pictures = [gradio.update(value=None if video else one, visible=not video) for one in files]
-    return ["\n\n".join(lines), *clips, *pictures, made.report]
+    files = [str(path) for path in (comparison.dense, comparison.accelerated, comparison.difference)]
+    video = comparison.dense.suffix == ".mp4"
+    clips = [gradio.update(value=path if video else None, visible=video) for path in files]
+    pictures = [gradio.update(value=None if video else path, visible=not video) for path in files]
+    return ["\n\n".join(lines), *clips, *pictures, comparison.report]
 
 
 def _require_gradio() -> None:
