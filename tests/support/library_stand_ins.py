@@ -1,7 +1,7 @@
 """Stand-ins for cuDNN's front end and FlashInfer: their calls' signatures and rules, and plain torch from lists alone.
 
 Where the real ones leave something to their caller these are as unkind as they may be: beyond the last key lies
-garbage, entries behind a row's count are out of range, and rows that need not be empty and are hold NaN.
+garbage, and rows without a key hold NaN where they were not allowed for.
 """
 
 import math
@@ -13,108 +13,77 @@ import torch
 from dit_accel_kernels.backends import cudnn, flashinfer, library
 
 GARBAGE = 50.0
-architecture = "sm_90"
-broken: str = ""  # what a test breaks: "lists" are ignored, or "base" of the LSE is the other's
-calls: list[dict] = []  # what the last calls and plans were given
+broken: str = ""  # what a test breaks: "lists" are ignored, "base" of the LSE is the other's, "plan" has no memory
+calls: list[torch.Tensor] = []  # the lists of the last calls and plans
 
 
 def _attended(q, k, v, seen, scale, base):
-    """Output and LSE of single heads, [S, D]; NaN in rows that see nothing."""
-    x = (q.double() @ k.double().T * scale).masked_fill(~seen, -torch.inf)
-    lse = x.logsumexp(1)
-    out = (x - lse[:, None]).exp() @ v.double()
-    return out.to(q.dtype), (lse / math.log(base)).float()
+    """Output and LSE of [.., H, S, D], k and v of fewer heads; NaN in rows that see nothing."""
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3).double() for x in (k, v))
+    x = (q.double() @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    return (x.softmax(-1) @ v).to(q.dtype), (x.logsumexp(-1) / math.log(base)).float()
 
 
 def block_sparse_attention_forward(
-    q_tensor: torch.Tensor, k_tensor: torch.Tensor, v_tensor: torch.Tensor, q2k_block_index: torch.Tensor,
-    block_sparse_num: int | None = None, block_sizes: torch.Tensor | None = None,
-    q2k_block_nums: torch.Tensor | None = None, *, sparse_block_size: int | None = None,
-    allow_empty_block_nums: bool = False, softmax_scale: float | None = None, pack_gqa: bool | None = None,
-    layout: str = "bhsd", kv_splits: int | str = 1, use_clc: bool | None = None,
+    q_tensor, k_tensor, v_tensor, q2k_block_index, block_sparse_num=None, block_sizes=None, q2k_block_nums=None, *,
+    sparse_block_size=None, allow_empty_block_nums=False, softmax_scale=None, pack_gqa=None, layout="bhsd", kv_splits=1,
+    use_clc=None,
 ):  # fmt: skip
+    side, index, counts = sparse_block_size, q2k_block_index, q2k_block_nums
     assert (layout, pack_gqa, kv_splits) == ("bshd", False, 1)  # else heads share lists, and splits need full rows
-    for x in (q_tensor, k_tensor, v_tensor):
-        assert x.is_contiguous()
-        assert x.data_ptr() % 64 == 0  # 128 on a card, where memory begins at multiples of it
+    # 128 on a card, where memory begins at multiples of it
+    assert all(x.is_contiguous() and x.data_ptr() % 64 == 0 for x in (q_tensor, k_tensor, v_tensor))
     q, k, v = (x.transpose(1, 2) for x in (q_tensor, k_tensor, v_tensor))
-    batch, heads, num_q, dim = q.shape
-    num_k, side = k.shape[2], sparse_block_size
+    (*rows, num_q, _), num_k = q.shape, k.shape[2]
     tiles, key_tiles = -(-num_q // side), -(-num_k // side)
-    calls.append(dict(index=q2k_block_index, counts=q2k_block_nums))
-    assert dim in ((128,) if architecture == "sm_120" else (64, 96, 128))
-    if side == 64 and architecture == "sm_90":
-        assert num_q % 64 == 0
-    if side == 64 and architecture == "sm_100":
-        assert (q.dtype, dim, k.shape[1]) == (torch.bfloat16, 128, heads)
-    assert q2k_block_index.dtype == q2k_block_nums.dtype == torch.int32
-    assert q2k_block_index.shape[:3] == q2k_block_nums.shape == (batch, heads, tiles)
-    assert 1 <= q2k_block_index.shape[3] <= key_tiles
-    if block_sizes is not None:
-        assert (block_sizes.dtype, block_sizes.shape) == (torch.int32, (key_tiles,))
+    assert side == 128 or num_q % 64 == 0
+    assert index.dtype == counts.dtype == torch.int32
+    assert index.shape[:3] == counts.shape == (*rows, tiles)
+    listed = torch.arange(index.shape[3]) < counts[..., None]
+    seen = torch.zeros(*rows, tiles, key_tiles + 1, dtype=torch.bool)
+    seen = seen.scatter(3, index.long().where(listed, key_tiles), True)[..., :-1]
+    assert torch.equal(seen.sum(3), counts)  # each tile once
+    calls.append(index)
+    sizes = torch.full((key_tiles,), side, dtype=torch.int32) if block_sizes is None else block_sizes
+    assert (sizes.dtype, sizes.shape) == (torch.int32, (key_tiles,))
+    within = torch.arange(side) < sizes[:, None]
+    seen = ((seen | (broken == "lists"))[..., None] & within).flatten(3).repeat_interleave(side, 2)[:, :, :num_q]
     pad = (0, 0, 0, key_tiles * side - num_k)
-    k, v = (torch.nn.functional.pad(x, pad, value=GARBAGE).repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-    within = torch.arange(side) < (side if block_sizes is None else block_sizes[:, None])
-    out, lse = torch.empty(batch, num_q, heads, dim, dtype=q.dtype), torch.empty(batch, heads, num_q)
-    for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).tolist():
-        seen = torch.full((tiles, key_tiles), broken == "lists")
-        for row, count in enumerate(q2k_block_nums[b, h].tolist()):
-            listed = q2k_block_index[b, h, row, :count].long()
-            assert len(listed.unique()) == count
-            seen[row, listed] = True
-        every = (seen[:, :, None] & within).flatten(1).repeat_interleave(side, 0)[:num_q]
-        base = 2 if broken == "base" else math.e
-        out[b, :, h], lse[b, h] = _attended(q[b, h], k[b, h], v[b, h], every, softmax_scale, base)
-        if allow_empty_block_nums:
-            out[b, ~every.any(1), h] = 0
-    return {"o_tensor": out, "lse_tensor": lse}
+    k, v = (torch.nn.functional.pad(x, pad, value=GARBAGE) for x in (k, v))
+    out, lse = _attended(q, k, v, seen, softmax_scale, 2 if broken == "base" else math.e)
+    out = out.masked_fill(~seen.any(3, keepdim=True), 0) if allow_empty_block_nums else out
+    return {"o_tensor": out.transpose(1, 2), "lse_tensor": lse}
 
 
 class VariableBlockSparseAttentionWrapper:
-    def __init__(self, float_workspace_buffer: torch.Tensor, backend: str = "auto") -> None:
+    def __init__(self, float_workspace_buffer, backend="auto"):
         assert (float_workspace_buffer.numel(), float_workspace_buffer.dtype) == (128 << 20, torch.uint8)
 
     def plan(
-        self, block_mask_map: torch.Tensor, block_row_sz: torch.Tensor, block_col_sz: torch.Tensor, num_qo_heads: int,
-        num_kv_heads: int, head_dim: int, causal: bool = False, pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False, logits_soft_cap: float | None = None, sm_scale: float | None = None,
-        rope_scale: float | None = None, rope_theta: float | None = None, non_blocking: bool = True,
-        q_data_type: str | torch.dtype = "float16", kv_data_type: str | torch.dtype | None = None,
-        q_scale: torch.Tensor | None = None, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, block_mask_map, block_row_sz, block_col_sz, num_qo_heads, num_kv_heads, head_dim, causal=False,
+        pos_encoding_mode="NONE", use_fp16_qk_reduction=False, logits_soft_cap=None, sm_scale=None, rope_scale=None,
+        rope_theta=None, non_blocking=True, q_data_type="float16", kv_data_type=None, q_scale=None, k_scale=None,
+        v_scale=None,
+    ):  # fmt: skip
         if broken == "plan":
             raise RuntimeError("Failed to allocate memory\nfor batch_prefill_tmp_v")
-        assert block_mask_map.dtype == torch.bool
-        assert block_row_sz.dtype == block_col_sz.dtype == torch.int32
-        assert block_mask_map.shape == (num_kv_heads, block_row_sz.shape[1], block_col_sz.shape[1])
-        assert len(block_row_sz) == len(block_col_sz) == num_kv_heads
-        assert not non_blocking
-        calls.append(dict(mask=block_mask_map))
-        self.heads, self.key_heads, self.scale, self.dtype = num_qo_heads, num_kv_heads, sm_scale, q_data_type
-        rows, columns = ([row.long() for row in x] for x in (block_row_sz, block_col_sz))
-        self.seen = [
-            (x | (broken == "lists")).repeat_interleave(r, 0).repeat_interleave(c, 1)
-            for x, r, c in zip(block_mask_map, rows, columns, strict=True)
-        ]
+        mask, rows, columns = block_mask_map, block_row_sz, block_col_sz
+        assert (mask.dtype, rows.dtype, columns.dtype) == (torch.bool, torch.int32, torch.int32)
+        assert mask.shape == (num_kv_heads, rows.shape[1], columns.shape[1])
+        calls.append(mask)
+        self.dtype, self.scale = q_data_type, sm_scale
+        each = zip(mask | (broken == "lists"), rows.long(), columns.long(), strict=True)
+        seen = torch.stack([x.repeat_interleave(r, 0).repeat_interleave(c, 1) for x, r, c in each])
+        self.seen = seen.repeat_interleave(num_qo_heads // num_kv_heads, 0)
 
-    def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None,
-        lse: torch.Tensor | None = None, return_lse: bool = False, enable_pdl: bool | None = None,
-    ):  # fmt: skip
-        assert (q.shape[0], k.shape[0], v.shape[0]) == (self.heads, self.key_heads, self.key_heads)
+    def run(self, q, k, v, out=None, lse=None, return_lse=False, enable_pdl=None):
         assert q.dtype == k.dtype == v.dtype == self.dtype
-        repeat, base = self.heads // self.key_heads, math.e if broken == "base" else 2
-        both = [
-            _attended(q[h], k[h // repeat], v[h // repeat], self.seen[h // repeat], self.scale, base)
-            for h in range(self.heads)
-        ]
-        out, lse = (torch.stack(x) for x in zip(*both, strict=True))
+        out, lse = _attended(q, k, v, self.seen, self.scale, math.e if broken == "base" else 2)
         return (out, lse) if return_lse else out
 
 
 def install(monkeypatch, arch: str = "sm_90") -> None:
     """Let `cudnn` and `flashinfer` be the stand-ins until the test ends, on a card of this architecture."""
-    monkeypatch.setattr(sys.modules[__name__], "architecture", arch)
     for ours, name in ((cudnn, cudnn.FUNCTION), (flashinfer, flashinfer.WRAPPER)):
         leaf = ours.__name__.rpartition(".")[2]
         module = ModuleType(leaf)
