@@ -212,7 +212,7 @@ def test_a_file_that_is_cut_short_or_anothers_counts_as_none(fresh, text):
     kept["x"] = 2
     (path,) = cache_folder().glob("measured-*.json")
     path.write_text(text)
-    with pytest.warns(UserWarning, match="counts as none"):
+    with pytest.warns(UserWarning, match=r"counts as none.*written anew"):
         assert measured.Measured("this one")["x"] is None
 
 
@@ -316,7 +316,5 @@ def test_the_part_that_is_timed_has_few_heads_where_they_share_lists(monkeypatch
                                           selection=Selection(keep=keep.keep[:1])).tiled())[0][:, :3])  # fmt: skip
 
 
-def test_every_candidate_can_be_named_and_an_unknown_one_is_refused():
+def test_every_candidate_can_be_named():
     assert ("auto", *CANDIDATES) == BACKENDS
-    with pytest.raises(ValueError, match=r"backend .*'cuddn'"):
-        run(backend="cuddn")
