@@ -212,7 +212,7 @@ def test_a_file_that_is_cut_short_or_anothers_counts_as_none(fresh, text):
     kept["x"] = 2
     (path,) = cache_folder().glob("measured-*.json")
     path.write_text(text)
-    with pytest.warns(UserWarning, match=r"counts as none.*written anew"):
+    with pytest.warns(UserWarning, match="counts as none"):
         assert measured.Measured("this one")["x"] is None
 
 
