@@ -288,7 +288,7 @@ class Engine:
                 raise ConfigError(f"{handler.name} together with {names}: {error}") from None
         if base is not None:
             return plan
-        asking = next((handler for handler in handlers if handler in self._precise), None)
+        asking = next((handler for handler in handlers if handler in self._precise), None) if self._precise else None
         if asking is not None:
             if context.differentiate:
                 raise ConfigError(

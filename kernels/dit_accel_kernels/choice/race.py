@@ -36,7 +36,8 @@ SWITCH = "DIT_ACCEL_MEASURE"
 """Environment variable: 0 measures and checks nothing; the first of our kernels that takes a call computes it."""
 
 LEAST_FLOPS = 5e9  # of the dense call, below which a race would take longer than it can save
-SLICE_FLOPS = 2e10  # of the dense call that is timed on a CPU: as few heads as have so many
+DENSE_TOKENS = 1024  # of the dense calls that are timed for those of a model
+SLICE_FLOPS = 5e9  # of the dense call that is timed on a CPU: as few heads as have so many
 TURNS, MOST = 3, 3
 WAIT = 60.0  # seconds that other processes wait for the first one's race
 TRIED = "self check begun by process"
@@ -70,27 +71,30 @@ def decisions() -> list[str]:
     return list(_said.values())
 
 
-def choose(problem: Problem) -> Chosen:
-    """What computes a call whose backend is "auto"; its time is taken to fall with the density of its tiles."""
+def choose(problem: Problem, least: float | None = None) -> Chosen:
+    """What computes a call whose backend is "auto", by a race from `least` operations on.
+
+    Its time is taken to fall with the density of its tiles.
+    """
     kind, exact = kind_of(problem), torch.are_deterministic_algorithms_enabled()
     if not measures():
         return Chosen(_first(problem, kind, check=False))
     call = (kind, problem.q.shape, problem.num_k, problem.groups, problem.tiles_exact, exact)
     decided = _decided.get(call)
     if decided is None:
-        decided = _decide(problem, kind)
+        decided = _decide(problem, kind, LEAST_FLOPS if least is None else least)
         if not capturing(kind.device):
             _decided[call] = decided
     name, share = decided
     return Chosen(name, None if share is None else share / max(problem.density, 1e-9))
 
 
-def _decide(problem: Problem, kind: Kind) -> tuple[str, float | None]:
+def _decide(problem: Problem, kind: Kind, least: float) -> tuple[str, float | None]:
     """The kernel of a class of calls by a race, kept or run now, and its share of the ideal; or the first of ours."""
     key = _class_of(problem, kind)
     with _lock:
         kept = measured(kind.device)[key]
-        if kept is None and _may_race(problem):
+        if kept is None and _may_race(problem, least):
             kept = _agreed(key, lambda: _raced(problem, kind))
             if kept is not None:
                 measured(kind.device)[key] = kept
@@ -160,9 +164,9 @@ def _flops(problem: Problem) -> float:
     return 2.0 * batch * heads * tokens * problem.num_k * (dim + problem.v.shape[-1])
 
 
-def _may_race(problem: Problem) -> bool:
+def _may_race(problem: Problem, least: float) -> bool:
     return not (
-        _flops(problem) < LEAST_FLOPS
+        _flops(problem) < least
         or problem.precision is not None
         or torch.are_deterministic_algorithms_enabled()
         or capturing(problem.q.device)
@@ -241,10 +245,10 @@ def part(problem: Problem) -> Problem:
 
 
 def timed(calls: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, float]:
-    """Seconds of each call, the median of three in turn after one that is not counted; without those that fail."""
+    """Seconds of each call, the median of three in turn, so that a slow first one does not count; without who fails."""
     device, taken = problem.q.device, {name: [] for name in calls}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for _ in range(TURNS + 1):
+        for _ in range(TURNS):
             for name in list(taken):
                 try:
                     began = _now(device)
@@ -255,7 +259,7 @@ def timed(calls: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, fl
                     if device.type != "cpu":
                         torch.accelerator.empty_cache()
                     _said[name] = f"{name} lost a race, since it failed: {' '.join(str(error).split())[:200]}"
-    return {name: median(seconds[1:]) for name, seconds in taken.items()}
+    return {name: median(seconds) for name, seconds in taken.items()}
 
 
 def _now(device: torch.device) -> float:
@@ -264,21 +268,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+@lru_cache(maxsize=64)
 def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Chosen | None:
-    """What computes a dense call of a model's own fastest beside torch, measured on few tokens; None: not measured."""
+    """What computes a model's own dense call fastest, by a race on few tokens; None where nothing is measured."""
     if not measures():
         return None
     random = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
-    q, k, v = (torch.randn(1, 2, 1024, dim, generator=random).to(device, dtype) for _ in range(3))
-    lists = TileLists.full(1024, 1024, block_q=128, block_k=128)
-    problem = Problem(q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5, heads_first=True)
-    kind = kind_of(problem)
-    key = f"dense attention, {kind}"
-    with _lock:
-        kept = measured(device)[key]
-        if kept is None and (not CANDIDATES["torch"].takes(problem) or refused("torch", kind)):
-            kept = {"name": "torch", "share": None}
-        if kept is None:
-            kept = _raced(problem, kind)
-        measured(device)[key] = kept
-    return Chosen(kept["name"], kept["share"])
+    q, k, v = (torch.randn(1, 2, DENSE_TOKENS, dim, generator=random).to(device, dtype) for _ in range(3))
+    lists = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=128, block_k=128)
+    problem = Problem(
+        q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5, heads_first=True
+    )  # fmt: skip
+    return choose(problem, least=0.0)
