@@ -26,6 +26,7 @@ extern "C" {
 int64_t panel() { return 16; }
 int64_t call_bytes() { return %s; }
 int64_t has_pairs() { return 0; }
+int64_t tile_words() { return 1; }
 int64_t attend(void*) { return 0; }
 %s
 }

@@ -144,7 +144,8 @@ def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.
     compiler fails or takes minutes.
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), *command, version, *flags, processor_text())
+    sources = (path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+    parts = (*sources, *command, version, *flags, processor_text())
     made_of = _digest("\n".join(parts).encode())
     there = sorted(folder.glob(f"fused-{made_of}-*.so"))
     for path in filter(whole, there):

@@ -33,12 +33,8 @@ def takes(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _has_products(built: ctypes.CDLL, dtype: torch.dtype) -> bool:
-    """Whether the loop multiplies a dtype as fast as torch: in float32, or bfloat16 in pairs; AMX is far ahead."""
-    if product_dtype(dtype, "cpu") == torch.float32:
-        return True
-    return (
-        dtype == torch.bfloat16 and bool(built.has_pairs()) and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    )
+    """Whether the loop multiplies a dtype as fast as torch: in float32, or bfloat16 in pairs or by AMX."""
+    return product_dtype(dtype, "cpu") == torch.float32 or (dtype == torch.bfloat16 and bool(built.has_pairs()))
 
 
 def way(device: torch.device, dtype: torch.dtype) -> str:
@@ -69,13 +65,14 @@ def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> 
     out = problem.in_layout(fresh((batch, *axes, value_dim), q.dtype))
     lse = torch.empty((batch, heads, num_q) if need_lse else (0,))
     wide, wide_dim = (size + -size % built.panel() for size in (problem.block_k, value_dim))
-    key_tiles, each = batch * key_heads * problem.key_tiles, 2 if pairs else 1
+    key_tiles, each, multiple = batch * key_heads * problem.key_tiles, *((2, built.tile_words()) if pairs else (1, 1))
+    depth, value_depth = dim // each, wide // each if multiple > 1 else -(-problem.block_k // each)
     tiles = batch * heads / problem.exact_offsets.shape[0] * problem.exact_indices.numel()
     threads = _threads(2.0 * (dim + value_dim) * problem.block_q * problem.block_k * tiles)
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "out": out, "lse": lse if need_lse else None,
-        "keys": _panels("keys", (key_tiles, wide, dim // each)),
-        "values": _panels("values", (key_tiles, wide_dim, -(-problem.block_k // each))),
+        "keys": _panels("keys", (key_tiles, wide, depth + -depth % multiple)),
+        "values": _panels("values", (key_tiles, wide_dim, value_depth)),
         "groups": problem.groups,
         "done": torch.zeros(threads, dtype=torch.int64),
         "batch": batch, "heads": heads, "key_heads": key_heads, "num_q": num_q, "num_k": num_k,
