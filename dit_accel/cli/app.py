@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import signal
 import sys
 import traceback
 import warnings
@@ -21,7 +20,7 @@ from ..files import no_room
 from . import installed_commands
 from .console import TALK, flush, print_error, warn
 from .method_options import with_method_options
-from .stopping import Terminated, stoppable
+from .stopping import STOP, leave, watch
 
 BUILT_IN = {
     "recommend": (".recommend", "List what could be attached to a model at a size: speed-up, loss, memory."),
@@ -116,22 +115,23 @@ class CommandGroup(_PlainFlags, TyperGroup):  # type: ignore[misc]
 
 def _outcome(run: Callable[[], Any], show_traceback: Callable[[], bool]) -> int:
     """Run a command and return its exit code; an error, or a signal that stops it, is one line on stderr."""
-    with stoppable() as guard:
-        try:
-            with warnings_in_one_line():
-                code = run()
-                flush()
-        except (Terminated, KeyboardInterrupt):
-            code = INTERRUPTED
-        except Exception as error:
-            code = _exit_code(error, show_traceback()) if guard.number is None else INTERRUPTED
-        guard.raises = False
-        if code == INTERRUPTED or guard.number is not None:
-            code = 128 + (guard.number or signal.SIGINT)
-            TALK.show_cursor()
-            print_error(guard.line)
-            guard.silent = True
-        return code if isinstance(code, int) else 0
+    STOP.raises = True
+    try:
+        with warnings_in_one_line():
+            code = run()
+            flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        code = INTERRUPTED if STOP.number else _exit_code(error, show_traceback())
+    finally:
+        STOP.raises = False
+    if STOP.number:  # Python's own end takes seconds with torch
+        leave()
+    if code == INTERRUPTED:
+        TALK.show_cursor()
+        print_error(f"stopped by Ctrl-C; {STOP.files}")
+    return code if isinstance(code, int) else 0
 
 
 def _exit_code(error: Exception, show_traceback: bool) -> int:
@@ -256,7 +256,8 @@ def start(
 
 def main() -> None:
     """Run the command line; the entry point of the `dit-accel` script."""
-    _as_process(app)
+    watch()
+    app()
 
 
 def run_alone(command: Callable[..., Any]) -> None:
@@ -266,15 +267,5 @@ def run_alone(command: Callable[..., Any]) -> None:
     built: Any = typer.main.get_command(single)
     built.show_traceback = False
     run = functools.partial(built.main, standalone_mode=False)
-    _as_process(lambda: sys.exit(_outcome(run, lambda: built.show_traceback)))
-
-
-def _as_process(run: Callable[[], Any]) -> None:
-    """Run what ends with `SystemExit`; after a signal, end without Python's own end, which takes seconds with torch."""
-    with stoppable(until_exit=True) as guard:
-        try:
-            run()
-        finally:
-            guard.raises = False
-            if guard.number is not None:
-                guard.leave()
+    watch()
+    sys.exit(_outcome(run, lambda: built.show_traceback))

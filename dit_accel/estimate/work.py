@@ -2,16 +2,19 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..adapters.adapter import Family
 from ..errors import ConfigError
-from ..methods.saving import Saving
+from ..methods.saving import Saving, TileSaving
 from ..plan.layout import TokenLayout
 from ..plan.tiling import TILE
+
+TILES_AT_ONCE = 1 << 22
+"""Tiles whose shares are laid out at a time: those of a very long clip take more memory than a machine has."""
 
 ASSUMED_BYTES = 2
 """Bytes of a weight, or of an element of K or V, on a GPU: bf16 or fp16."""
@@ -55,10 +58,8 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
     for active, count in calls.items():
         if not any(active):
             continue
-        share = np.ones((size, size))
-        for part, acts in zip(parts.values(), active, strict=True):
-            share = part.keep(share) if acts else share
-        kept, planned = kept + count * float(share.sum()), planned + count
+        acting = [part for part, acts in zip(parts.values(), active, strict=True) if acts]
+        kept, planned = kept + count * _exact(acting, size), planned + count
     return TilesLeft(
         kept=round(kept / planned) if planned else size * size,
         total=size * size,
@@ -66,6 +67,17 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         pools=any(part.pools for part in parts.values()),
         rows_alone=not sizes,
     )
+
+
+def _exact(parts: Sequence[TileSaving], size: int) -> float:
+    """Return the exact tiles of a call, expected, that methods leave together of N x N."""
+    rows, exact = math.ceil(TILES_AT_ONCE / size), 0.0
+    for start in range(0, size, rows):
+        share = np.ones((min(rows, size - start), size))
+        for part in parts:
+            share = part.keep(share, slice(start, start + rows))
+        exact += float(share.sum())
+    return exact
 
 
 def computed_shares(savings: Mapping[str, Saving], steps: int) -> list[float]:

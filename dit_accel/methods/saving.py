@@ -14,14 +14,15 @@ class TileSaving:
         tiles: N, tiles along each side over the visual tokens alone; None: whole rows, which no tile cuts, so that the
             call stays the user's own dense attention unless another method thins it out.
         active: (step, layer) -> whether the method thins that call out.
-        keep: expected exact share of every tile, float [N, N], -> the same with the method's part taken off.
+        keep: (expected exact share of the tiles in some rows, float [R, N], and which rows these are) -> the same with
+            the method's part taken off.
         pools: tiles that are not exact enter as one key each.
         expected: what stays depends on the data, and ``keep`` gives an expectation.
     """
 
     tiles: int | None
     active: Callable[[int, int], bool]
-    keep: Callable[[np.ndarray], np.ndarray]
+    keep: Callable[[np.ndarray, slice], np.ndarray]
     pools: bool = False
     expected: bool = False
 

@@ -83,7 +83,7 @@ class Call:
 
     def with_keys(self, k: Tensor) -> "Call":
         """Return the call with other keys."""
-        return self if k is self.k else replace(self, k=k)
+        return replace(self, k=k)
 
     def of_rows(self, rows: slice) -> "Call":
         """Return the call of some rows of the batch."""

@@ -62,7 +62,7 @@ class AttentionPlan:
         if tiles is None:
             tiles = full_tiles(call.q.shape[2], call.tokens, TILE, str(call.q.device))
         return tiles, {
-            "layout": "bshd" if call.tokens_first else "bhsd",
+            **call.kernel_layout,
             "scale": call.scale,
             "head_scale": self.head_scale,
             "key_mask": call.key_mask(),
@@ -202,7 +202,7 @@ class AttentionPlan:
         """
         if self.identity_mix is None:
             return replace(self, identity_mix=identity_mix, identity_rows=rows, only_values=only_values)
-        if self.identity_rows is not rows and not _same_order(self.identity_rows, rows):
+        if not _same_order(self.identity_rows, rows):
             raise ConfigError("the plan mixes V into other tokens already; let both methods mix the same tokens")
         mixed = 1 - (1 - self.identity_mix) * (1 - identity_mix)
         return replace(self, identity_mix=mixed, only_values=only_values or self.only_values)
@@ -251,15 +251,12 @@ class AttentionPlan:
     def of_rows(self, rows: slice | list[int], batch: int, heads: int) -> "AttentionPlan":
         """Return the plan of some rows of a call's batch of B, of H heads, without what it reuses or guides."""
         tiles, selection, parts = self.tiles, self.selection, {}
-        if tiles is not None and batch > 1 and tiles.groups == batch * heads:
+        if tiles is not None and tiles.groups == batch * heads:
             states = tiles.states().unflatten(0, (batch, heads))[rows].flatten(0, 1)
-            parts["tiles"] = TileLists.from_states(
-                states, block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.num_q, num_k=tiles.num_k
-            )
+            parts["tiles"] = TileLists.from_states(states, **tiles.sizes)
         if selection is not None:
-            bits = {name: getattr(selection, name) for name in ("keep", "routed")}
-            bits = {name: None if x is None else x[rows].contiguous() for name, x in bits.items()}
-            parts["selection"] = replace(selection, **bits)
+            keep, routed = (None if x is None else x[rows] for x in (selection.keep, selection.routed))
+            parts["selection"] = replace(selection, keep=keep, routed=routed)
         for name in ("key_mean", "head_scale", "identity_mix"):
             value = getattr(self, name)
             if value is not None and value.ndim > 1 and len(value) == batch:
@@ -344,9 +341,7 @@ def intersection(one: TileLists, other: TileLists) -> TileLists:
     pooled = (a == POOLED) | (b == POOLED)
     states = torch.where((a == EXACT) & (b == EXACT), EXACT, torch.where(pooled, POOLED, SKIPPED)).to(torch.uint8)
     with torch.inference_mode(False):  # made in inference mode they could not serve a training run later
-        return TileLists.from_states(
-            states.clone(), block_q=one.block_q, block_k=one.block_k, num_q=one.num_q, num_k=one.num_k
-        )
+        return TileLists.from_states(states.clone(), **one.sizes)
 
 
 def _same_order(one: Tensor | None, other: Tensor | None) -> bool:

@@ -57,7 +57,7 @@ def _probe_logits(
     invalid = None if mask is None else ~(mask if order is None else mask.index_select(1, order))
     scale = (q.shape[-1] ** -0.5 if call.scale is None else call.scale) * LOG2_E
     # heads share keys, and few rows at a time keep the logits small
-    repeat, step = q.shape[1] // k.shape[1], max(1, PROBE_SCORES // k.shape[2])
+    repeat, step = q.shape[1] // k.shape[1], -(-PROBE_SCORES // k.shape[2])
     factor = None if plan.head_scale is None else plan.head_scale.to(wide).reshape(-1, q.shape[1])
     k_frames = None if decay is None else decay.k_frames if order is None else decay.k_frames[order]
     for start in range(0, len(rows), step):

@@ -239,7 +239,7 @@ class Rests:
     def _due(self, key: Key) -> Stored | None:
         """Return the rest that the next call of a key adds, as far as is known."""
         _, layer, *_ = key
-        kept = None if self.is_dense(self._calls.get(key, 0), layer) else self.kept.get(key)
+        kept = None if self.is_dense(self._calls[key], layer) else self.kept.get(key)
         return None if kept is None else kept.rest
 
     def keep(self, key: Key, rest: KeptRest) -> None:

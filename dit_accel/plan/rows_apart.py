@@ -70,9 +70,7 @@ def _tiles(plan: AttentionPlan, other: AttentionPlan, rows: Tensor, size: torch.
         raise _shared("masks within tiles")
     states = theirs.states()
     own = torch.full_like(states, EXACT) if ours is None else ours.states()
-    own, states = (x.expand(size[1], -1, -1) if len(x) == 1 else x for x in (own, states))
-    own, states = (x.expand(size[0], -1, -1, -1) if x.ndim == 3 and len(x) == size[1] else x for x in (own, states))
-    own, states = (x.reshape(*size, *x.shape[-2:]) for x in (own, states))
+    own, states = (x.unflatten(0, (-1, min(len(x), size[1]))).expand(*size, -1, -1) for x in (own, states))
     merged = torch.where(rows[:, None, None, None], states, own).flatten(0, 1)
     return TileLists.from_states(merged, **theirs.sizes)
 
@@ -88,8 +86,7 @@ def _selection(ours: Selection, theirs: Selection | None, rows: Tensor, size: to
     if theirs.keep is None:
         return theirs
     every = torch.full_like(theirs.keep, -1).expand(*size, -1, -1)
-    keep = _apart(ours.keep, theirs.keep, rows, every)
-    return replace(theirs, keep=None if keep is None else keep.contiguous())
+    return replace(theirs, keep=_apart(ours.keep, theirs.keep, rows, every))
 
 
 def _shared(part: str) -> ConfigError:

@@ -55,7 +55,7 @@ def _logits(q: Tensor, k: Tensor, scale: float | None, block_q: int, key_mask: T
     wide, multiplied = wide_dtype(q.dtype), product_dtype(q.dtype, q.device.type)
     k = k.to(multiplied).repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     size = q.shape[0] * q.shape[1] * k.shape[3] * block_q
-    step = block_q * max(1, CHUNK // size)
+    step = block_q * -(-CHUNK // size)
     for start in range(0, q.shape[2], step):
         rows = q[:, :, start : start + step].to(multiplied)
         x = (rows @ k).to(wide).mul_(q.shape[3] ** -0.5 if scale is None else scale)

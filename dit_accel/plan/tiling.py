@@ -79,7 +79,9 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
 
     ``kept``: bool [N, N], N tiles over the visual tokens alone.
     """
-    states = _visual_states(kept, pooled, layout, block)
+    count, text = -(-layout.tokens // block), tiles_without_text(layout, block)
+    states = np.full((count, count), EXACT, np.uint8)
+    states[:text, :text][~kept[:text, :text]] = POOLED if pooled else SKIPPED
     # Lists made in inference mode could not serve a training run later.
     with torch.inference_mode(False):
         lists = TileLists.from_states(
@@ -88,25 +90,19 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
         return lists.to(device)
 
 
-def _visual_states(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int) -> np.ndarray:
-    """Return the state of every tile, uint8 [NQ, NK]; for the arguments see `visual_lists`."""
-    count = -(-layout.tokens // block)
-    states = np.full((count, count), EXACT, np.uint8)
-    states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if pooled else SKIPPED)
-    text = layout.visual_tokens // block if layout.tokens > layout.visual_tokens else count
-    states[text:] = states[:, text:] = EXACT
-    return states
+def tiles_without_text(layout: TokenLayout, block: int) -> int:
+    """Count the tiles along a side that hold visual tokens alone; those with text lie behind them."""
+    return -(-layout.tokens // block) if layout.tokens == layout.visual_tokens else layout.visual_tokens // block
 
 
-def visual_lists_bytes(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int) -> int:
-    """Return the bytes of the lists that `visual_lists` makes: int32, an entry a tile and one a row and more."""
-    states = _visual_states(kept, pooled, layout, block)
-    rows, exact, pools = len(states) + 1, int((states == EXACT).sum()), int((states == POOLED).sum())
-    return 4 * (rows + exact + (rows + pools if pools else 0))
+def visual_lists_bytes(dropped: int, pooled: bool, layout: TokenLayout, block: int) -> int:
+    """Return the bytes of lists that `visual_lists` makes and in which so many tiles are not exact."""
+    pools = 4 * (-(-layout.tokens // block) + 1 + dropped) if pooled and dropped else 0
+    return full_lists_bytes(layout, block) - 4 * dropped + pools
 
 
 def full_lists_bytes(layout: TokenLayout, block: int) -> int:
-    """Return the bytes of the lists of all tiles, as `Tiling.full` gives them."""
+    """Return the bytes of the lists of all tiles, as `Tiling.full` gives them, in int32."""
     count = -(-layout.tokens // block)
     return 4 * (count + 1 + count * count)
 
@@ -126,7 +122,7 @@ def exact_bits(tiles: TileLists, heads: int) -> Tensor:
     """Return the exact tiles of lists as bits, int32 [B or 1, H or 1, NQ, W]; the same object for the same lists."""
     with torch.inference_mode(False):
         bits = pack_bits(tiles.states() == EXACT)
-    return bits[None] if tiles.groups in (1, heads) else bits.unflatten(0, (-1, heads))
+    return bits.unflatten(0, (-1, min(tiles.groups, heads)))
 
 
 @lru_cache(maxsize=32)
@@ -140,10 +136,8 @@ def pinned_bits(layout: TokenLayout, block: int, diagonal: int | None, sink: Sin
         sink: what else every row keeps: the first frame, or nothing beyond text.
     """
     count = -(-layout.tokens // block)
-    pinned = np.zeros((count, count), bool)
-    if layout.tokens > layout.visual_tokens:
-        text = layout.visual_tokens // block
-        pinned[text:] = pinned[:, text:] = True
+    pinned, text = np.zeros((count, count), bool), tiles_without_text(layout, block)
+    pinned[text:] = pinned[:, text:] = True
     if sink == "first_frame":
         pinned[:, : -(-layout.tokens_per_frame // block)] = True
     if diagonal is not None:

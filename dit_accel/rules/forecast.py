@@ -29,9 +29,7 @@ def taylor(times: Sequence[float], at: float, order: int, damping: float = 0.0) 
         damping: share of the change from the last value that is not followed; 1 holds it.
     """
     used = times[-(order + 1) :]
-    weights = [
-        float(np.prod([(at - other) / (time - other) for other in used if other != time], initial=1.0)) for time in used
-    ]
+    weights = [float(np.prod([(at - other) / (time - other) for other in used if other != time])) for time in used]
     weights = [(1 - damping) * weight for weight in weights]
     weights[-1] += damping
     return [0.0] * (len(times) - len(used)) + weights
@@ -44,7 +42,7 @@ def growth(times: Sequence[float], at: float) -> float:
 
     ``times``: of the values that it goes through; below it, or all above it.
     """
-    return float(np.prod([abs(at - time) for time in times], initial=1.0))
+    return float(np.prod([abs(at - time) for time in times]))
 
 
 def log_snr(sigma: float, *, flow: bool) -> float:

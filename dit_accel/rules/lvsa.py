@@ -23,11 +23,11 @@ class AnchorRule:
         budget = max(self.first + 1, self.trained_frames)
         if frames <= budget:
             return 1
-        wanted = max(self.first, budget - min(2 * self.window + 1, frames))
-        by_count = max(k for k in range(1, frames + 1) if self.anchors(frames, k, 0).sum() >= wanted or k == 1)
         seen = 2 * self.window + self.first
-        by_span = math.ceil(max(frames - seen, budget - seen) / max(budget - seen, 1))
-        return max(by_count, by_span)
+        least = budget - seen - 1  # anchors behind the first frames that there is room for
+        first, strides = self.first, range(1, frames + 1)
+        by_count = max(k for k in strides if math.ceil(frames / k) - math.ceil(first / k) >= least)
+        return max(by_count, math.ceil((frames - seen) / max(budget - seen, 1)))
 
     def anchors(self, frames: int, stride: int, offset: int) -> np.ndarray:
         """Return the frames that every frame sees, bool [T]: the first ones, and (offset + i stride) mod T.
@@ -46,10 +46,7 @@ class AnchorRule:
 
         ``offset``: of the anchors, in frames; the step's number where they rotate.
         """
-        stride = self.stride(frames)
-        if stride == 1:
-            return np.ones((frames, frames), bool)
-        anchors = self.anchors(frames, stride, offset)
+        anchors = self.anchors(frames, self.stride(frames), offset)
         seen = np.repeat(anchors[None], frames, axis=0)
         others = np.flatnonzero(~anchors)
         distance = np.abs(others[None] - np.arange(frames)[:, None])
@@ -59,5 +56,17 @@ class AnchorRule:
 
     def density(self, frames: int) -> float:
         """Return the share of the frame pairs that are seen, mean over all offsets."""
-        offsets = range(self.stride(frames))
-        return float(np.mean([self.visible(frames, offset).mean() for offset in offsets]))
+        stride = self.stride(frames)
+        anchors = [self.anchors(frames, stride, offset).sum() for offset in range(stride)]
+        return float(np.mean([min(count + 2 * self.window + 1, frames) / frames for count in anchors]))
+
+
+def met(seen: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return which runs of frames hold two that see each other, bool [R, R], of which frames do, bool [T, T].
+
+    ``first`` and ``last``: frames of each run, int [R].
+    """
+    for _ in range(2):
+        sums = np.pad(seen.cumsum(0), ((1, 0), (0, 0)))
+        seen = (sums[last + 1] > sums[first]).T
+    return seen

@@ -26,8 +26,7 @@ def patch_walk(height: int, width: int, block_size: int) -> Ints:
         best = np.arange(height * width)
     else:
         rows, columns = min(height, width), max(height, width)
-        ideal = rows / math.sqrt(block_size)
-        choices = range(max(1, math.floor(ideal / 2)), min(rows, math.ceil(2 * ideal)) + 1)
+        choices = range(1, math.ceil(2 * rows / math.sqrt(block_size)) + 1)  # twice as many as square tiles make
         best = min((_walk(rows, columns, strips) for strips in choices), key=lambda w: _spread(w, columns, block_size))
         if height > width:
             y, x = np.divmod(best, columns)

@@ -6,7 +6,7 @@ tiles inside one frame pair are two index intervals, and the rule between them i
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -116,7 +116,7 @@ def _raster(rule: RadialRule, pieces: Pieces, frames: int, height: int, width: i
     s, tiles_per_frame = height * width, -(-height * width // rule.block_size)
     by_distance = reaches(rule, frames, s)
     published = rule.boundary == "published"
-    meets = _meets_published if published else _meets_any
+    meets = partial(_meets_published, least=rule.block_size // 3 + 1) if published else _meets_any
     # The original's canvas holds ceil(s / B) tiles a frame: what an unaligned frame spills into one more is lost.
     spilled = pieces.tile - pieces.frame * s // rule.block_size >= tiles_per_frame
     hits = np.zeros((pieces.tile[-1] + 1, len(pieces.tile)), np.bool_)
@@ -130,21 +130,20 @@ def _raster(rule: RadialRule, pieces: Pieces, frames: int, height: int, width: i
             stop = min(stop, start + tiles_per_frame)
         k0, k1 = pieces.first[start:stop, None], pieces.last[start:stop, None]
         top = pieces.tile[start]
-        hits[top : top + stop - start] |= meets(k0, k1, pieces.first, pieces.last, reach, rule.block_size)
+        hits[top : top + stop - start] |= meets(k0, k1, pieces.first, pieces.last, reach)
     return np.logical_or.reduceat(hits, np.flatnonzero(np.diff(pieces.tile, prepend=-1)), axis=1)
 
 
-def _meets_any(k0: Ints, k1: Ints, l0: Ints, l1: Ints, reach: Ints | np.int32, block_size: int) -> Bools:
+def _meets_any(k0: Ints, k1: Ints, l0: Ints, l1: Ints, reach: Ints | np.int32 | int) -> Bools:
     """Tell whether any |k - l| <= reach with k in [k0, k1], l in [l0, l1]."""
     return (k0 - reach <= l1) & (k1 + reach >= l0)
 
 
-def _meets_published(k0: Ints, k1: Ints, l0: Ints, l1: Ints, reach: Ints | np.int32, block_size: int) -> Bools:
-    """Return the original's verdict: of the columns with any allowed row, over 0.6 have over B / 3 allowed rows.
+def _meets_published(k0: Ints, k1: Ints, l0: Ints, l1: Ints, reach: Ints, least: int) -> Bools:
+    """Return the original's verdict: of the columns with any allowed row, over 0.6 have over B / 3, ``least``, of them.
 
     Column l holds min(k1 - k0, k1 + w - l, l - k0 + w, 2 w) + 1 allowed rows, so both kinds of columns are intervals.
     """
-    least = block_size // 3 + 1
     low, high = k0 - reach, k1 + reach
     touched = np.minimum(l1, high) - np.maximum(l0, low) + 1
     dense = np.minimum(l1, high - least + 1) - np.maximum(l0, low + least - 1) + 1
@@ -188,13 +187,10 @@ def _nearest(pieces: Pieces, rows: slice, columns: slice, centres: Floats, reach
     sees its own place in every frame it sees at all, then those of the least distance between their centres.
     """
     k0, k1, l0, l1 = pieces.first[rows, None], pieces.last[rows, None], pieces.first[columns], pieces.last[columns]
-    met = _meets_any(k0, k1, l0, l1, reach, 0)
-    count = np.count_nonzero(met)
-    if count == met.size:
-        return met
+    count = np.count_nonzero(_meets_any(k0, k1, l0, l1, reach))
     (y_q, x_q), (y_k, x_k) = centres[:, rows], centres[:, columns]
     distance = (y_q[:, None] - y_k) ** 2 + (x_q[:, None] - x_k) ** 2
-    distance[_meets_any(k0, k1, l0, l1, np.int32(0), 0)] -= distance.max() + 1.0
+    distance[_meets_any(k0, k1, l0, l1, 0)] = -np.inf
     farthest = np.partition(distance, count - 1, axis=None)[count - 1]
     met = distance < farthest
     ties = np.flatnonzero(distance == farthest)

@@ -36,7 +36,9 @@ class DecayRule:
         """
         distance = np.arange(frames, dtype=np.float64)
         t = np.full(frames, self.alpha)
-        if self.beta is not None and self.period is not None and self.gamma is not None:
+        if self.beta is not None:
+            assert self.period is not None
+            assert self.gamma is not None
             multiple = np.maximum(1.0, np.rint(distance / self.period))  # m = 0 is the window's own
             t[np.abs(distance - multiple * self.period) <= self.gamma] = self.beta
         t[distance <= self.window] = 1.0

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dit_accel.cli import stopping
-from dit_accel.cli.stopping import Terminated, keeps, stoppable
+from dit_accel.cli.stopping import watch
 
 HEAD = """
 import atexit, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
 from dit_accel.cli import installed_commands, main, stopping
-stopping.PATIENCE = 0.5
+stopping.STOP.patience = 0.5
 
 def now():
     print("now", file=sys.stderr, flush=True)
@@ -57,12 +56,14 @@ def work():
     atexit.register(signal.raise_signal, signal.SIGINT)
 """
 
-FOR_ANOTHER = """
+CLEANS_UP = """
 def work():
-    stopping.end_on_signals()
-    signal.raise_signal(signal.SIGINT)
-    now()
-    signal.raise_signal(signal.SIGTERM)
+    stopping.STOP.files = "all stands"
+    try:
+        now()
+        time.sleep(60)
+    finally:
+        now()
 """
 
 
@@ -73,9 +74,9 @@ def work():
         (WHILE_LOADING, signal.SIGINT, "now\nerror: stopped by Ctrl-C; nothing half-written is left\n"),
         (SLOW_END, signal.SIGTERM, "now\nerror: stopped by SIGTERM; nothing half-written is left\n"),
         (AFTER_THE_END, None, ""),
-        (FOR_ANOTHER, None, "now\n"),
+        (CLEANS_UP, signal.SIGTERM, "now\nnow\nerror: stopped by SIGTERM; all stands\n"),
     ],
-    ids=["swallowed", "loading", "slow end", "after the last line", "a process that computes for another"],
+    ids=["swallowed", "loading", "slow end", "after the last line", "in a block that cleans up"],
 )
 def test_a_signal_ends_a_command_wherever_it_is(tmp_path: Path, body: str, number: signal.Signals | None, last: str):
     command = [sys.executable, "-c", HEAD + body + TAIL, "work"]
@@ -89,30 +90,18 @@ def test_a_signal_ends_a_command_wherever_it_is(tmp_path: Path, body: str, numbe
             text += process.communicate(timeout=20)[1]
         finally:
             process.kill()
-    code = 128 + number if number else 128 + signal.SIGTERM if body is FOR_ANOTHER else 0
-    assert (process.returncode, text) == (code, last)
+    assert (process.returncode, text) == (128 + number if number else 0, last)
     assert [*tmp_path.iterdir()] == []
 
 
-def test_everything_is_as_before_afterwards():
-    before = [signal.getsignal(number) for number in stopping.NAMES]
-    with stoppable() as guard, stoppable() as inner:
-        assert inner is guard
-        keeps("all stands")
-        assert guard.number is None
-        with pytest.raises(Terminated):
-            signal.raise_signal(signal.SIGTERM)
-        assert (guard.number, guard.line) == (signal.SIGTERM, "stopped by SIGTERM; all stands")
-    assert [signal.getsignal(number) for number in stopping.NAMES] == before
-    keeps("nothing runs, and nothing is said")
-
-
 def test_a_signal_that_is_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
-        with stoppable() as guard:
-            signal.raise_signal(signal.SIGINT)
-        assert guard.number is None
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        watch()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from dit_accel import DeltaAttention, EasyCache, RadialAttention, SolAttention, SparseD, StaticCache
+from dit_accel import LVSA, DeltaAttention, EasyCache, RadialAttention, SolAttention, SparseD, StaticCache
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import described, family
 from dit_accel.errors import ConfigError
+from dit_accel.estimate import work
 from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.estimate.sizes import check_multiple, rounded_frames, token_layout
 from dit_accel.methods.base import Model
@@ -34,9 +35,7 @@ def test_flops_are_those_of_the_radial_attention_paper():
     hunyuan = plan("hunyuan-video", **HUNYUAN_117)
     assert hunyuan.attention_flops == pytest.approx(0.80 * 612 * PETA, rel=0.01)
     assert hunyuan.total_flops == pytest.approx(612 * PETA, rel=0.08)
-    radial = plan(
-        "hunyuan-video", **HUNYUAN_117, methods=[RadialAttention(boundary="published", dense_steps=12)]
-    )  # fmt: skip
+    radial = plan("hunyuan-video", **HUNYUAN_117, methods=[RadialAttention(boundary="published", dense_steps=12)])
     assert radial.total_flops - radial.planned_total_flops == pytest.approx((612 - 339) * PETA, rel=0.02)
 
 
@@ -49,6 +48,13 @@ def test_the_speed_up_of_the_paper_s_sparsity(kernel_cost, expected):
     for share, speedup in ((run.attention_share, run.speedup), (0.80, expected)):
         kept = 0.24 + 0.76 * run.pair_density * kernel_cost
         assert speedup == pytest.approx(1 / (1 - share + share * kept), abs=0.02)
+
+
+def test_tiles_are_counted_some_rows_at_a_time(monkeypatch):
+    methods = [RadialAttention(rest="pooled"), LVSA(), SolAttention(), SparseD(density=0.3)]
+    whole = plan("wan2.1-1.3b", num_frames=121, methods=methods).tiles
+    monkeypatch.setattr(work, "TILES_AT_ONCE", 20_000)
+    assert plan("wan2.1-1.3b", num_frames=121, methods=methods).tiles == whole
 
 
 def test_tokens_at_the_default_size():

@@ -66,7 +66,7 @@ def test_what_it_saves_is_known_before_it_runs():
     saving, kept = handler.estimate(layout, 4), handler.kept(layout)
     assert saving.counted
     assert saving.tiles.pools
-    assert np.array_equal(saving.tiles.keep(np.ones_like(kept, dtype=float)), kept)
+    assert np.array_equal(saving.tiles.keep(np.full((3, 14), 0.7), slice(2, 5)), 0.7 * kept[2:5])
     active = [(step, layer) for step in range(4) for layer in range(2) if saving.tiles.active(step, layer)]
     assert active == [(2, 1), (3, 1)]
 

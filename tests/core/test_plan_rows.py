@@ -9,7 +9,6 @@ from one_layer import Fixed, OneLayer, random_call
 from dit_accel import ConfigError
 from dit_accel.methods.guidance.targets import OtherOutput
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.normalized_guidance import NormalizedGuidance
 from dit_accel.plan.plan import AttentionPlan, ReusedRows, RowOverride
 from dit_accel.plan.rows_apart import with_rows_apart
 from dit_accel.plan.tiling import full_tiles
@@ -102,10 +101,7 @@ def test_rows_are_reused_once_and_not_where_all_are_asked_for():
 
 def test_the_plan_of_some_rows_reuses_and_leads_none():
     states = torch.randint(0, 3, (4 * HEADS, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
-    guidance = NormalizedGuidance(
-        positive=slice(0, 2), negative=slice(2, 4), tokens=slice(0, 9), scale=2.0, tau=2.0, alpha=0.5
-    )
-    plan = AttentionPlan().with_tiles(lists(states)).scale(torch.rand(4, HEADS)).guide(guidance)
+    plan = AttentionPlan().with_tiles(lists(states)).scale(torch.rand(4, HEADS)).guide(object())
     plan = plan.reuse_rows(ReusedRows(rows=(torch.arange(3),), out=torch.zeros(4, HEADS, TOKENS, 8)))
     some = plan.of_rows(slice(1, None, 2), 4, HEADS)
     assert some.reused is None

@@ -121,7 +121,7 @@ def test_the_number_of_tiles_is_the_share_rounded_up():
         layout, made = TokenLayout(frames=tiles, height=4, width=4), handler(SparseD(density=density, block_size=16))
         saving = made.estimate(layout, 8).tiles
         assert saving.tiles == tiles
-        assert saving.keep(np.ones((tiles, tiles))).sum() == pytest.approx(kept * tiles)
+        assert saving.keep(np.ones((tiles, tiles)), slice(None)).sum() == pytest.approx(kept * tiles)
         plan = planned(made, call_of(layout), layout=layout)
         assert torch.equal(count_bits(plan.selection.keep), torch.full((2, 2, tiles), kept))
 

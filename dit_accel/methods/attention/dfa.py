@@ -257,7 +257,7 @@ class DFAHandler(AttentionHandler):
             note = "what moves is known only while dfa runs; without dfa.share no row that it leaves out is counted"
             return Saving(counted=False, carried_bytes=carried, notes=(note,))
         left = settings.share**2 if settings.strict else settings.share
-        rows = TileSaving(tiles=None, active=lambda step, layer: step in reusing, keep=lambda share: share * left)
+        rows = TileSaving(tiles=None, active=lambda step, layer: step in reusing, keep=lambda share, rows: share * left)
         note = (
             f"dfa is counted with {settings.share:g} of the visual rows in {len(reusing)} of {steps} steps; beside "
             "tile lists more rows are computed, since a tile is computed whole"

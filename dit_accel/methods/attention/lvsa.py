@@ -17,8 +17,8 @@ from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import visual_lists
-from ...rules.lvsa import AnchorRule
+from ...plan.tiling import tiles_without_text, visual_lists, visual_lists_bytes
+from ...rules.lvsa import AnchorRule, met
 from ..base import Model, Phase
 from ..options import Count, ge
 from ..saving import Saving
@@ -61,13 +61,20 @@ class LVSA(SparseConfig):
         """Return the anchors' offsets that steps have in turn."""
         return range(self.rule.stride(layout.frames) if self.rotate else 1)
 
+    def runs(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
+        """Return the runs of frames that visual tiles hold, first and last, int [2, R], and each tile's run, int [N].
+
+        Most tiles hold a run that others hold too, so that which see each other is known by few of them.
+        """
+        start = np.arange(0, layout.visual_tokens, self.tiling.block_size)
+        ends = np.stack([start, np.append(start[1:], layout.visual_tokens) - 1]) // layout.tokens_per_frame
+        new = np.diff(ends, axis=1, prepend=-1).any(0)
+        return ends[:, new], new.cumsum() - 1
+
     def kept(self, layout: TokenLayout, offset: int) -> np.ndarray:
         """Return which visual tiles are exact, bool [N, N]: those in which any two frames see each other."""
-        size, tokens = self.tiling.block_size, layout.visual_tokens
-        holds = np.zeros((self.tiling.tiles(tokens), layout.frames), np.float32)
-        token = np.arange(tokens)
-        holds[token // size, token // layout.tokens_per_frame] = 1
-        return holds @ self.rule.visible(layout.frames, offset).astype(np.float32) @ holds.T > 0
+        runs, of_tile = self.runs(layout)
+        return met(self.rule.visible(layout.frames, offset), *runs)[np.ix_(of_tile, of_tile)]
 
     def tiles(self, layout: TokenLayout, step: int, device: torch.device | str = "cpu") -> TileLists:
         """Return the tile lists of a step, shared by all heads; the same object for the same arguments."""
@@ -117,7 +124,21 @@ class LVSAHandler(SparseHandler):
         settings, note = self.settings, self.check_layout(layout)
         if not self.applies(layout):
             return Saving(notes=(note,))
-        each = [settings.kept(layout, offset) for offset in settings.offsets(layout)]
+        block, offsets, (runs, of_tile) = self.model.tiling.block_size, settings.offsets(layout), settings.runs(layout)
+        text = tiles_without_text(layout, block)
         sparse = [step for step in range(steps) if not settings.is_dense(step, steps, settings.dense_layers or 0, 0.0)]
-        held = [each[turn] for turn in {step % len(each) for step in sparse}]
-        return replace(self.saving(np.mean(each, axis=0), held, layout, steps), notes=(note, *settings.notes()))
+        held, size = {step % len(offsets) for step in sparse}, 0
+        exact, alike = np.zeros((runs.shape[1],) * 2), np.bincount(of_tile[:text], minlength=runs.shape[1])
+        for offset in offsets:
+            meet = met(settings.rule.visible(layout.frames, offset), *runs)
+            exact += meet
+            if offset in held:
+                size += visual_lists_bytes(int(alike @ ~meet @ alike), self.pools, layout, block)
+        exact /= len(offsets)
+        return self.saving_of(
+            lambda share, rows: share * exact[np.ix_(of_tile[rows], of_tile)],
+            layout,
+            steps,
+            list_bytes=size,
+            notes=(note,),
+        )

@@ -97,5 +97,4 @@ class MaskHandler(SparseHandler, ABC):
         return plan.with_tiles(self._lists[layout, device], tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        kept = self.kept(layout)
-        return self.saving(kept, [kept], layout, steps)
+        return self.saving(self.kept(layout), layout, steps)

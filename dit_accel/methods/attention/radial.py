@@ -152,5 +152,4 @@ class RadialHandler(SparseHandler):
         return plan.with_tiles(tiles, self.model.tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        kept = self.settings.kept(layout)
-        return self.saving(kept, [kept], layout, steps)
+        return self.saving(self.settings.kept(layout), layout, steps)

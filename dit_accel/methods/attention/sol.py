@@ -88,17 +88,17 @@ class SolAttention(SparseConfig):
         bits = pinned_bits(alone, self.block_size, DIAGONAL, self.sink, "cpu")
         return unpack_bits(bits, self.tiling.tiles(alone.tokens)).numpy()
 
-    def keep(self, share: np.ndarray, layout: TokenLayout) -> np.ndarray:
-        """Return the expected exact share of visual tiles from the share before routing, on Gaussian scores."""
+    def keep(self, share: np.ndarray, pinned: np.ndarray) -> np.ndarray:
+        """Return the expected exact share of tiles from the share before routing, on Gaussian scores."""
         at_first, at_last = self.beta or 0.0, self.beta_last or 0.0
         betas = [at_first + (at_last - at_first) * part / 32 for part in range(33)]
         routed = sum(0.5 * math.erfc(beta / math.sqrt(2)) for beta in betas) / len(betas)
-        return np.where(self.pinned(layout), share, share * routed)
+        return np.where(pinned, share, share * routed)
 
     def density(self, layout: TokenLayout) -> float:
         """Return the expected share of the visual tiles that stay exact, in (0, 1], on Gaussian scores."""
-        tiles = self.tiling.tiles(layout.visual_tokens)
-        return float(self.keep(np.ones((tiles, tiles)), layout).mean())
+        pinned = self.pinned(layout)
+        return float(self.keep(np.ones(pinned.shape), pinned).mean())
 
     def advice(self, layout: TokenLayout) -> str | None:
         pinned = self.pinned(layout)
@@ -136,5 +136,7 @@ class SolHandler(SparseHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         counted = "which tiles are routed is known only while it runs; the count is what Gaussian scores would keep"
-        keep = self.settings.keep
-        return self.saving_of(lambda share: keep(share, layout), layout, steps, expected=True, notes=(counted,))
+        keep, pinned = self.settings.keep, self.settings.pinned(layout)
+        return self.saving_of(
+            lambda share, rows: keep(share, pinned[rows]), layout, steps, expected=True, notes=(counted,)
+        )

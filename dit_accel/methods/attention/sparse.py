@@ -10,7 +10,15 @@ from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...plan.layout import TokenLayout
 from ...plan.rests import USUAL_TURN, Rests, RestType
-from ...plan.tiling import TILE, Tiling, bitmap_bytes, full_lists_bytes, pinned_bytes, visual_lists_bytes
+from ...plan.tiling import (
+    TILE,
+    Tiling,
+    bitmap_bytes,
+    full_lists_bytes,
+    pinned_bytes,
+    tiles_without_text,
+    visual_lists_bytes,
+)
 from ..base import AttentionHandler, Handler, Model
 from ..config import MethodConfig
 from ..noise import NeedsNoise
@@ -184,17 +192,16 @@ class SparseHandler(AttentionHandler):
             return depth >= (self.settings.dense_layers or 0)
         return not self.settings.is_dense(step.step_index, step.num_inference_steps, depth, step.sigma)
 
-    def saving(self, kept: np.ndarray, lists: Sequence[np.ndarray], layout: TokenLayout, steps: int) -> Saving:
-        """Return the saving of a mask that is known before it runs.
-
-        ``kept``: share of the steps in which each visual tile is exact, [N, N].
-        """
-        size = sum(visual_lists_bytes(one, self.pools, layout, self.settings.tiling.block_size) for one in lists)
-        return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)
+    def saving(self, kept: np.ndarray, layout: TokenLayout, steps: int) -> Saving:
+        """Return the saving of lists that are known before they run; visual tiles are exact where ``kept``, [N, N]."""
+        block = self.settings.tiling.block_size
+        text = tiles_without_text(layout, block)
+        size = visual_lists_bytes(int((~kept[:text, :text]).sum()), self.pools, layout, block)
+        return self.saving_of(lambda share, rows: share * kept[rows], layout, steps, tiles=len(kept), list_bytes=size)
 
     def saving_of(
         self,
-        keep: Callable[[np.ndarray], np.ndarray],
+        keep: Callable[[np.ndarray, slice], np.ndarray],
         layout: TokenLayout,
         steps: int,
         *,
@@ -213,7 +220,7 @@ class SparseHandler(AttentionHandler):
         saving = TileSaving(
             tiles=settings.tiling.tiles(layout.visual_tokens) if tiles is None else tiles,
             active=lambda step, layer: applies and not settings.is_dense(step, steps, layer, 0.0),
-            keep=lambda share: dense * share + (1 - dense) * keep(share),
+            keep=lambda share, rows: dense * share + (1 - dense) * keep(share, rows),
             pools=self.pools,
             expected=expected,
         )

@@ -134,7 +134,7 @@ class SparseDHandler(SparseHandler):
             return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=(note, *settings.notes()))
         kept = settings.kept_tiles(settings.tiling.tiles(layout.visual_tokens))
 
-        def keep(share: np.ndarray) -> np.ndarray:
+        def keep(share: np.ndarray, rows: slice) -> np.ndarray:
             listed = share.sum(1, keepdims=True)  # of a row's candidates it keeps so many, or all
             return share * np.minimum(1.0, kept / np.maximum(listed, 1e-9))
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dit_accel.cli.stopping import end_on_signals
 from dit_accel.errors import DitAccelError
 
 from ..runs.pool import end_with_parent
@@ -74,7 +73,6 @@ class Beside:
 
 
 def _serve(pipe: Any, made: Callable[..., Any], given: tuple[Any, ...], threads: int, limit: int | None) -> None:
-    end_on_signals()
     end_with_parent()
     _stay_under(limit)
     torch.set_num_threads(threads)

@@ -8,7 +8,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import active_children, get_context, parent_process
 from typing import Any
 
-from dit_accel.cli.stopping import end_on_signals
 from dit_accel.files import remove_temporaries
 
 LOOK = 1.0
@@ -40,14 +39,19 @@ def run_beside(
 
 
 def _begin(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
-    end_on_signals()
     end_with_parent()
     if begin is not None:
         begin(*given)
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it ends, however that does; else it would go on with its work."""
+    """End this process, without a word, on a SIGTERM or when the one that started it has ended, however it did."""
     parent = parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), remove_temporaries(), os._exit(1)), daemon=True).start()
+
+    def end(*_: object) -> None:
+        remove_temporaries()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=lambda: end(parent.join()), daemon=True).start()

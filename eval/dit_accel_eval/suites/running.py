@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import TALK, warn
-from dit_accel.cli.stopping import keeps
+from dit_accel.cli.stopping import STOP
 
 from ..metrics.registered import metric, unavailable
 from ..runs.conditions import Machine, OwnClips
@@ -46,7 +46,7 @@ def run_job(job: Job, clips: Sequence[int], workers: int, *, quiet: bool) -> Non
     quiet |= not ranks.first
     for name, reason in unavailable(job.suite.metrics).items() if ranks.first else ():
         warn(f"{name} is left out: {reason}")
-    keeps(f"what has run stands in {job.out}, and the same command goes on there")
+    STOP.files = f"what has run stands in {job.out}, and the same command goes on there"
     job = dataclasses.replace(job, talk=not quiet and not TALK.is_terminal)
     with suite_progress(job, clips, quiet=quiet) as watch:
         run_arms(job, clips, workers=workers, watch=watch)

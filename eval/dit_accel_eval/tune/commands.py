@@ -13,7 +13,7 @@ from typer import Option, Typer
 
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
-from dit_accel.cli.stopping import keeps
+from dit_accel.cli.stopping import STOP
 from dit_accel.errors import ConfigError
 from dit_accel.files import held
 
@@ -78,7 +78,7 @@ def _tune(name: str, shared: Shared, methods: list[Any], prompts: int, suffix: s
     alone = held(file, "tune's output") if first else contextlib.nullcontext()
     small = one_thread(embedded=request.embedded is not None)
     with alone, small, Stages(quiet=shared.quiet or not first) as stages:
-        keeps(f"what was measured is kept beside {file}, and the same command goes on from there")
+        STOP.files = f"what was measured is kept beside {file}, and the same command goes on from there"
         module = importlib.import_module(f".{MODULES.get(name, name)}", __package__)
         tuned = getattr(module, f"tune_{name}")(request, file, stages=stages, **options)
     if first and shared.json:

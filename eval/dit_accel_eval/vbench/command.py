@@ -11,7 +11,7 @@ from dit_accel_pipelines.generation.options import fields_of, with_option_fields
 from dit_accel import ConfigError
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, plain_table, print_error, print_json
-from dit_accel.cli.stopping import keeps
+from dit_accel.cli.stopping import STOP
 
 from .dimensions import DIMENSIONS, read_scores, totals
 from .job import VideoJob, tell
@@ -48,12 +48,12 @@ def evaluate(job: VideoJob, *, methods: MethodList) -> None:
     if job.official is not None:
         from .official import RESULTS, measure_officially
 
-        keeps(f"each dimension's results stand in {job.output}, and the same command goes on with the next")
+        STOP.files = f"each dimension's results stand in {job.output}, and the same command goes on with the next"
         found = measure_officially(job, job.official)
     else:
         from .run import LINES, RESULTS, measure
 
-        keeps(f"what was measured stands in {job.file(LINES)}, and the same command goes on there")
+        STOP.files = f"what was measured stands in {job.file(LINES)}, and the same command goes on there"
         found = measure(job)
     _print_scores(found, job.file(RESULTS), whole=job.official is not None and not job.custom, json=job.json)
 
@@ -106,7 +106,7 @@ def _generate(job: VideoJob, methods: MethodList) -> None:
     sizes = ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
     tell(f"{len(left)} of {len(work)} videos to make, {len(work) - len(left)} are there; {sizes}")
     if left:
-        keeps(f"the videos in {job.clips} are whole, and the same command makes those that lack")
+        STOP.files = f"the videos in {job.clips} are whole, and the same command makes those that lack"
         generating.make_videos(left, request, tell, sys.argv)
     then = " --custom" if job.prompts is not None else ""
     tell(f"{job.clips} is whole; measure it: dit-accel eval vbench --videos {job.clips}{then}")

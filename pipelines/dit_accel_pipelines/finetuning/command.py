@@ -7,7 +7,7 @@ from typing import Annotated
 
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import TALK, print_json
-from dit_accel.cli.stopping import keeps
+from dit_accel.cli.stopping import STOP
 
 from ..generation.options import Json, Quiet, fields_of, option, require_one_document, with_option_fields
 from .options import KEEPING, TrainingOptions
@@ -61,7 +61,7 @@ def finetune_model(options: FinetuneOptions, *, methods: MethodList) -> None:
     prompts = tuple(options.sample_prompt or ())
     recipe = FineTuning(**fields_of(FineTuning, options), methods=tuple(methods), sample_prompts=prompts)
     where = f"checkpoints that were written stand in {recipe.output}"
-    keeps(f"{where}, and the same command with --resume goes on from the last")
+    STOP.files = f"{where}, and the same command with --resume goes on from the last"
     with Stages(quiet=options.quiet or process.rank > 0) as stages:
         trained = finetune(recipe, stages=stages, command=sys.argv)
     if process.rank > 0:

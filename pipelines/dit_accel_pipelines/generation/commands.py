@@ -10,7 +10,7 @@ import typer
 
 from dit_accel.cli import MethodList, RunTable
 from dit_accel.cli.console import OUT, TALK, print_json
-from dit_accel.cli.stopping import keeps
+from dit_accel.cli.stopping import STOP
 from dit_accel.errors import ConfigError
 
 from .options import (
@@ -86,7 +86,7 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     fields |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
     request = Request(prompts=prompts, methods=tuple(methods), **fields)
     if len(request.prompts) > 1:
-        keeps("outputs that were made are whole, and the same command with --resume makes the others")
+        STOP.files = "outputs that were made are whole, and the same command with --resume makes the others"
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
         shown = {"on_written": _line} if many else {}
         written = generate(
