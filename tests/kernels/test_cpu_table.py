@@ -83,13 +83,14 @@ def test_the_backend_ahead_at_a_density_is_taken_and_its_speed_is_told(monkeypat
             assert ahead["backend"] == "torch"
 
 
-def test_amx_takes_flex_in_bf16_where_it_is_ahead_and_no_backend_wins_at_density_80(amx):
-    assert (auto(0.5), speed(0.5)) == ("flex", pytest.approx(0.67 / 0.5))
-    assert speed(0.375) == pytest.approx((0.58 + 0.67) / 2 / 0.375)
-    assert speed(0.05) == pytest.approx(0.5 / lists(0.05).density)
-    assert speed(0.8) == pytest.approx(0.67 / lists(0.8).density)
+def test_amx_takes_the_loop_in_bf16_and_between_two_densities_its_share_is_on_their_line(amx):
+    assert (auto(0.5), speed(0.5)) == ("torch", pytest.approx(0.89 / 0.5))
+    assert speed(0.375) == pytest.approx((0.96 + 0.89) / 2 / 0.375)
+    assert speed(0.05) == pytest.approx(0.8 / lists(0.05).density)
+    assert speed(0.8) == pytest.approx(0.89 / lists(0.8).density)
     assert auto(0.5, torch.float32) == "torch"
-    assert (auto(0.25, tokens=8192, tile=64), speed(0.25, tokens=8192, tile=64)) == ("flex", pytest.approx(0.44 / 0.25))
+    for tokens, share in ((8192, 0.81), (16384, 0.9)):  # of another tile where there are fewer tokens
+        assert speed(0.25, tokens=tokens, tile=64) == pytest.approx(share / 0.25)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "even"), [
@@ -109,11 +110,12 @@ def test_what_no_row_serves_is_torchs_and_nothing_is_known_of_it(amx, monkeypatc
     monkeypatch.setattr(cpu, "processor_kind", lambda: "other")
     assert (auto(0.5), speed(0.5)) == ("torch", None)
     assert predicted_speedup(torch.device("meta"), torch.bfloat16, lists(0.5)) is None
-    monkeypatch.setattr(cpu, "processor_kind", lambda: "amx")  # where flex is left out if it does not run
+    monkeypatch.setattr(cpu, "_serving", lambda *key: {"flex": ((0.1, 0.9),), "torch": ((0.1, 0.8),)})
+    assert auto(0.5) == "flex"
     assert resolve_backend("auto", CPU, torch.bfloat16, 128, full(16384, 16384, 96, 128)) == "torch"
     assert resolve_backend("auto", CPU, torch.bfloat16, 128) == "torch"
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: "a C++ compiler")
-    assert (auto(0.5), speed(0.5)) == ("torch", pytest.approx(0.39 / 0.5))
+    assert (auto(0.5), speed(0.5)) == ("torch", pytest.approx(0.8 / 0.5))
 
 
 @pytest.fixture

@@ -37,7 +37,19 @@ def test_a_sample_passes_as_on(name, tmp_path):
     if "g++" in setting.get("CXX", "") and shutil.which("g++") is None:
         pytest.skip("g++ is not here")
     env = {key: value for key, value in os.environ.items() if key not in ("CXX", compiled.SWITCH)}
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", *SAMPLE)
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "not slow",
+        *SAMPLE,
+    )
     ended = subprocess.run(
         command,
         cwd=ROOT / "tests" / "kernels",
