@@ -143,13 +143,13 @@ def block_sparse_attention_backward(
 
 def _for_gradients(problem: Problem) -> Problem:
     """The same call with what its gradient will want: its backend, the LSE on triton, and what a routing chose."""
-    name = _backend(problem, timed=False)
-    tiles, lse = problem.return_tiles or _routes(problem), problem.return_lse or name in TRITON_GRADIENTS
+    name = _backend(problem)
+    tiles, lse = problem.return_tiles or problem.routes, problem.return_lse or name in TRITON_GRADIENTS
     return replace(problem, return_tiles=tiles, return_lse=lse, backend=name)
 
 
-def _backend(problem: Problem, *, timed: bool = True) -> str:
-    """The backend that runs a call; where it is not `timed`, one that runs any, whatever the CPU's table says."""
+def _backend(problem: Problem, *, timed: bool = False) -> str:
+    """The backend that runs a call and has its gradient; the CPU's table is asked only where it is `timed`."""
     if problem.backend != "auto" or problem.precision is not None:
         return "triton" if problem.backend == "auto" else problem.backend
     if problem.q.device.type != "cpu":
@@ -198,7 +198,7 @@ def _run(problem: Problem) -> Results:
 
 def _attend(problem: Problem) -> Results:
     """`_run` of a batch that is there."""
-    q, name = problem.q, _backend(problem)
+    q, name = problem.q, _backend(problem, timed=True)
     if name == "triton":
         out, lse, exact, kept = _triton().attend(problem, need_lse=problem.return_lse)
     elif name == "fa4":
@@ -271,10 +271,10 @@ def _gradients(
         grad_mixed = None if w is None else grad_out * w
         if grad_mixed is not None:
             grad_out, out = grad_out - grad_mixed, None  # the output that is at hand is mixed
-        if _backend(problem, timed=False) in TRITON_GRADIENTS:
-            if out is None or lse is None or _routes(problem):
+        if _backend(problem) in TRITON_GRADIENTS:
+            if out is None:
                 out, lse, exact, _ = _triton().attend(problem, need_lse=True)
-                problem = _after_routing(problem, exact)
+                problem = _after_routing(problem, exact) if problem.routes else problem
             grads = _triton("backward").attend_backward(problem, out, lse, grad_out, grad_lse)
         else:
             grads = _torch_gradients(problem, grad_out, grad_lse)
@@ -299,14 +299,9 @@ def _in_callers_order(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else torch.empty_like(x).index_copy_(2, order, x)
 
 
-def _routes(problem: Problem) -> bool:
-    return problem.selection is not None and problem.selection.routing is not None
-
-
 def _after_routing(problem: Problem, exact: Tensor | None) -> Problem:
-    """The call with the tiles that its routing, if any, left exact."""
-    if problem.selection is None or not _routes(problem):
-        return problem
+    """The call with the tiles that its routing left exact."""
+    assert problem.selection is not None
     return replace(problem, selection=replace(problem.selection, routing=None, routed=exact))
 
 
@@ -329,9 +324,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     problem = restore(inputs)
     ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.keeps = problem.return_lse and _backend(problem, timed=False) in TRITON_GRADIENTS
-    ctx.routed = problem.return_tiles and _routes(problem)
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.keeps = problem.backend in TRITON_GRADIENTS
+    ctx.routed = problem.routes
     kept = (*(output[:2] if ctx.keeps else ()), *(output[2:3] if ctx.routed else ()))
     ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *kept)
 

@@ -18,12 +18,12 @@ def pack_bits(chosen: Tensor) -> Tensor:
     return (chosen * weight).sum(-1, dtype=torch.uint8).view(torch.int32)  # the first byte is the lowest
 
 
-def unpack_bits(bits: Tensor, key_tiles: int) -> Tensor:
-    """Bits int32 [..., W] as bool [..., NK]; the inverse of `pack_bits`."""
+def unpack_bits(bits: Tensor, key_tiles: int | None) -> Tensor:
+    """Bits int32 [..., W] as bool [..., NK], or as all that the words hold; the inverse of `pack_bits`."""
     positions = torch.arange(32, device=bits.device, dtype=torch.int32)
     return ((bits[..., None] >> positions) & 1).flatten(-2)[..., :key_tiles].bool()
 
 
 def count_bits(bits: Tensor) -> Tensor:
     """How many bits are set, int64 [...] of int32 [..., W]; no device sync."""
-    return unpack_bits(bits, bits.shape[-1] * 32).sum(-1)
+    return unpack_bits(bits, None).sum(-1)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 Derived = TypeVar("Derived")
 Tensors = Iterable[Tensor | None]
-Version = tuple[int, int, int]
-_WRITES = "_dit_accel_writes"  # of a storage: a count, the same for every copy of this package
+Version = tuple[object, ...]
+_WRITTEN = "_dit_accel_written"  # of a storage: its last announced write, for every copy of this package
 _ATTRIBUTE, _COPIED = f"_derived_{__package__}", f"_copied_{__package__}"  # of a storage, for this copy alone
 _CAPTURED: dict[int, tuple[_Entry, list[Tensor]]] = {}  # what captured graphs read must not move or go
 
@@ -63,11 +63,11 @@ class StorageCache(Generic[Derived]):
         """
         if torch.compiler.is_compiling():
             return build()
-        parts, loose = list(parts), [x for x in loose if x is not None]
+        parts, loose = list(parts), list(loose)
         here = [x for x in (*parts, *loose) if x is not None]
         device = here[0].device
         graph = capturing(device)
-        if any(x.is_inference() for x in here) or (graph and loose):
+        if any(x.is_inference() for x in here) or (graph and any(x is not None for x in loose)):
             return _built(build)
         storages, versions = [x.untyped_storage() for x in here], tuple(map(_version, here))
         entries: dict[tuple, _Entry] = storages[0].__dict__.setdefault(_ATTRIBUTE, {})
@@ -98,18 +98,16 @@ def _built(build: Callable[[], Derived]) -> Derived:
 
 
 def _version(x: Tensor) -> Version:
-    """What changes with a tensor's values: torch's count of writes, those by `changed`, and those seen on a CPU."""
+    """What changes with a tensor's values: torch's count of writes, and the last one by `changed` or seen on a CPU."""
     storage = x.untyped_storage().__dict__
-    announced = storage.get(_WRITES, 0)
+    known = x._version, storage.get(_WRITTEN)
     if not readable(x.device):
-        return x._version, announced, 0
-    copies: dict[tuple, tuple[int, Tensor]] = storage.setdefault(_COPIED, {})
+        return known
+    copies: dict[tuple, tuple[object, Tensor]] = storage.setdefault(_COPIED, {})
     view = (x.storage_offset(), x.shape, x.stride())
-    seen, copy = copies.get(view, (0, None))
-    if copy is None or not torch.equal(x, copy):
-        seen += 1
-        copies[view] = (seen, x.detach().clone())
-    return x._version, announced, seen
+    if view not in copies or not torch.equal(x, copies[view][1]):
+        copies[view] = (object(), x.clone())
+    return *known, copies[view][0]
 
 
 def readable(device: torch.device) -> bool:
@@ -123,7 +121,7 @@ def changed(tensors: Tensors) -> None:
         if x is None:
             continue
         storage = x.untyped_storage()
-        storage.__dict__[_WRITES] = storage.__dict__.get(_WRITES, 0) + 1
+        storage.__dict__[_WRITTEN] = object()
         if any(y.untyped_storage() is storage for _, here in _CAPTURED.values() for y in here):
             _warn_of_graphs()
 

@@ -16,7 +16,7 @@ EXACT = 2
 PARTIAL = 3
 """State of a tile that is exact but for what a mask of bits hides."""
 
-_INT32_MAX = 2**31 - 1
+_INT32_MAX = torch.iinfo(torch.int32).max
 
 
 def csr_of(selected: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def padded_rows(chosen: Tensor, read: bool = False) -> tuple[Tensor, Tensor]:
     counts = chosen.sum(-1, dtype=torch.int32)
     width = max(1, int(counts.max())) if read else chosen.shape[-1]
     indices = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
-    return counts, indices.to(torch.int32).contiguous()
+    return counts, indices.to(torch.int32)
 
 
 def check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:

@@ -13,7 +13,7 @@ _PLAIN = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for
 _DECAY = "Tensor? decay_table, Tensor? q_frames, Tensor? k_frames"
 _SELECTION = (
     "bool selects, Tensor? keep, str rest, Tensor? pinned, float? beta, str threshold, str? criterion, "
-    "float vote_threshold, bool reverse, Tensor? routed"
+    "float? vote_threshold, bool reverse, Tensor? routed"
 )
 SCHEMA = f"{_PLAIN}, {_DECAY}, {_SELECTION}"
 PLAIN = tuple(field.name for field in _FIELDS)
@@ -25,7 +25,7 @@ def flatten(problem: Problem) -> tuple[Any, ...]:
     decay = (None, None, None) if problem.decay is None else problem.decay
     given = problem.selection or Selection()
     routing = (None, "") if given.routing is None else (float(given.routing.beta), given.routing.threshold)
-    vote = (None, 0.0) if given.vote is None else (given.vote.criterion, float(given.vote.threshold))
+    vote = (None, None) if given.vote is None else (given.vote.criterion, float(given.vote.threshold))
     selection = (given.keep, given.rest, given.pinned, *routing, *vote, given.reverse, given.routed)
     return (*[getattr(problem, name) for name in PLAIN], *decay, problem.selection is not None, *selection)
 
@@ -33,17 +33,17 @@ def flatten(problem: Problem) -> tuple[Any, ...]:
 def restore(arguments: tuple[Any, ...]) -> Problem:
     """The problem of the op's arguments: the inverse of `flatten`."""
     end = len(PLAIN)
-    decay = arguments[end : end + 3]
+    table, q_frames, k_frames = arguments[end : end + 3]
     return Problem(
         **dict(zip(PLAIN, arguments, strict=False)),
-        decay=None if decay[0] is None else decay,  # pyright: ignore
+        decay=None if table is None else (table, q_frames, k_frames),
         selection=_selection(*arguments[end + 3 :]),
     )
 
 
 def _selection(
     selects: bool, keep: Any, rest: Any, pinned: Any, beta: float | None, threshold: Any, criterion: Any,
-    vote_threshold: float, reverse: bool, routed: Any,
+    vote_threshold: Any, reverse: bool, routed: Any,
 ) -> Selection | None:  # fmt: skip
     if not selects:
         return None

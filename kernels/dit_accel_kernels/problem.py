@@ -39,7 +39,7 @@ class Problem(Grid):
     block_q: int
     block_k: int
     scale: float
-    heads_first: bool = True
+    heads_first: bool
     head_scale: Tensor | None = None
     key_length: Tensor | None = None
     key_mask: Tensor | None = None
@@ -70,13 +70,17 @@ class Problem(Grid):
         return self.selection is not None and self.selection.vote is not None
 
     @property
+    def routes(self) -> bool:
+        """Whether scores decide which tiles stay exact."""
+        return self.selection is not None and self.selection.routing is not None
+
+    @property
     def may_pool(self) -> bool:
         """Whether the call can have pooled tiles: those of its lists, or what its selection may make of exact ones."""
         selection = self.selection
         if self.pooled_indices is not None or selection is None:
             return self.pooled_indices is not None
-        routes = selection.routing is not None or selection.routed is not None
-        return routes or (selection.keep is not None and selection.rest == "pooled")
+        return self.routes or selection.routed is not None or selection.rest == "pooled"
 
     def in_layout(self, x: Tensor) -> Tensor:
         """[B, H, S, D] as the caller's layout has it, or back."""
@@ -102,18 +106,15 @@ class Problem(Grid):
             decay = (table, *frames)
         if self.key_length is None and self.key_mask is None:
             return self.key_valid, decay
-        keys = [self.key_length, self.key_mask, self.key_valid]
-        key = (self.k.shape[2], *(x is not None for x in keys))
-        return _VALID.get((), key, self._valid_in_tiled_order, loose=[*keys, order]), decay
+        keys = [self.key_length, self.key_mask, order]
+        return _VALID.get((), (self.num_k,), self._valid_in_tiled_order, loose=keys), decay
 
     def _valid_in_tiled_order(self) -> Tensor:
         length = self.num_k if self.key_length is None else self.key_length[:, None]
         valid = torch.arange(self.num_k, device=self.k.device) < length
         if self.key_mask is not None:
             valid = self.key_mask & valid
-        if self.token_order is not None:
-            valid = valid.index_select(1, self.token_order)
-        return valid if self.key_valid is None else valid & self.key_valid
+        return valid if self.token_order is None else valid.index_select(1, self.token_order)
 
     def tiled(self) -> Problem:
         """The same call with tensors, decay and `key_valid` in tiled order and nothing left in the caller's."""

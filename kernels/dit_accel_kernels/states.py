@@ -102,4 +102,4 @@ def visiting_order(problem: Problem, reverse: bool) -> Tensor:
     """
     section = sections_of(problem)
     tiles = torch.arange(problem.key_tiles, device=section.device)
-    return (section.long() * problem.key_tiles + (-1 if reverse else 1) * tiles).argsort(dim=-1, stable=True)
+    return (section.long() * problem.key_tiles + (tiles.flip(0) if reverse else tiles)).argsort(dim=-1)

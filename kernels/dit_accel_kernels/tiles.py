@@ -114,7 +114,8 @@ class TileLists(Grid):
         if (self.pooled_offsets is None) != (self.pooled_indices is None):
             raise ValueError("pooled_offsets and pooled_indices come together: give both or neither")
         csr.check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
-        if self.pooled_offsets is not None and self.pooled_indices is not None:
+        if self.pooled_offsets is not None:
+            assert self.pooled_indices is not None
             csr.check_csr("pooled", self.pooled_offsets, self.pooled_indices, self.query_tiles)
             if self.pooled_offsets.shape != self.exact_offsets.shape:
                 raise ValueError(
@@ -170,11 +171,12 @@ class TileLists(Grid):
                 `heads` too, else ValueError is raised.
             device: where the mask is evaluated, on which its tensors are, and the lists.
         """
-        if heads is None and (batch or 1) > 1:
+        batch = batch or 1
+        if heads is None and batch > 1:
             raise ValueError(f"a mask by batch needs the number of heads too, found batch={batch} and heads=None")
+        heads, device = heads or 1, torch.device(device)
         sizes = dict(block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
-        rows = masks.rows_of_mask_mod(mask_mod, heads or 1, num_k, torch.device(device))
-        return cls._of_rows(rows, (batch or 1) * (heads or 1), torch.device(device), **sizes)
+        return cls._of_rows(masks.rows_of_mask_mod(mask_mod, heads, num_k, device), batch * heads, device, **sizes)
 
     @classmethod
     def from_block_mask(
@@ -220,7 +222,7 @@ class TileLists(Grid):
                 f"cu_q and cu_k must be of the same sequences on one device, found {len(cu_q) - 1} on {cu_q.device} "
                 f"and {len(cu_k) - 1} on {cu_k.device}"
             )
-        left, right = (-1, -1) if window is None else window
+        left, right = window or (masks.ALL, masks.ALL)
         rows = masks.rows_of_sequences(cu_q, cu_k, left, 0 if causal else right)
         sizes = dict(block_q=block_q, block_k=block_k, num_q=int(cu_q[-1]), num_k=int(cu_k[-1]))
         return cls._of_rows(rows, 1, cu_q.device, **sizes)
@@ -256,9 +258,7 @@ class TileLists(Grid):
 
     def to(self, device: torch.device | str) -> TileLists:
         """The same lists on `device`, copied once; the same object if they are there already."""
-        device = torch.device(device)
-        if device.index is None and device.type not in ("cpu", "meta"):
-            device = torch.empty(0, device=device).device  # "cuda" is the current one of them
+        device = torch.empty((), device=device).device  # "cuda" is the current one of them
         if device == self.device:
             return self
         parts = self.parts
@@ -276,12 +276,13 @@ class TileLists(Grid):
             (POOLED, self.pooled_offsets, self.pooled_indices),
             (exact, self.exact_offsets, self.exact_indices),
         ):
-            if offsets is not None and indices is not None:
+            if offsets is not None:
+                assert indices is not None
                 states.view(-1)[csr.row_of_entry(offsets, indices.numel()) * self.key_tiles + indices] = value
         return states
 
     def mask_table(self) -> tuple[Tensor, Tensor]:
-        """The number of each pair of tiles' mask, int64 [G, NQ, NK], and the masks, int32 [M', block_q, W].
+        """The number of each exact tile's mask, int64 [G, NQ, NK], and the masks, int32 [M', block_q, W].
 
         The last masks hide nothing. M' is a power of 2, so that what is compiled for a number of masks serves others.
         """
@@ -289,7 +290,7 @@ class TileLists(Grid):
         bits = bits if self.mask_bits is None else self.mask_bits
         size = 1 << len(bits).bit_length()
         bits = torch.nn.functional.pad(bits, (0, 0, 0, 0, 0, size - len(bits)), value=-1)
-        table = torch.full((self.groups * self.query_tiles, self.key_tiles), size - 1, device=self.device)
+        table = self.exact_indices.new_zeros(self.groups * self.query_tiles, self.key_tiles, dtype=torch.int64)
         if self.mask_ids is not None:
             row = csr.row_of_entry(self.exact_offsets, self.tiles_exact)
             table[row, self.exact_indices.long()] = self.mask_ids.long() % size
@@ -337,11 +338,13 @@ class TileLists(Grid):
         variable DIT_ACCEL_VALIDATE is 1, each time, since it waits for the device. Raises ValueError with the position
         of a value that doesn't fit and what it may be.
         """
-        if self.mask_ids is not None and self.mask_bits is not None:
+        if self.mask_ids is not None:
+            assert self.mask_bits is not None
             count = len(self.mask_bits)
             csr.check_range("mask_ids", self.mask_ids, -1, count - 1, f"{count} masks")
         exact = csr.check_lists("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
-        if self.pooled_offsets is not None and self.pooled_indices is not None:
+        if self.pooled_offsets is not None:
+            assert self.pooled_indices is not None
             pooled = csr.check_lists("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
             both = exact[torch.isin(exact, pooled)]
             if both.numel():

@@ -29,7 +29,7 @@ from .sections import valid_tiles
 from .states import list_states, visiting_order
 from .tiles import EXACT
 
-VOTE_BYTES = 16 << 20  # in which a backend may keep what votes go by until they are settled
+VOTE_BYTES = 16_777_216  # in which a backend may keep what votes go by until they are settled
 _HOLDING = Lock()  # by one thread at a time
 
 
@@ -47,17 +47,11 @@ class Tally:
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []
         tiles, q_tiles, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
         self.none = tiles  # stands for no tile where lists are padded to one length
-        self.visit: Tensor | None = None  # of each key tile in the order of visits, where it is none of the usual two
-        alike = valid is None and problem.decay is None  # all in one section, but for a ragged last tile
-        self.backwards = selection.reverse and alike and problem.num_k % problem.block_k == 0
-        if not self.backwards and (selection.reverse or not alike):
+        self.visit: Tensor | None = None  # of each key tile in the order of visits, where it is not that of the lists
+        if selection.reverse or valid is not None or problem.decay is not None:
             visit = visiting_order(problem, selection.reverse).argsort(-1)
             visit = visit.expand(batch, -1, -1)[:, None].expand(-1, heads, -1, -1).flatten(0, 2)
             self.visit = pad(visit, (0, 1), value=tiles)
-        self.absent: Tensor | None = None  # key tiles without a valid key
-        if valid is not None:
-            absent = pad(~valid_tiles(valid, problem.block_k)[1], (0, 1), value=True)
-            self.absent = absent.repeat_interleave(heads * q_tiles, 0)
         self.q_tiles, self.last = q_tiles, queries - (q_tiles - 1) * problem.block_q  # queries of the last query tile
         self.down = torch.zeros(batch * heads * q_tiles, tiles + 1, dtype=torch.bool, device=problem.q.device)
 
@@ -71,23 +65,18 @@ class Tally:
 
         `evidence` [n, R, block_q] as `by_mass` says, -inf or 0 in padding; it may be written to.
         """
-        if self.last < evidence.shape[2]:  # what is no query votes as the last one does
-            far = (q_tiles % self.q_tiles == self.q_tiles - 1).nonzero()[:, 0]
-            evidence[:, far, self.last :] = evidence[:, far, self.last - 1, None]
+        far = (q_tiles % self.q_tiles == self.q_tiles - 1).nonzero()[:, 0]
+        evidence[:, far, self.last :] = evidence[:, far, self.last - 1, None]  # what is no query votes as the last one
         if self.visit is not None:
             order = self.visit[q_tiles].gather(-1, tiles).argsort(-1)
             tiles, evidence = tiles.gather(-1, order), evidence.gather(0, order.mT[..., None].expand(evidence.shape))
-        by_tile = evidence.unbind(0)
-        if self.backwards:
-            tiles, by_tile = tiles.flip(1), by_tile[::-1]
-        down = ~(self._largest(by_tile) > self.vote.threshold).mT & ((tiles != self.none).cumsum(1) > 1)
-        q_tiles = q_tiles[:, None]
-        self.down[q_tiles, tiles] = down if self.absent is None else down & ~self.absent[q_tiles, tiles]
+        down = ~(self._largest(evidence.unbind(0)) > self.vote.threshold).mT & ((tiles != self.none).cumsum(1) > 1)
+        self.down[q_tiles[:, None], tiles] = down
 
     def _largest(self, evidence: Sequence[Tensor]) -> Tensor:
         """What must exceed the threshold for a tile to be kept, [n, R]; the first one's means nothing."""
-        so_far, spent = evidence[0], torch.zeros_like(evidence[0])
-        tiny, largest = torch.finfo(so_far.dtype).tiny, [torch.zeros_like(so_far[:, 0])]
+        so_far, tiny = evidence[0], torch.finfo(evidence[0].dtype).tiny
+        spent, largest = torch.zeros_like(so_far), [so_far.new_zeros(len(so_far))]
         for x in evidence[1:]:
             if not self.by_mass:
                 margin, so_far = x - so_far, torch.maximum(so_far, x)
@@ -103,9 +92,8 @@ class Tally:
     def hold(self, q_tiles: Tensor, tiles: Tensor, evidence: Tensor) -> None:
         """`settle`, but with as many others as `VOTE_BYTES` hold, since it takes an operation or more for each tile."""
         with _HOLDING:
-            longest = max([len(evidence), *(len(x) for _, _, x in self.held)])
-            count = len(q_tiles) + sum(len(x) for x, _, _ in self.held)
-            if longest * count * evidence.shape[2] * evidence.element_size() > VOTE_BYTES:
+            of_tiles = [evidence, *(x for _, _, x in self.held)]  # padded to the longest
+            if max(map(len, of_tiles)) * sum(x[0].nbytes for x in of_tiles) > VOTE_BYTES:
                 self._settle_held()
             self.held.append((q_tiles, tiles, evidence))
 
@@ -113,9 +101,9 @@ class Tally:
         if not self.held:
             return
         all_q_tiles, all_tiles, all_evidence = zip(*self.held, strict=True)
-        longest, filling = max(map(len, all_evidence)), 0.0 if self.by_mass else -torch.inf
+        longest = max(map(len, all_evidence))
         tiles = [pad(x, (0, longest - x.shape[1]), value=self.none) for x in all_tiles]
-        evidence = [pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=filling) for x in all_evidence]
+        evidence = [pad(x, (0, 0, 0, 0, 0, longest - len(x))) for x in all_evidence]  # visited last, thus nobody's
         self.held.clear()
         self.settle(torch.cat(all_q_tiles), torch.cat(tiles), torch.cat(evidence, 1))
 
@@ -124,6 +112,8 @@ class Tally:
         self._settle_held()
         shape = (*self.problem.q.shape[:2], self.q_tiles, self.none + 1)
         down, pinned = self.down.view(shape)[..., : self.none], self.selection.pinned
+        if self.problem.key_valid is not None:  # what is not visited keeps its bit
+            down = down & valid_tiles(self.problem.key_valid, self.problem.block_k)[1][:, None, None]
         if pinned is not None:
             down = down & ~unpack_bits(pinned, self.none)
         keep = self.selection.keep

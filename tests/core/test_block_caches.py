@@ -111,7 +111,12 @@ def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
             forward(transformer, step, scale=scale)
         reasons = [entry["reason"] for entry in attachment.report().section("firstblockcache").data["forwards"]]
     assert counted.lengths() == [6, 1, 6, 6, 1, 1]
-    assert reasons[2:4] == ["not a number", "not a number"]
+    assert reasons[1:4] == ["measured", "not a number", "not a number"]
+    for config in (FirstBlockCache(**FOREVER), DBPrune(**FOREVER)):  # where the first branch of the steps ends
+        with dit_accel.attach(transformer, config):
+            for step, branch in enumerate(("cond", "uncond", "uncond", "uncond")):
+                forward(transformer, max(step - 1, 0), branch)
+        assert counted.lengths() == [6, 6, 6, 1]
     transformer.requires_grad_(False)
     transformer.blocks[4].requires_grad_(True)  # as fine-tuning of some layers has it
     with dit_accel.attach(transformer, ProfilingCache(blocks="1-5", **ONCE)):
@@ -119,6 +124,12 @@ def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
             with torch.set_grad_enabled(gradients), transformer.cache_context("a", step_index=step):
                 transformer(**run_inputs())
     assert counted.lengths() == [6, 1, 6, 6, 1]
+    transformer.requires_grad_(False)
+    with dit_accel.attach(transformer, ProfilingCache(blocks="1, 3", **ONCE)):
+        for step, gradients in enumerate((True, False, False)):  # as of a prompt that is learned
+            with transformer.cache_context("a", step_index=step):
+                transformer(**{**run_inputs(), "encoder_hidden_states": torch.zeros(1, 6, 64, requires_grad=gradients)})
+    assert counted.lengths() == [6, 6, 4]
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)):
         for step, (frames, text) in enumerate(((5, 6), (5, 6), (4, 6), (4, 6), (4, 7), (4, 7))):
             latents, words = run_inputs()["hidden_states"][:, :, :frames], torch.zeros(1, text, 64)
@@ -138,7 +149,7 @@ def test_memory_is_counted_and_freed(transformer):
             denoise(transformer, 5)
             assert attachment.report().state_bytes[config.name] == tensors * tokens, config
             attachment.reset()
-            assert not attachment.engine.handlers[0]._held()
+            assert not attachment.engine.handlers[0]._histories
 
 
 def calls_of(block, call):
@@ -163,6 +174,17 @@ def test_blocks_that_are_left_out_as_guidance_by_a_skipped_layer_does_in_its_int
         left_out[0] = True
         with pytest.raises(ConfigError, match=r"^firstblockcache.*\[1, 2, 3, 4, 5\].*step 1.*\[1, 2, 4, 5\]"):
             forward(transformer, 1)
+    counted = Counted(transformer)
+    with dit_accel.attach(transformer, DBPrune(**FOREVER)):
+        for step, left_out[0] in enumerate((True, False)):
+            forward(transformer, step)
+    assert counted.by_forward() == [[0, 1, 2, 4, 5], [0, 3]]
+    calls_of(transformer.blocks[0], lambda run, x, *args: x if left_out[0] else run(x, *args))
+    with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)) as attachment:
+        for step, left_out[0] in enumerate((False, True, False, False)):
+            forward(transformer, step)
+        reasons = [entry["reason"] for entry in attachment.report().section("firstblockcache").data["forwards"]]
+    assert reasons == ["nothing stored", "nothing measured yet", "nothing measured yet", "measured"]
 
 
 def test_models_that_write_into_streams_are_refused(transformer):
@@ -208,6 +230,7 @@ def test_a_sequence_that_is_split_inside_the_first_block(transformer):
 
 def test_a_run_of_which_no_block_was_counted_reports_that_all_ran(transformer):
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)) as attachment:
+        denoise(transformer, 3)
         transformer.blocks[2].forward = None
         with pytest.raises(TypeError):
             forward(transformer)
@@ -221,7 +244,7 @@ def test_what_can_not_be_attached(transformer):
         ((DBPrune(first_blocks=4, last_blocks=2),), r"^dbprune.*4 first and 2 last.*6"),
         ((DBPrune(first_blocks=1, last_blocks=8),), r"^dbprune.*1 first and 8 last.*6"),
         ((ProfilingCache(blocks="4-8"),), r"^prof.*\.blocks.*5 .*transformer.*6-8.*6 \(6 of blocks\.\*\).*0 to 5"),
-        ((ProfilingCache(),), r"^profilingcache.*'wan, 6 layers, 2 heads'.*hunyuan"),
+        ((ProfilingCache(),), r"^profilingcache.*'wan, 6 layers, 2 heads'.* hunyuan-video, wan2\.1-14b;"),
     ):
         with pytest.raises(ConfigError, match=text):
             dit_accel.attach(transformer, *configs)
@@ -281,7 +304,6 @@ def left_here(model):
 
 OFFLOADED = (2, False, "cache"), (LAYERS, False, "offload"), (1, True, "cache"), (1, True, "offload")
 """Blocks a group, whether streams fetch them, and what comes first."""
-
 
 SKIPPING = {
     "apart": ProfilingCache(blocks="0, 2-3, 5", **ONCE), "all": ProfilingCache(blocks="0-5", **ONCE),

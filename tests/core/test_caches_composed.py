@@ -56,8 +56,6 @@ def test_each_plans_in_the_layers_that_run(pair):
 
 
 REST = dict(every=100, last_steps=0)
-
-
 LATE = replace(SPARSED, dense_steps=4)
 NEEDED = {
     "pattern": ((LATE,), d.StaticCache(every=2, warmup_steps=2, last_steps=0), "##.###.#"),  # it is found in step 4

@@ -1,7 +1,5 @@
 """How a step is forecast and corrected: the weights against polynomials and papers, corrections by hand."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, FirstBlockCache, StaticCache
 from dit_accel.methods.caches.correction import DAMPING, SHARE
-from dit_accel.methods.caches.engine import StepCacheHandler
 from dit_accel.rules.forecast import chebyshev, growth, heun, log_snr, taylor
 
 ONE = torch.ones(1, 2, 3)
@@ -134,12 +131,22 @@ def test_what_is_stored_goes_on_in_time():
         for stored in ("residual", "output"):
             driven, means = Driven(listed(1, 1, 0, 0, 0, stored=stored, **options), line), []
             for step in range(5):
-                out = driven.forward(step, still(step), steps=5)[0]
-                means.append(float(out.mean()))
+                out = driven.forward(step, still(step), "uncond", steps=5)[0]
+                means.append(float(out.mean()) - 100)
                 out.fill_(float("nan"))
             assert means == pytest.approx(forecasts, **rough)
     held = Driven(listed(1, 1, 0, 0, 1, 0, predictor="heun", reach=1), line)  # a held step is no point of the next
     assert [float(out["cond"].mean()) for out in run_through(held, still, steps=6)] == [0, 1, 2, 1, 4, 5]
+    whole = Driven(listed(1, 1, 0, predictor="taylor"), lambda step, branch: (torch.full((1, 2, 3), step),))
+    assert run_through(whole, still, steps=3)[2]["cond"].tolist() == [[[1] * 3] * 2]  # whole numbers are repeated
+
+
+def test_heun_goes_on_from_the_forecast_right_before_the_last_computed_step():
+    """On squares, and drawn back after three skipped steps."""
+    found = run_through(Driven(listed(1, 1, 0, 0, 0, 0, 0, 1, 0, 0, predictor="heun"), squares), still)
+    first = [np.dot(heun([0, 1], [*range(2, at)], at, None), [0, 1]) for at in range(2, 7)]
+    then = [np.dot(heun([1, 6, 7], [*range(8, at)], at, 6), [1, first[-1], 49]) for at in (8, 9)]
+    assert [float(out["cond"].mean()) for out in found] == pytest.approx([0, 1, *first, 49, *then], rel=1e-5)
 
 
 def test_the_residual_is_added_to_the_part_of_the_latents_that_it_covers():
@@ -156,26 +163,33 @@ def test_the_residual_is_added_to_the_part_of_the_latents_that_it_covers():
 
 FORMS = {
     "object": Transformer2DModelOutput(sample=ONE), "tuple": (ONE, torch.full((1, 4), 2.0)), "list": ([ONE, ONE + 1],),
-    "none": (ONE, None), "bfloat16": (ONE.bfloat16(),), "float64": (ONE.double(),),
+    "none": (ONE, None), "bfloat16": (ONE.bfloat16(),), "float64": (ONE.double(),), "integers": (ONE.long(),),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("output", FORMS.values(), ids=FORMS)
 def test_outputs_of_every_form(output):
-    driven = Driven(listed(1, 1, 0, predictor="taylor"), lambda step, branch: output)
-    dtype = torch.utils._pytree.tree_leaves(output)[0].dtype
-    first, _, last = (driven.forward(step, still(step).to(dtype), steps=3) for step in range(3))
-    assert first is output
-    assert type(last) is type(output)
-    for found, expected in zip(*map(torch.utils._pytree.tree_leaves, (last, output)), strict=True):
-        assert found is expected if expected is None else torch.equal(found, expected)
-        assert expected is None or found.dtype == expected.dtype
+    latents = [ONE.to(torch.utils._pytree.tree_leaves(output)[0].dtype)] * 2
+    for predictor, steps in (("taylor", (1, 1, 0)), ("corrected", (1, 1, 0, 1))):
+        driven, count = Driven(listed(*steps, predictor=predictor), lambda step, branch: output), len(steps)
+        given = [driven.forward(step, latents, steps=count, sigma=1 - step / 4) for step in range(count)]
+        assert given[0] is output
+        assert type(given[-1]) is type(output)
+        for found, expected in zip(*map(torch.utils._pytree.tree_leaves, (given[-1], output)), strict=True):
+            assert found is expected if expected is None else torch.equal(found, expected)
+            assert expected is None or found.dtype == expected.dtype
 
 
-def test_a_run_whose_length_is_not_known_ends_with_the_step_that_runs():
-    """Where Chebyshev's polynomials are laid over the steps from the first to the last."""
-    assert StepCacheHandler._end(SimpleNamespace(num_inference_steps=None, step_index=4)) == 4
-    assert StepCacheHandler._end(SimpleNamespace(num_inference_steps=10, step_index=4)) == 9
+def test_chebyshev_s_polynomials_are_laid_over_the_whole_run():
+    """It may begin late, and a branch later; one of unknown length ends with the step that runs."""
+    for steps in (10, None):
+        config = StaticCache(every=100, warmup_steps=5, last_steps=0, predictor="chebyshev")
+        driven = Driven(config, lambda step, branch: (ONE * step**2,))
+        for step in range(1, 7):
+            for branch in ("cond",) if step < 3 else ("cond", "uncond"):
+                out = driven.forward(step, still(step), branch, steps=steps)[0]
+        weights = chebyshev([3, 4], 6, 1, (1, (steps or 7) - 1))
+        assert float(out.mean()) == pytest.approx(np.dot(weights, [9, 16]), rel=1e-5)
 
 
 # Corrections: what skipped steps were off by is measured by the next computed one, and partly taken off in it.

@@ -13,7 +13,7 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, SoftPAG
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.methods.caches.native_limits import CONFIGS, check_hooked
+from dit_accel.methods.caches.native_limits import CONFIGS, check_call, check_hooked
 from dit_accel.testing.tiny_models import STEPS as FEW_STEPS
 from dit_accel.testing.tiny_models import Case
 
@@ -148,7 +148,8 @@ def test_a_config_is_not_written_to_and_the_report_tells_it_and_what_was_reused(
     assert section.lines[2] == "transformer uncond: 1 of 4 steps computed; attention ran in 6 of 12 layers"
     call = dict(transformer="transformer", branch="cond", step_index=1, layers_run=1, layers=3)
     assert section.data["calls"][2] == call
-    assert [entry["reused"] for entry in section.data["forwards"]] == [False] * 2 + [True] * 6
+    why = [(entry["reused"], entry["reason"]) for entry in section.data["forwards"]]
+    assert why == [(False, "its own rule")] * 2 + [(True, "measured")] * 6
     assert [step.dense_layers for step in report.steps] == [3, 3, 1, 1, 1, 1, 1, 1]
 
 
@@ -157,13 +158,14 @@ REFUSED_CONFIGS = {
     r"FirstBlockCacheConfig\.threshold.*got nan": hooks.FirstBlockCacheConfig(threshold=float("nan")),
     r"MagCacheConfig\.threshold.*got 0\.0": mag(threshold=0.0),
     r"cache_interval.*>= 1, got 0": taylor(cache_interval=0),
+    r"cache_interval.*got 2\.5": taylor(cache_interval=2.5),
     r"disable_cache_before_step.*>= 1, got 0": taylor(disable_cache_before_step=0),
     r"max_order.*>= 0, got -1": taylor(max_order=-1),
     r"PyramidAttentionBroadcastConfig\.current_timestep_callback": pyramid(current_timestep_callback=None),
     r"current_timestep_callback=lambda": hooks.FasterCacheConfig(),
     r"enable FasterCacheConfig.*Wan": hooks.FasterCacheConfig(current_timestep_callback=int, tensor_format="BSC"),
     r"PyramidAttentionBroadcastConfig.*no module.*Wan": pyramid(spatial_attention_block_identifiers=("nowhere",)),
-    r"self-attention of Wan": taylor(cache_identifiers=None, skip_predict_identifiers=[r"blocks\.\d"]),
+    r"self-attention of Wan": taylor(skip_predict_identifiers=[r"blocks\.\d\.attn1"]),
     r"TextKVCacheConfig.*Wan.*text keys": hooks.TextKVCacheConfig(),
 }
 
@@ -176,12 +178,16 @@ def test_what_would_fail_or_do_nothing_is_refused(transformer):
     with pytest.raises(ConfigError, match="FirstBlockCacheConfig and MagCacheConfig"):
         dit_accel.attach(transformer, hooks.FirstBlockCacheConfig(), mag())
     assert attributes(transformer) == before
+    dit_accel.attach(transformer, taylor(cache_interval=1, disable_cache_before_step=1, max_order=0)).detach()
     transformer.enable_cache(mag())
-    with pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*MagCacheConfig.*disable_cache"):
-        dit_accel.attach(transformer, hooks.FirstBlockCacheConfig())
+    for config in (hooks.FirstBlockCacheConfig(), dit_accel.FirstBlockCache()):
+        with pytest.raises(ConfigError, match=r"FirstBlockCache.*MagCacheConfig.*disable_cache"):
+            dit_accel.attach(transformer, config)
     assert transformer.is_cache_enabled
     transformer.disable_cache()
-    transformer._is_cached, transformer._context_manager = True, object()  # as cache-dit 1.5 leaves them
+    transformer._is_cached = True
+    dit_accel.attach(transformer, FIRST_BLOCK).detach()
+    transformer._context_manager = object()  # as cache-dit 1.5 leaves it beside that
     with pytest.raises(ConfigError, match=r"cache-dit.*cache_dit\.disable_cache\(pipe\)"):
         dit_accel.attach(transformer, hooks.FirstBlockCacheConfig())
 
@@ -193,9 +199,11 @@ def test_the_identifiers_that_are_named_work(transformer):
     with dit_accel.attach(transformer, taylor(cache_identifiers=named)) as attachment:
         assert "3 modules hooked" in str(attachment.report().section("diffusers-cache"))
     lite = hooks.TaylorSeerCacheConfig(use_lite_mode=True)
+    on = "TaylorSeerCacheConfig", lite, transformer, adapter_for("WanTransformer3DModel")
     for hooked, lacks in (({"proj_out"}, "no blocks"), ({"blocks.0.attn1"}, "no proj_out")):
         with pytest.raises(ConfigError, match=lacks):
-            check_hooked("TaylorSeerCacheConfig", lite, transformer, adapter_for("WanTransformer3DModel"), hooked)
+            check_hooked(*on, hooked)
+    check_hooked(*on, {"proj_out", "blocks.0.attn1"})
 
 
 def test_models_on_which_a_cache_is_wrong_are_named():
@@ -219,8 +227,10 @@ def test_models_on_which_a_cache_is_wrong_are_named():
 def test_noise_levels_and_steps_that_a_cache_can_not_follow(transformer):
     with dit_accel.attach(transformer, CACHES["sea"]):
         assert forward(transformer, 0, sigma=0.0).isfinite().all()
-        with pytest.raises(ConfigError, match=r"sigma in \[0, 1\].*sigma = -0\.5"):
-            forward(transformer, 0, sigma=-0.5)
+        for level in (-0.5, 1.5):
+            about = types.SimpleNamespace(inputs={}, beside=None, share_of_noise=level, num_inference_steps=4)
+            with pytest.raises(ConfigError, match=rf"sigma in \[0, 1\].*sigma = {level}"):
+                check_call("SeaCacheConfig", None, about, None, None, ())
         with pytest.raises(ConfigError, match="sigma = None"):
             without_context(transformer, 0)
     with dit_accel.attach(transformer, mag()):
@@ -263,6 +273,9 @@ def test_faster_cache_asks_for_two_halves(transformer):
         transformer(two, torch.tensor([500]), text("both"), encoder_hidden_states_image=torch.zeros(2, 1, 8))
     now = [500]
     distilled = dataclasses.replace(faster, current_timestep_callback=lambda: now[0], is_guidance_distilled=True)
+    later = dataclasses.replace(distilled, spatial_attention_timestep_skip_range=(500, 681))
+    with dit_accel.attach(transformer, later):
+        forward(transformer, 0)
     with dit_accel.attach(transformer, distilled) as attachment:
         with pytest.raises(ConfigError, match=r"first step.*timestep 500.*spatial_"):
             forward(transformer, 0)

@@ -58,14 +58,16 @@ def test_the_rule_of_profilingcache(transformer, cached):
 
 
 def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
-    meta, config = transformer.to("meta"), ProfilingCache(blocks="0, 2-4", offload="cpu", **ONCE)
-    with dit_accel.attach(meta, config) as attachment:
-        handler = attachment.engine.handlers[0]
-        handler._start = 0
-        history = handler._new_history(None, False)
-        history.take((torch.ones(2),), (torch.zeros(2),), 0)
-        assert history.points[0].values[0].device.type == "cpu"
-        assert history.forecast((torch.zeros(2, device="meta"),), 1, 9)[0].device.type == "meta"
+    meta = transformer.to("meta")
+    for offload, where in (("cpu", "cpu"), ("none", "meta")):
+        with dit_accel.attach(meta, ProfilingCache(blocks="0, 2-4", offload=offload, **ONCE)) as attachment:
+            handler = attachment.engine.handlers[0]
+            handler._start = 0
+            history = handler._new_history(None, False)
+            history.take((torch.ones(2, device=where), None), (torch.zeros(2, device=where),), 0)
+            assert history.points[0].values[0].device.type == where
+            stream, other = history.forecast((torch.zeros(2, device="meta"),), 1, 9)
+            assert (stream.device.type, other) == ("meta", None)
 
 
 @pytest.mark.gpu
@@ -85,7 +87,7 @@ def test_groups_that_streams_fetch_ahead_while_blocks_are_skipped():
 
 SCHEDULES = {
     "##+..+..+.": dict(every=3, warmup_steps=2),
-    "#...++....": dict(refresh=(4, 5), warmup_steps=1),
+    "#...++....": dict(refresh=(0, 4, 5), warmup_steps=1),
     "#+.+.+.+.+": dict(every=10, measured_steps=50, warmup_steps=0.1),
     "#...#...#.": dict(every=100, warmup_steps=0, max_consecutive=3),
     "#.......##": dict(every=100, warmup_steps=0, last_steps=2),
@@ -99,13 +101,15 @@ def test_schedules_of_profilingcache(transformer):
     two = ProfilingCache(blocks="3-4", refresh=(3,), blocks_2="1-2", refresh_2=(2, 4), warmup_steps=1)
     expected = [WHOLE, [0, 5], [0, 1, 2, 5], [0, 3, 4, 5], [0, 1, 2, 5], [0, 5]]
     assert ran_by_step(transformer, two, 6) == expected
+    usual = ProfilingCache(blocks="1").filled()
+    assert (usual.every, usual.measured_steps, usual.warmup_steps, usual.last_steps) == (6, 50, 0.12, 0)
 
 
 def test_the_estimate_is_what_runs(transformer):
     """On a model of no released size, whose handler is asked directly."""
-    two = dict(refresh=(3,), blocks_2="0", refresh_2=(5,))
+    two = dict(refresh=(3,), blocks_2="0", refresh_2=(5,), max_consecutive=2)
     other_length = dict(refresh=(20, 25), measured_steps=50)
-    for options in (dict(max_consecutive=2, every=100), two, other_length, dict()):
+    for options in (dict(max_consecutive=2, every=2), two, other_length, dict()):
         config = ProfilingCache(blocks="1-3", **options)
         handler = handler_of(config)(config, resolve_model("transformer", {"transformer": transformer}))
         saving = handler.estimate(TokenLayout(frames=5, height=4, width=4), 10)
@@ -131,19 +135,25 @@ def test_published_lists(family, share, runs, full, left):
     assert (whole.carried_bytes, half.carried_bytes) == ({"profilingcache": stored}, {})
     assert half.computed_blocks == pytest.approx((full + (25 - full) * left) / 25, abs=0.01)
     assert planned(every=1).computed_blocks == 1
+    with pytest.raises(ConfigError, match=rf"\.blocks.*{family} lacks {sizes.layers}-99"):
+        planned(blocks="3-99")
     assert planned(every=2, warmup_steps=0).computed_blocks == pytest.approx((1 + left) / 2)
 
 
 def write_profile(path, weights, **changes):
-    entry = {"weights": weights, "blocks": LAYERS, "cached": [0, 2, 3], **changes}
+    entry = {"weights": weights, "blocks": LAYERS, "cached": [3, 0, 2], **changes}
     path.write_text(json.dumps({"profile": 1, "model": "tiny", "transformers": {"transformer": entry}}))
     return str(path)
 
 
 def test_a_profile_says_what_is_cached(transformer, tmp_path):
     weights = weights_digest(transformer)
+    counting = torch.nn.Linear(5, 4)
+    torch.nn.utils.vector_to_parameters(torch.arange(24.0), counting.parameters())
+    assert weights_digest(counting) == "c854f3c0a86a"  # profiles that were written keep theirs
     path = write_profile(tmp_path / "profile.json", weights)
     assert ran_by_step(transformer, ProfilingCache(blocks=path, **ONCE), 2) == [WHOLE, [1, 4, 5]]
+    assert ProfilingCache(blocks=path).groups() == ((0, 2, 3),)
     assert weights == weights_digest(six_blocks().to(torch.bfloat16)) != weights_digest(six_blocks(1))
     write_profile(tmp_path / "profile.json", weights_digest(six_blocks(1)))
     with pytest.raises(ConfigError, match=r"profile\.json'.*'tiny'.*weights \w{12}, transformer"):
@@ -151,12 +161,13 @@ def test_a_profile_says_what_is_cached(transformer, tmp_path):
 
 
 def test_files_that_are_no_profile(transformer, tmp_path):
-    path, entry = tmp_path / "profile.json", '{"weights": "", "blocks": %d, "cached": [%s]}'
+    path, entry = tmp_path / "profile.json", '{"weights": "", "blocks": %s, "cached": [%s]}'
     for content, message in (
         (None, r".*\(No such file.*tune profile -o"),
         ("{", "is not JSON"),
         ("{}", r"is no .*\(version 1\)"),
-        ('{"profile": 1, "transformers": {"transformer": %s}}' % (entry % (2, "2")), "is no"),
+        ('{"profile": 1, "transformers": {"transformer": %s}}' % (entry % (2, "0, 2")), "is no"),
+        ('{"profile": 1, "transformers": {"transformer": %s}}' % (entry % (6.5, "2")), "is no"),
         ('{"profile": 1, "transformers": {"other": %s}}' % (entry % (6, "2")), r".*on other, .*transformer"),
         ('{"profile": 1, "transformers": {"transformer": %s}}' % (entry % (6, "")), r"names 0 blocks.*transformer"),
     ):

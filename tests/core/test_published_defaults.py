@@ -13,6 +13,7 @@ from dit_accel.plan.layout import TokenLayout
 DOCS = Path(__file__).parents[2] / "docs"
 SPARSE = {"block_size": 128, "dense_last_steps": 0, "dense_layers": 1}
 WHOLE_RUN = {"start": 0.0, "stop": 1.0}
+ENDS = {"warmup_steps": 0.2, "last_steps": 1}
 
 DEFAULTS = {
     "radial": {**SPARSE, "dense_steps": 0.24, "decay_factor": 1.0, "near": "full", "sink": True},
@@ -29,6 +30,12 @@ DEFAULTS = {
     "seg": {"scale": 3.0, "layers": None, **WHOLE_RUN},
     "autoguidance": {"scale": 1.0, **WHOLE_RUN},
     "slg": {"scale": 2.8, "start": 0.01, "stop": 0.2, "layers": None},
+    "easycache": {**ENDS, "threshold": 0.05},
+    "firstblockcache": {**ENDS, "threshold": 0.08},
+    "dbcache": {**ENDS, "threshold": 0.08, "first_blocks": 8, "last_blocks": 0},
+    "dbprune": {**ENDS, "threshold": 0.08, "first_blocks": 1, "last_blocks": 0},
+    "staticcache": {"warmup_steps": 0.1, "last_steps": 1, "every": 2},
+    "teacache": {"warmup_steps": 1, "last_steps": 1, "threshold": 0.1, "polynomial": None, "polynomial_2": None},
 }
 """Method -> what neither the user nor the model's recipe sets."""
 

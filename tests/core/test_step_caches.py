@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from cache_calls import Driven, line, run_through, still
-from cache_ranks import work
-from parallel_ranks import processes
 
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.adapters.guidance import Guidance
@@ -18,7 +16,7 @@ from dit_accel.methods.caches.cache_config import is_unconditional
 from dit_accel.methods.caches.engine import StepDecision
 from dit_accel.methods.caches.history import own_copies
 from dit_accel.methods.caches.log import CachedForward, section_of
-from dit_accel.methods.caches.ranks import agreed
+from dit_accel.methods.caches.ranks import agreed, process_groups
 
 EVERY = dict(warmup_steps=0, last_steps=0)
 ONE = torch.ones(1, 2, 3)
@@ -43,7 +41,7 @@ THIRDS = StaticCache(compute_at=(0.0, 1 / 3, 1.0))
 
 def test_guards():
     for options, drawn, measured in (
-        (dict(), "#.........", "##........"),
+        (dict(min_steps=10), "#.........", "##........"),
         (dict(warmup_steps=0.25), "###.......", "###......."),
         (dict(last_steps=2), "#.......##", "##......##"),
         (dict(max_consecutive=2), "#..#..#..#", "##..#..#.."),
@@ -78,6 +76,7 @@ def test_lists_decide_which_steps_are_computed():
         run_through(driven, still, steps=steps)
         assert driven.drawn(steps=steps) == drawn
         assert driven.handler.settings.skipped_steps(steps) == places(drawn)
+    assert THIRDS.always_computed(0, 28) == "listed"
 
 
 def test_the_first_branch_of_a_step_decides_for_all():
@@ -90,12 +89,17 @@ def test_the_first_branch_of_a_step_decides_for_all():
     assert driven.drawn() == driven.drawn("uncond") == "##.......#"
     values = [entry["value"] for entry in driven.handler.report().data["forwards"] if entry["branch"] == "uncond"]
     assert values == [None] * 10
+    none = Driven(EasyCache(threshold=0.0, **EVERY), line)
+    run_through(none, rising)
+    assert {entry["reason"] for entry in none.handler.report().data["forwards"]} == {"nothing stored", "threshold 0"}
 
 
 def test_only_the_unconditional_branch_is_skipped():
     driven = Driven(cache(branches="uncond", warmup_steps=2, last_steps=1), line)
     run_through(driven, still, branches=("cond", "uncond"))
     assert (driven.drawn(), driven.drawn("uncond")) == ("##########", "##.......#")
+    saving = driven.handler.estimate(None, 10)
+    assert (saving.forwards, saving.skipped) == (7, frozenset())
     assert all(is_unconditional(branch, "x") for branch in ("uncond", "cond/uncond", "pred_uncond"))
     assert not any(is_unconditional(branch, "x") for branch in ("cond", "pred_cond", "uncond/perturbed"))
     for branch, why in (("call 1", "cache_context"), ("cond_uncond", "both in one")):
@@ -117,16 +121,18 @@ def test_a_branch_that_comes_or_goes_midway():
             counted.forward(step, still(step), branch)
     assert going.drawn(steps=9) == going.drawn("uncond", 9) == "##......."
     assert (late.drawn(steps=9), late.drawn("uncond", 9)) == ("#........", "..#......")  # nothing was stored before
+    assert late.handler.report().data["forwards"][3]["reason"] == "nothing stored"
     assert measured.drawn(steps=9) == "##..##..."  # a rate takes two computed steps of one branch
     assert counted.drawn(steps=9) == "#....#..."  # it goes on counting what was skipped in a row
 
 
 def test_another_expert_drops_what_was_stored():
-    driven = Driven(cache(predictor="taylor"), line)
+    driven = Driven(cache(predictor="taylor", warmup_steps=2, warmup_of="each"), line)
+    driven.install("transformer", "transformer_2")
     for step in range(6):
-        driven.forward(step, still(step), transformer="transformer" if step < 3 else "transformer_2")
-    assert driven.drawn(steps=6) == "#..#.."
-    assert driven.handler.state_bytes() == 24
+        driven.forward(step, still(step), steps=None, transformer="transformer" if step < 3 else "transformer_2")
+    assert driven.drawn(steps=6) == "##.##."
+    assert driven.handler.state_bytes() == 2 * 24
 
 
 def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other():
@@ -153,7 +159,7 @@ def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other():
 def test_what_the_first_steps_are_the_first_of(options, drawn):
     steps = len(drawn) - 1
     driven = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
-    driven.handler.first_expert = lambda: 0.5
+    driven.handler.first_expert = lambda: 0.52
     driven.install("transformer", "transformer_2")
     for run in range(2):
         driven.ran.clear(), driven.handler.reset(), driven.handler.begin_run()
@@ -203,22 +209,15 @@ def test_gradients_and_training_are_computed():
     assert learning.drawn(steps=3) == "###"
 
 
-def test_a_step_that_another_method_needs_is_computed():
-    other = SimpleNamespace(name="other", needs_step=lambda step: step.step_index in (2, 5))
-    driven = Driven(cache(), line, others=(other,))
-    run_through(driven, still)
-    assert driven.drawn() == "#.#..#...."
-    assert driven.handler.report().data["forwards"][2]["reason"] == "other needs it"
-
-
 def test_memory_is_counted_and_freed():
-    for options, tensors in (
-        (dict(), 1), (dict(predictor="taylor", order=2), 3), (dict(predictor="heun"), 3),
-        (dict(predictor="chebyshev", order=2), 6),
+    for options, tensors, passed in (
+        (dict(), 1, 1), (dict(predictor="taylor", order=2), 3, 3), (dict(predictor="heun"), 3, 2),
+        (dict(predictor="chebyshev"), 4, 2),
     ):  # fmt: skip
-        driven = Driven(StaticCache(every=3, warmup_steps=6, **options), line)
+        driven = Driven(cache(warmup_steps=6, **options), line)
         run_through(driven, still, branches=("cond", "uncond"))
         assert driven.handler.state_bytes() == tensors * 2 * 24, options
+        assert driven.handler.settings.passed_points == passed
         driven.handler.reset()
         assert not driven.handler._histories
 
@@ -227,11 +226,15 @@ def test_a_run_of_unknown_or_other_length():
     for steps, why in ((4, "3 entries.*4 steps"), (None, "3 entries.*unknown")):
         with pytest.raises(ConfigError, match=rf"^staticcache\.steps.*{why}"):
             Driven(StaticCache(steps=(1, 0, 1)), line).forward(0, still(0), steps=steps)
-    shares = dict(last_steps=1, warmup_steps=0.5, max_consecutive=0.5, reach=0.5, compute_at=(0.5,))
+    shares = dict(last_steps=1, warmup_steps=0.5, max_consecutive=0.5, growing=True, reach=0.5, compute_at=(0.5,))
     for option, value in shares.items():
-        driven = Driven(cache(**{option: value}), line)
+        driven = Driven(cache(**{"max_consecutive": 2, option: value}), line)
         with pytest.raises(ConfigError, match=rf"^staticcache\.{option} = .*steps"):
             [driven.forward(step, still(step), steps=None) for step in range(2)]
+    whole = Driven(cache(max_consecutive=1, reach=1), line)
+    [whole.forward(step, still(step), steps=None) for step in range(4)]
+    assert whole.drawn(steps=4) == "#.#."
+    assert cache(reach=0.29).reached(100) == 29  # of the decimal that was written: .29 x 100 lies below
 
 
 def test_the_section_counts_what_was_computed():
@@ -245,6 +248,8 @@ def test_the_section_counts_what_was_computed():
         assert (section.data["computed"], section.data["reused"]) == (2, 2)
         assert section.title == "made-up: 2 of 4 forwards reused (# computed, . reused)"
         assert section.lines[-1] == "indicator 0.1 to 0.3" + (", threshold 0.25" if threshold else "")
+    assert section_of("made-up", entries[:1], 0.25).lines == ("transformer, cond: #",)
+    assert section_of("made-up", entries[-1:], None).lines[-1] == "indicator not a number"
 
 
 @dataclass
@@ -257,6 +262,7 @@ class Moved(StepDecision):
 def test_what_a_cache_of_a_stranger_keeps_is_copied_for_it():
     """In whatever form it keeps what it was given, and in fields that it never declared."""
     x, decision = torch.zeros(1, 2, 3), Moved(branch="cond")
+    assert (decision.step, decision.reuse, decision.in_a_row) == (-1, False, 0)
     decision.inputs, decision.outputs = {"hidden_states": x}, [x.view(-1)]
     decision.copy_shared({"hidden_states": x})
     x.add_(1)
@@ -304,13 +310,12 @@ def test_numbers_are_summed_over_every_group_and_none_spreads(monkeypatch):
     assert agreed(values[:2], []) == [1.5, 3.0]
 
 
-@pytest.mark.slow
-def test_two_processes_that_run_one_transformer_skip_the_same_steps():
-    """Two that run copies of their own do not meet."""
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    found = processes(2, work)
-    (together, alone), (other, other_alone) = found[0], found[1]
-    assert together == other
-    assert alone != other_alone
-    assert alone.count(".") > together.count(".") > other_alone.count(".")
+def test_groups_are_those_of_context_parallelism_and_of_the_weights(monkeypatch):
+    mesh = lambda *groups: SimpleNamespace(ndim=len(groups), get_group=groups.__getitem__)  # noqa: E731
+    ring = SimpleNamespace(context_parallel_config=SimpleNamespace(_flattened_mesh=mesh([0, 1])))
+    weights = [SimpleNamespace(device_mesh=mesh([0, 1], [0, 2])), torch.ones(1)]
+    model = SimpleNamespace(_parallel_config=ring, parameters=lambda: weights)
+    monkeypatch.setattr(dist, "get_process_group_ranks", list)
+    for running, groups in ((True, [[0, 1], [0, 2]]), (False, [])):
+        monkeypatch.setattr(dist, "is_initialized", lambda running=running: running)
+        assert process_groups(model) == groups

@@ -42,6 +42,8 @@ def test_a_number_is_off_by_half_a_step_at_most(precision, worst):
     error = (rounded(x, precision, 8) - x).abs()
     assert (error <= allowed * (1 + 1e-9)).all()
     assert error.max() > 0.4 * worst * float(top.min())
+    steps = rounded(x, "int8", 8) / top * 127
+    torch.testing.assert_close(steps, steps.round())
     assert torch.equal(rounded(torch.zeros_like(x), precision, 8), torch.zeros_like(x))
 
 

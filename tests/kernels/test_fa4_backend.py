@@ -12,7 +12,7 @@ from pathlib import Path
 import fa4_stand_in
 import pytest
 import torch
-from dit_accel_kernels import BackendUnavailableError, Routing, Selection, Vote, api, fa4_requirement, resolve_backend
+from dit_accel_kernels import BackendUnavailableError, Selection, Vote, api, fa4_requirement, resolve_backend
 from dit_accel_kernels.backends.fa4 import support
 from kernel_cases import attend, check_against_reference, frame_decay, full, lists_of, qkv, random_lists
 
@@ -41,13 +41,6 @@ def arch(request, monkeypatch, unwritten_is_nan) -> str:
     """Both ways of cutting queries into blocks."""
     fa4_stand_in.install(monkeypatch, request.param)
     return request.param
-
-
-def test_routing_and_what_it_chose_are_one_call(arch):
-    given, tiles = half(140, 400), full(140, 400, 128)
-    routed = Selection(routing=Routing(beta=0.2))
-    out, exact = attend(*given, tiles, selection=routed, backend="fa4", return_tiles=True)
-    assert torch.equal(out, attend(*given, tiles, selection=Selection(routed=exact), backend="fa4"))
 
 
 def test_full_blocks_hold_what_no_mask_touches(monkeypatch):
@@ -211,7 +204,7 @@ parts = dict(exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indice
 problem = Problem(
     q=torch.zeros(2, 4, 1000, dim, dtype=torch.bfloat16), k=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16),
     v=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16), **parts, pooled_indices=None, block_q=block_q, block_k=128,
-    scale=0.1, head_scale=torch.rand(2, 4) if "scale" in features else None,
+    heads_first=True, scale=0.1, head_scale=torch.rand(2, 4) if "scale" in features else None,
     key_valid=valid if "mask" in features else None,
     decay=(torch.rand(5), frames, frames) if "decay" in features else None,
 )

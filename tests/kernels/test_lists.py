@@ -2,6 +2,7 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists, block_sparse_attention_backward, cache
 from dit_accel_kernels import release_captured, values
-from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.csr import padded_rows
+from dit_accel_kernels.sections import decay_of_tiles, valid_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import attend, frame_decay, full, lists_of, qkv, random_lists
+from kernel_cases import attend, frame_decay, full, lists_of, problem_from, qkv, random_lists
 from torch import Tensor
 
 TOKENS, BLOCK = 60, 16  # four tiles a side
@@ -51,6 +53,30 @@ def test_offsets_are_absolute_and_full_lists_dense_and_states_of_two_dimensions_
     assert (tiles.density, tuple(tiles.states().shape)) == (1.0, (1, 4, 4))
     empty = lists_of(torch.zeros(2, 2), 4, 4, 8, 8)
     assert (empty.groups, empty.density, int(empty.states().max())) == (1, 0.0, SKIPPED)
+
+
+def test_rows_are_padded_to_the_longest_or_to_all_tiles_and_what_lies_beyond_the_end_is_no_key():
+    chosen = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]) > 0
+    counts, indices = padded_rows(chosen, read=True)
+    assert (counts.tolist(), indices.tolist()) == ([2, 1], [[1, 3], [2, 0]])
+    assert padded_rows(chosen)[1].tolist() == [[1, 3, 0, 2], [2, 0, 1, 3]]
+    assert padded_rows(torch.zeros(2, 4) > 0, read=True)[1].shape == (2, 1)
+    tokens = torch.arange(20)
+    whole, some = valid_tiles(torch.stack([tokens < 16, tokens != 3]), 8)
+    assert whole.tolist() == [[True, True, False], [False, True, True]]
+    assert some.tolist() == [[True, True, False], [True, True, True]]
+
+
+def test_a_pair_of_tiles_has_one_decay_where_all_of_its_tokens_have_it():
+    frames = frame_decay(41, 57, 6, (1.0, 1.0, 0.5, 0.5, 0.25))
+    decay = table, q_frames, k_frames = frames.table, frames.q_frames, frames.k_frames
+    problem = problem_from(full(41, 57, 4, 9), *qkv(1, 1, 1, 41, 57, 8, torch.float32))
+    t = table[(q_frames[:, None] - k_frames).abs().clamp(max=4)]
+    t = t.masked_fill((q_frames[:, None] < 0) | (k_frames < 0), 1.0)
+    t = t[torch.arange(44).clamp(max=40)][:, torch.arange(63).clamp(max=56)].view(11, 4, 7, 9)
+    least, most = t.amin((1, 3)), t.amax((1, 3))
+    expected = least.where(least == most, torch.nan)
+    torch.testing.assert_close(decay_of_tiles(problem, decay), expected, equal_nan=True, rtol=0, atol=0)
 
 
 def test_copies_for_a_device_are_made_once():
@@ -111,7 +137,7 @@ def test_lists_are_checked_once_until_they_change(monkeypatch):
 def test_elsewhere_values_are_read_on_demand_alone(monkeypatch):
     tiles, order = lists_with(3, 5), torch.zeros(TOKENS, dtype=torch.int64)
     q, k, v = inputs()
-    problem = Problem(q=q, k=k, v=v, **tiles.parts, block_q=BLOCK, block_k=BLOCK, scale=1.0, token_order=order)
+    problem = problem_from(tiles, q, k, v, token_order=order)
     monkeypatch.setattr(values, "readable", lambda device: False)
     monkeypatch.delenv(values.SWITCH, raising=False)
     values.check_values(problem)
@@ -146,31 +172,33 @@ def test_lists_and_frames_written_behind_torchs_back_are_followed(backend):
 def test_elsewhere_lists_say_that_they_changed(monkeypatch):
     monkeypatch.setattr(cache, "readable", lambda device: False)
     tiles, made = random_tiles(), cache.StorageCache()
-    parts = (tiles.exact_offsets, tiles.exact_indices, tiles.pooled_offsets, tiles.pooled_indices)
-    first = made.get(parts, (), object)
+    first = made.get(tiles.parts.values(), (), object)
     tiles.exact_indices.numpy()[0] += 1
-    assert made.get(parts, (), object) is first  # what a GPU's own kernels write is not seen
+    assert made.get(tiles.parts.values(), (), object) is first  # what a GPU's own kernels write is not seen
     tiles.changed()
-    second = made.get(parts, (), object)
+    second = made.get(tiles.parts.values(), (), object)
     assert second is not first
-    assert made.get(parts, (), object) is second
+    assert made.get(tiles.parts.values(), (), object) is second
 
 
-def test_lists_that_a_graph_reads_warn_when_they_change(monkeypatch):
+def test_what_a_graph_reads_stays_and_warns_when_its_lists_change(monkeypatch):
     monkeypatch.setattr(cache, "_CAPTURED", {})
     lists, made = torch.arange(5), cache.StorageCache()
     for captures in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr(cache, "capturing", lambda device, captures=captures: captures)
-            captured = made.get([lists], (), object)
-    assert made.get([lists], (), object) is captured
+            captured = made.get([lists], (), set)
+    assert made.get([lists], (), set) is captured
     lists.add_(1)
     with pytest.warns(UserWarning, match=r"CUDA graph.*capture"):
-        assert made.get([lists], (), object) is not captured
+        assert made.get([lists], (), set) is not captured
     with pytest.warns(UserWarning, match=r"CUDA graph.*capture"):
         cache.changed([lists])
+    watched = weakref.ref(captured)
+    del captured
+    assert watched() is not None
     release_captured()
-    assert cache._CAPTURED == {}
+    assert watched() is None
     cache.changed([lists])
 
 
@@ -190,6 +218,8 @@ def test_a_device_without_streams_has_none(monkeypatch):
             tiles.to("mps")
     monkeypatch.setattr(torch, "empty", there)
     assert tiles.to("mps").device.type == "meta"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [cache.capturing(torch.device(name)) for name in ("cpu", "cuda")] == [False, True]
 
 
 @pytest.mark.parametrize("backend", ["loop", "operations", "reference", "triton"], indirect=True)

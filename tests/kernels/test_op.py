@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
-from dit_accel_kernels import Routing, Selection, Vote, block_sparse_attention_backward, pack_bits
+from dit_accel_kernels import Routing, Selection, Vote, api, block_sparse_attention_backward, pack_bits
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.packing import flatten, restore
-from kernel_cases import CALLS, attend, frame_decay, qkv, random_lists, with_masks
+from kernel_cases import CALLS, attend, frame_decay, full, qkv, random_lists, with_masks
 
 EVERYTHING = dict(
     scale=0.4, key_length=torch.tensor([30, 17]), frame_decay=frame_decay(30, frame=8, table=(1.0, 0.8, 0.5)),
@@ -42,10 +42,10 @@ def test_opcheck(backend, name):
 
 @pytest.mark.parametrize("return_tiles", [False, True])
 def test_opcheck_with_votes_and_routing(return_tiles):
-    leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32)]
+    leaves = [x.requires_grad_(return_tiles) for x in qkv(2, 4, 2, 30, 30, 8, torch.float32)]
     selection = Selection(keep=pack_bits(torch.rand(2, 4, 4, 4) > 0.2), routing=Routing(beta=0.0), vote=Vote())
-    options = dict(layout="bhsd", selection=selection, return_tiles=return_tiles, return_lse=True, backend="torch")
-    problem = problem_of(*leaves, random_lists(1, 30, 30, 8, 8), **options)
+    options = dict(layout="bhsd", backend="torch", return_tiles=return_tiles, return_lse=return_tiles)
+    problem = problem_of(*leaves, random_lists(1, 30, 30, 8, 8), selection=selection, **options)
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(problem))
 
 
@@ -72,14 +72,23 @@ def test_compiles_to_one_full_graph_and_serves_other_lists(partial):
     assert counter.frame_count <= 2  # the second list makes its length dynamic, no more after that
 
 
-@pytest.mark.parametrize("leaf", [None, "q", "v"])
-def test_what_only_a_gradient_wants_is_made_for_one_only(monkeypatch, leaf):
+def test_auto_is_triton_where_it_takes_both_head_dims(monkeypatch):
+    monkeypatch.setattr(api, "resolve_backend", lambda *asked: "triton" if asked[-1] == 16 else "torch")
+    q, k, v = (x.to("meta") for x in qkv(1, 1, 1, 20, 20, 16, torch.float32))
+    problems = [problem_of(q, k, v[..., :dim], full(20).to("meta"), layout="bhsd") for dim in (16, 8)]
+    assert list(map(api._backend, problems)) == ["triton", "torch"]
+
+
+@pytest.mark.parametrize(("backend", "leaf"), [("triton", None), ("triton", "q"), ("triton", "v"), ("torch", "q")])
+def test_what_only_a_gradient_wants_is_made_for_one_only(monkeypatch, backend, leaf):
     """The LSE, the tiles that routing chose and the backward: none without an input that requires a gradient."""
-    asked, ops = [], torch.ops.dit_accel_kernels
+    asked, kept, ops = [], [], torch.ops.dit_accel_kernels
+    by_lse = backend == "triton" and leaf is not None
 
     def counted(op, kind, *args):
         problem = restore(args[4:] if kind else args)
         asked.append((kind, problem.return_lse, problem.return_tiles))
+        assert not kind or (args[2] is not None) == by_lse  # the output that the forward kept
         return op(*args)
 
     for kind in ("", "_backward"):
@@ -88,9 +97,11 @@ def test_what_only_a_gradient_wants_is_made_for_one_only(monkeypatch, leaf):
     tensors = dict(zip("qkv", qkv(1, 2, 2, 20, 20, 8, torch.float32), strict=True))
     if leaf:
         tensors[leaf].requires_grad_()
-    call = partial(attend, *tensors.values(), random_lists(1, 20, 20, 8, 8), backend="triton")
-    out = call(selection=Selection(routing=Routing(beta=0.0)))
-    assert asked == [("", leaf is not None, leaf is not None)]  # LSE, chosen tiles
+    call = partial(attend, *tensors.values(), random_lists(1, 20, 20, 8, 8), backend=backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(0) or x, lambda x: x):
+        out = call(selection=Selection(routing=Routing(beta=0.0)))
+    assert asked == [("", by_lse, leaf is not None)]  # LSE, chosen tiles
+    assert len(kept) == (8 + 2 * by_lse if leaf else 0)  # q, k, v, four of the lists, what was chosen; output and LSE
     with torch.no_grad():
         call()
     assert asked[1] == ("", False, False)

@@ -4,10 +4,21 @@ import math
 
 import pytest
 import torch
-from dit_accel_kernels import Routing, Selection, TileLists, Vote, count_bits, pack_bits, unpack_bits
+from dit_accel_kernels import (
+    Routing,
+    Selection,
+    TileLists,
+    Vote,
+    count_bits,
+    pack_bits,
+    selected_tiles,
+    unpack_bits,
+    votes,
+)
+from dit_accel_kernels.bits import word_count
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.states import routing_scores
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import attend, full, qkv
 from torch import Tensor
@@ -17,11 +28,12 @@ THRESHOLDS = pytest.mark.parametrize("threshold", ["diag", "exact"])
 
 
 @settings(max_examples=30, deadline=None)
+@example(33, 0)
 @given(st.integers(1, 100), st.integers(0, 2**31))
 def test_bits_survive_packing(count, seed):
     chosen = torch.rand(2, 3, count, generator=torch.Generator().manual_seed(seed)) > 0.5
     bits = pack_bits(chosen)
-    assert bits.shape == (2, 3, -(-count // 32))
+    assert bits.shape == (2, 3, -(-count // 32)) == (2, 3, word_count(count))
     assert torch.equal(unpack_bits(bits, count), chosen)
     assert torch.equal(count_bits(bits), chosen.sum(-1))
 
@@ -34,25 +46,21 @@ def test_routing_keeps_the_normal_tail_of_gaussian_data(backend, threshold):
     for beta in (0.5, 1.0, 1.5):
         selection = Selection(routing=Routing(beta=beta, threshold=threshold))
         _, exact = attend(*inputs, full(512, 512, 8), selection=selection, return_tiles=True, backend=backend)
+        assert torch.equal(selected_tiles(*inputs[:2], full(512, 512, 8), layout="bhsd", selection=selection), exact)
         density, expected = float(count_bits(exact).sum()) / (4 * 64 * 64), 0.5 * math.erfc(beta / math.sqrt(2))
         assert abs(density - expected) < 4 * math.sqrt(expected / (4 * 64))  # tiles of a row share its mean query
 
 
-def test_votes_leave_pinned_unvisited_and_padding_alone():
-    (q, k, v), pinned = qkv(1, 2, 2, 40, 70, 8, WIDE), torch.zeros(3, 5, dtype=torch.bool)
-    keep = torch.ones(1, 2, 3, 5, dtype=torch.bool)
-    pinned[:, 2], keep[..., 1] = True, False
-
-    def kept(threshold: float, q: Tensor = q, **options) -> Tensor:
-        selection = Selection(vote=Vote(threshold=threshold), **options)
-        return unpack_bits(attend(q, k, v, full(40, 70), scale=1.0, selection=selection, backend="reference")[-1], 5)
-
-    options = dict(keep=pack_bits(keep), pinned=pack_bits(pinned))
-    # the first visited and the pinned ones stay; what was not visited keeps its bit
-    assert torch.equal(kept(math.inf, **options), torch.tensor([True, False, True, False, False]).expand(1, 2, 3, 5))
-    assert torch.equal(kept(-math.inf, **options), keep)
-    junk = torch.cat([q[:, :, :32], 1e3 * q[:, :, 32:]], 2)  # only the last, ragged tile's rows change
-    assert torch.equal(kept(-3.0)[:, :, :2], kept(-3.0, junk)[:, :, :2])
+def test_votes_are_held_until_the_padded_evidence_takes_more_than_its_memory(monkeypatch):
+    inputs, selection, settled = qkv(1, 1, 1, 64, 64, 8, torch.float32), Selection(vote=Vote()), []
+    tally = votes.Tally(problem_of(*inputs, full(64), layout="bhsd", selection=selection))
+    monkeypatch.setattr(votes, "VOTE_BYTES", 9 * 16 * 4)  # nine tiles of 16 queries
+    monkeypatch.setattr(votes.Tally, "settle", lambda self, q_tiles, tiles, evidence: settled.append(evidence.shape))
+    for rows, tiles in ((2, 1), (1, 3), (1, 1)):
+        tally.hold(torch.arange(rows), torch.zeros(rows, tiles).long(), torch.zeros(tiles, rows, 16))
+    tally.kept()
+    assert settled == [(3, 3, 16), (1, 1, 16)]
+    assert (selection.reverse, selection.vote.threshold, Routing().beta) == (False, -10.0, 1.0)
 
 
 def scores_of(q: Tensor, k: Tensor, tiles: TileLists, routing: Routing, **arguments) -> tuple[Tensor, Tensor]:
@@ -75,7 +83,10 @@ def test_routing_scores_are_logits_of_means_in_log2_units(threshold):
             torch.testing.assert_close(bar, scores.mean(-1, keepdim=True) + 0.7 * (spread + 1e-6).sqrt())
     q, k, _ = qkv(1, 2, 2, 48, 64, 8, WIDE)
     k[:] = k[:, :, :1]
-    scores, bar = scores_of(q, k, full(48, 64), Routing(beta=2.0, threshold=threshold))
     expected = (q.unflatten(2, (3, 16)).mean(3) * k[:, :, :1]).sum(-1, keepdim=True) * 8**-0.5 * math.log2(math.e)
-    torch.testing.assert_close(scores, expected.expand_as(scores))
-    torch.testing.assert_close(bar - expected, torch.full_like(bar, 2e-3))
+    selection = Selection(routing=Routing(beta=0.0, threshold=threshold))  # what is as large as a threshold isn't above
+    assert not selected_tiles(0 * q, k, full(48, 64), layout="bhsd", selection=selection).any()
+    for keys in (64, 16):
+        scores, bar = scores_of(q, k[:, :, :keys], full(48, keys), Routing(beta=2.0, threshold=threshold))
+        torch.testing.assert_close(scores, expected.expand_as(scores))
+        torch.testing.assert_close(bar - expected, torch.full_like(bar, 2e-3))

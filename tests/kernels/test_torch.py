@@ -8,7 +8,7 @@ import torch
 from dit_accel_kernels import FrameDecay, Selection, Vote, pack_bits, problem, unpack_bits, values
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import chunks
-from dit_accel_kernels.backends.torch.chunks import WASTE, chunks_of
+from dit_accel_kernels.backends.torch.chunks import chunks_of
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.features import product_dtype
@@ -60,15 +60,28 @@ def lists_problem(tiles):
 
 def test_chunks_are_made_once_for_a_list_and_leave_a_processor_its_cache():
     call = lists_problem(random_lists(1, 100, 100, 16, 16))
-    _, columns, each = torch_attend.chunk_sizes(call)
-    assert columns * call.block_q * 4 <= torch_attend.CHUNK_BYTES * each
     found = chunks_of(call, 40, 1, remember=True)
     alias = replace(call, exact_offsets=call.exact_offsets.view(1, -1), exact_indices=call.exact_indices.detach())
-    wider = replace(call, q=torch.randn(1, 3, 100, 16), k=torch.randn(1, 1, 100, 16))
-    for same in (call, alias, wider):
+    for same in (call, alias):
         assert chunks_of(same, 40, 1, remember=True) is found
     call.exact_indices[-1] = call.exact_indices[-1]
     assert chunks_of(call, 40, 1, remember=True) is not found
+
+
+def test_long_calls_have_workers_and_chunks_stay_in_a_threads_cache(monkeypatch):
+    """2 MB of logits; 5e9 products a thread, 4 x 2 x 5 x 2500 x 4000 x 25 of two, from which on workers share it."""
+    tiles = full(2500, 4000, 100, 50)
+
+    def sizes(threads: int, dim: int = 25, device: str = "cpu") -> tuple[int, int, int]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        q, k = (torch.empty(1, device=device).expand(2, 5, tokens, dim) for tokens in (2500, 4000))
+        return torch_attend.chunk_sizes(problem_of(q, k, k, tiles.to(device), layout="bhsd"))
+
+    most = (2 << 20) // (100 * 4)
+    assert [sizes(2), sizes(2, 24), sizes(3)] == [(2, most, 1), (1, 2 * most, 2), (1, 3 * most, 3)]
+    assert sizes(2, device="meta") == (1, 256 * most, 1)
+    monkeypatch.setattr(torch_attend, "WORKERS_FLOPS", 0)
+    assert sizes(64) == (16, 4 * most, 4)
 
 
 @pytest.mark.parametrize("columns", [1, 150, 10_000])
@@ -92,7 +105,7 @@ def test_chunks_cover_every_query_tile_once_with_little_padding(columns, multipl
             seen[head, q_tile, exact[:near]] += 2
             seen[head, q_tile, pooled[:far]] += 1
             used += near * 16 + far
-        assert width * rows - used <= WASTE * width * rows
+        assert 8 * (width * rows - used) <= width * rows
         odd += rows > 2 and rows % 2
     assert torch.equal(seen, tiles.states())
     assert multiple == 1 or odd <= 1  # the last one takes what is left
@@ -134,13 +147,14 @@ def test_a_pooled_tile_far_above_every_exact_one_while_tiles_vote(vote):
 @pytest.mark.parametrize("masked", [False, True])
 def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, masked):
     calls, real = [], chunks._build
-    monkeypatch.setattr(chunks, "_build", lambda *args: calls.append(0) or real(*args))
+    monkeypatch.setattr(chunks, "_build", lambda *args: calls.append(args[1]) or real(*args))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)]
     tiles = random_lists(1, 40, 40, 16, 16)
     for _ in range(3):
         mask = torch.rand(1, 40) > 0.2 if masked else None
         attend(*leaves, tiles, key_mask=mask, backend="torch").sum().backward()
-    assert len(calls) == 2  # in smaller chunks for gradients
+    most = (2 << 20) // (16 * 4)
+    assert calls == [most, most // 4]  # in smaller chunks for gradients
 
 
 @pytest.mark.usefixtures("by_operations")

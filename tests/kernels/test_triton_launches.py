@@ -2,13 +2,13 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
-import importlib
 import itertools
 import json
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +53,8 @@ def test_every_row_is_a_launch_with_a_source_and_any_architecture_has_one():
 def test_lookup_prefers_the_architecture_then_the_tile():
     assert key_of("sm_80", torch.float16, 80, 48) == Key("sm_80", "half", 128, 64)
     assert key_of("sm_80", torch.float32, 256, 192) == Key("sm_80", "fp32", 256, 128)
+    sizes = {(32, 64): (32, 64), (33, 65): (64, 128), (64, 8): (64, 64), (65, 8): (128, 64), (128, 8): (128, 64)}
+    assert all(key_of("sm_80", HALF, *size)[2:4] == row for size, row in sizes.items())
     rows = launch_table()
     for arch, dtype, dim, tile, expected in (
         ("sm_80", HALF, 128, 64, Key("sm_80", "half", 128, 64)),
@@ -101,22 +103,53 @@ def test_sizes_that_follow_from_a_row():
     assert launches.with_order(launch, decay=False) == replace(launch, block_s=16)
     assert launches.with_order(launch, decay=True) == replace(launch, block_q=64, block_s=16)
     assert launches.with_order(small, decay=False) == replace(small, block_k=32, block_s=16)
-    files = [importlib.import_module(f"{support.__package__}.{name}") for name in ("expand", "pool", "route", "votes")]
-    assert {file.NUM_WARPS for file in files} <= {1, 2, 4, 8}
+    for rows, count in ((65, 4), (64, 5), (64, 8), (128, 4)):  # no small program
+        assert launches.with_order(replace(small, block_q=rows, num_warps=count), decay=False).block_k == 64
+    assert [launches.warps(replace(small, num_warps=count), 32) for count in (4, 5, 6)] == [4, 2, 3]
+    assert [launches.column_block(dim) for dim in (8, 16, 24, 64)] == [16, 16, 32, 64]
+    assert [launches.products_of("sm_90", dtype) for dtype in (torch.float32, HALF)] == ["tf32x3", "ieee"]
 
 
-@pytest.mark.parametrize("decays", [True, False])
-def test_calls_with_decay_take_the_launch_rows_of_decay(monkeypatch, decays):
+def test_calls_take_the_launch_rows_of_their_features_and_a_device_its_own_chunks_of_means(monkeypatch):
     asked, real = [], triton_attend.launch_of
 
     def recorded(*given, **named):
-        asked.append(named["features"])
+        asked.append((given[3], *named["features"]))
         return real(*given, **named)
 
     monkeypatch.setattr(triton_attend, "launch_of", recorded)
-    decay = frame_decay(32) if decays else None
-    attend(*qkv(1, 1, 1, 32, 32, 16, torch.float32), full(32), backend="triton", frame_decay=decay)
-    assert asked == [("decay",) if decays else ()]
+    leaves, tiles = [x.requires_grad_() for x in qkv(1, 1, 1, 32, 32, 16, torch.float32)], full(32)
+    for options, features in (
+        ({}, ()), (dict(key_length=torch.tensor([20])), ("mask",)), (dict(frame_decay=frame_decay(32)), ("decay",)),
+        (dict(frame_decay=frame_decay(32), key_mask=torch.arange(32)[None] < 20), ("decay", "mask")),
+    ):  # fmt: skip
+        attend(*leaves, tiles, backend="triton", **options).sum().backward()
+        assert asked == [(16, *features[: features[:1] == ("decay",)]), *[(128, *features)] * 3]
+        asked.clear()
+    launch = Launch(block_q=64, block_k=64, block_s=48, num_warps=4, num_stages=2)
+    for arch, dtype, rows in (
+        ("sm_80", HALF, 32),
+        ("sm_90", HALF, 64),
+        ("sm_90", torch.float32, 32),
+        ("gfx942", HALF, 64),
+    ):
+        monkeypatch.setattr(triton_attend, "architecture", lambda device, arch=arch: arch)
+        problem = problem_from(tiles, *(x.to(dtype) for x in leaves))
+        assert triton_attend.pooled_block(problem, launch) == rows
+        assert triton_attend.pooled_block(replace(problem, decay=()), launch) == 48
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(device=lambda device: device.index))
+    assert triton_attend.on_device(torch.device("cuda", 3)) == 3
+
+
+def test_a_card_is_named_by_its_architecture(monkeypatch):
+    named, card = launches.architecture.__wrapped__, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert [named(torch.device("xpu")), named(torch.device("cpu"))] == ["xpu", "cpu"]
+    for hip, name in ((None, "sm_121"), ("6.4", "gfx942")):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert named(card) == name
 
 
 class TooLarge:

@@ -7,17 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, Routing, Selection, TileLists, Vote, pack_bits, unpack_bits
+from dit_accel_kernels.backends import rows
+from dit_accel_kernels.backends.torch.chunks import chunks_of
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import expand as triton_expand
 from dit_accel_kernels.backends.triton import slices as triton_slices
 from dit_accel_kernels.backends.triton.plan import bits_of, grouped, row_plan
-from dit_accel_kernels.backends.triton.pool import pool
 from dit_accel_kernels.backends.triton.transpose import column_plan
+from dit_accel_kernels.cache import nested_tensors
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.features import decay_by_frame
 from dit_accel_kernels.states import selected_states
-from kernel_cases import attend, frame_decay, full, problem_from, qkv, random_lists
+from kernel_cases import attend, frame_decay, full, lists_of, problem_from, qkv, random_lists
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -56,6 +58,9 @@ def test_longest_rows_come_first_and_plans_are_made_once_for_a_list_and_in_every
     inputs = qkv(1, 2, 2, 100, 100, 16, torch.float32)
     plain = problem_from(tiles, *inputs)
     assert row_plan(plain) is row_plan(plain)
+    states = lists_of([[[2, 2, 0], [1, 0, 1], [0, 1, 0]], [[0, 1, 0], [2, 2, 2], [0, 2, 0]]])
+    ends = row_plan(problem_from(states, *qkv(1, 2, 2, 40, 40, 16, torch.float32))).bounds[:, :, 4:]
+    assert ends.tolist() == [[[0, 0], [0, 3], [1, 2]], [[1, 2], [0, 0], [0, 0]]]  # of pooled tiles
     masked = problem_from(tiles, *inputs, key_length=length)
     assert int(row_plan(masked).valid.sum()) == 90
     length.fill_(80)
@@ -63,6 +68,20 @@ def test_longest_rows_come_first_and_plans_are_made_once_for_a_list_and_in_every
     columns = column_plan(plain, whole_chunks=True)
     assert column_plan(replace(plain, q=plain.q + 1), whole_chunks=True) is columns
     assert column_plan(plain, whole_chunks=False) is not columns
+    tiles = random_lists(2, 100, 100, 16, 16)
+    for key_heads in (1, 2):  # which have an order each
+        call = problem_from(tiles, *qkv(1, 2, key_heads, 100, 100, 16, torch.float32))
+        assert column_plan(call, whole_chunks=True).order.shape == (key_heads, 7)
+
+
+def test_plans_hold_nothing_of_what_they_are_remembered_with():
+    """It would keep lists and frames alive for good."""
+    tiles, frames = random_lists(1, 100, 100, 16, 16), frame_decay(100)
+    parts = (frames.table, frames.q_frames, frames.k_frames, torch.rand(1, 100) > 0.3)
+    call = problem_from(tiles, *qkv(1, 2, 2, 100, 100, 16, torch.float32), decay=parts[:3], key_valid=parts[3])
+    plans = [row_plan(call), column_plan(call, whole_chunks=True), chunks_of(call, 300, 1, remember=True)]
+    held = {x.untyped_storage().data_ptr() for x in nested_tensors(plans)}
+    assert held.isdisjoint(x.untyped_storage().data_ptr() for x in (*parts, *tiles.parts.values()) if x is not None)
 
 
 def test_hidden_tokens_take_no_part_in_the_plan_of_others():
@@ -96,19 +115,6 @@ def test_lists_are_transposed():
     assert edges.tolist() == [0, 1, 1, 1, 1, 3, 4]
 
 
-def test_pool_of_valid_tokens():
-    _, k, v = qkv(2, 2, 2, 40, 40, 24, torch.float32)
-    valid, order = torch.rand(2, 40) > 0.3, torch.randperm(40)
-    valid[0, 16:32] = False
-    k_mean, v_mean, length = pool(k, v, block_k=16, token_order=order, valid=valid.to(torch.uint8))
-    for b in range(2):
-        for tile, chosen in enumerate(order.split(16)):
-            kept = chosen[valid[b].split(16)[tile]]
-            assert length[b, tile] == kept.numel()
-            for mean, x in ((k_mean, k), (v_mean, v)):
-                torch.testing.assert_close(mean[b, :, tile], x[b][:, kept].sum(1) / max(kept.numel(), 1))
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_expanded_lists_are_the_plan_filtered(groups, masked):
@@ -129,7 +135,9 @@ def test_expanded_lists_are_the_plan_filtered(groups, masked):
         for end, plan_end in zip(ends, plan_ends, strict=True):
             expected = [n for n in range(start, plan_end) if states[b, h, i, plan.indices[n]] == EXACT]
             assert lists.indices[place + begin : place + end].tolist() == plan.indices[expected].tolist()
-            assert lists.entry_t[place + begin : place + end].tolist() == plan.entry_t[expected].tolist()
+            torch.testing.assert_close(
+                lists.entry_t[place + begin : place + end], plan.entry_t[expected], rtol=0, atol=0, equal_nan=True
+            )
             assert places.isdisjoint(range(place + begin, place + end))
             places |= set(range(place + begin, place + end))
             start, begin = plan_end, end
@@ -140,15 +148,6 @@ def test_expanded_lists_are_the_plan_filtered(groups, masked):
         assert pooled.any() or pooled_start == pooled_end
     assert min(places) > 0
     assert max(places) < lists.indices.numel() - 1
-
-
-def test_lists_that_batches_or_heads_share_are_copied_once_for_each_of_them():
-    """3 batches of 4 heads; a stride of 0 says that all of them share the list."""
-    for strides, entries, expected in (
-        ((8, 2), 1, ((0, 0), 1)), ((8, 0), 1, ((0, 1), 4)), ((0, 2), 1, ((1, 0), 3)), ((0, 0), 1, ((4, 1), 12)),
-        ((0, 0), 5, ((20, 5), 60)),
-    ):  # fmt: skip
-        assert triton_expand._room(strides, entries, 3, 4) == expected
 
 
 TILE = 1024  # 16 chunks or more
@@ -196,21 +195,26 @@ def test_positions_times_chunks_stay_in_range(monkeypatch, far):
 
 
 def a_call(groups: int, pooled: bool) -> tuple[list[torch.Tensor], TileLists, int]:
-    """Tensors of 2 batches and 4 heads on 2 key heads, lists, and bytes of one copy of what a selection leaves."""
+    """Tensors of 2 batches and 4 heads on 2 key heads, lists, and bytes of one copy of the lists."""
     leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 40, 40, 16, torch.float32)]
     tiles = random_lists(groups, 40, 40, 16, 16, pooled=pooled)
-    return leaves, tiles, 4 * tiles.tiles_exact
+    return leaves, tiles, 4 * (tiles.tiles_exact + 2)
 
 
-@pytest.mark.parametrize("groups", [1, 4, 8])
-def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups):
+@pytest.mark.parametrize(
+    ("groups", "counts"), [(1, [4, 4, 4, 4, 2, 2, 2, 1]), (4, [2, 2, 1, 1, 1, 1, 1, 1]), (8, [1] * 8)]
+)
+def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups, counts):
     leaves, tiles, one = a_call(groups, True)
     selection = Selection(keep=pack_bits(torch.rand(2, 4, 3, 3) < 0.6), rest="pooled")
     problem = problem_of(*leaves, tiles, layout="bhsd", selection=selection)
-    for copies in (1, 2, 3, 4, 5, 7, 8, 100):
-        monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", copies * one)
-        seen = torch.zeros(2, 4, dtype=torch.int32)
-        for part in triton_slices.slices(problem):
+    assert triton_slices.SCRATCH_BYTES <= 1 << 30
+    room = (0, one, 3 * one - 1, 3 * one, 4 * one, 6 * one - 1, 8 * one - 1, 8 * one)
+    for copies, scratch, count in zip((0, 1, 2, 3, 4, 5, 7, 8), room, counts, strict=True):
+        monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", scratch)
+        seen, parts = torch.zeros(2, 4, dtype=torch.int32), triton_slices.slices(problem)
+        assert len(parts) == count
+        for part in parts:
             seen[part] += 1
             cut = triton_slices.slice_of(problem, part)
             batch, heads = cut.q.shape[:2]
@@ -237,7 +241,8 @@ def test_parts_of_the_heads_give_the_same(monkeypatch, groups, routes, copies):
         scratch.append(4 * lists.indices.numel())
         return lists, exact
 
-    monkeypatch.setattr(triton_attend, "expand", expand)
+    for module in (triton_attend, triton_backward):
+        monkeypatch.setattr(module, "expand", expand)
     for limit in (1 << 30, copies * one):
         monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", limit)
         scratch.clear()
@@ -246,7 +251,7 @@ def test_parts_of_the_heads_give_the_same(monkeypatch, groups, routes, copies):
         results.append([*given, *torch.autograd.grad(total, leaves)])
     assert all(map(torch.equal, *results))
     assert len(scratch) > 1
-    assert max(scratch) <= max(copies, 2 if groups == 1 else 1) * one + 8  # heads of one key head stay together
+    assert max(scratch) <= max(copies, 2 if groups == 1 else 1) * one  # heads of one key head stay together
 
 
 def test_chunks_come_by_descriptors_where_these_can_describe_them(monkeypatch):
@@ -266,3 +271,26 @@ def test_chunks_come_by_descriptors_where_these_can_describe_them(monkeypatch):
         arguments: dict = {"token_order": torch.randperm(40)} if order else {}
         attend(q, q, q, random_lists(1, 40, 40, block, block, pooled=False), backend="triton", **arguments)
     assert made == [(None, None)] * 4
+    whole = torch.zeros(1, 2, 40, 16)
+    for other, in_sequence, fits in (
+        (whole, True, True), (whole, False, False), (torch.zeros(1, 2, 40, 8), True, True),
+        (torch.zeros(1, 2, 40, 24), True, False), (torch.zeros(1, 2, 40, 8).half(), True, False),
+        (torch.zeros(1, 1, 40, 16).expand(1, 2, -1, -1), True, False),
+    ):  # fmt: skip
+        for pair in ((whole, other), (other, whole)):
+            found = [x and (x.base, x.block_shape) for x in descriptors(*pair, 4, in_sequence)]
+            assert found == [(x, [1, 1, 4, x.shape[3]]) if fits else None for x in pair]
+
+
+def test_rows_that_move_in_pieces_of_16_bytes():
+    x, half = torch.zeros(4096), torch.zeros(4096, dtype=torch.float16)
+    for memory, strides, start, whole, moves in (
+        (x, (96, 32, 8, 1), 0, True, True), (x, (96, 32, 4, 1), 4, True, True), (half, (96, 32, 8, 1), 8, True, True),
+        (x, (96, 32, 8, 2), 0, False, False), (x, (96, 32, 8, 1), 1, True, False), (x, (97, 32, 8, 1), 0, True, False),
+        (x, (96, 33, 8, 1), 0, True, False), (x, (96, 32, 9, 1), 0, True, False),
+        (half, (96, 32, 4, 1), 0, True, False),
+    ):  # fmt: skip
+        tensor = memory.as_strided((2, 3, 4, 4), strides, start)
+        assert rows.moves_in_pieces(tensor) == moves
+        assert (rows.with_whole_rows(tensor) is tensor) == whole
+    assert rows.no_lse(half).shape == (0,)

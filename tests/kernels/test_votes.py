@@ -6,6 +6,7 @@ which needs a card, in test_no_sync.py.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def test_2_an_endless_threshold_leaves_one_tile_and_the_pinned(backend, reverse)
     first[..., COUNT - 2 if reverse else 0] = True  # the ragged tile comes last in both directions
     bits = votes.call(backend, q, k, v, vote=vote, reverse=reverse)[2]
     assert torch.equal(bits, first)
+    still = partial(votes.call, backend, q * 0, k, v, reverse=reverse)  # what is as large as a threshold isn't above it
+    assert torch.equal(still(vote=Vote(threshold=0.0))[2], first)
+    half = still(vote=Vote(criterion="budget", threshold=0.5))[2]
+    assert torch.equal(half, torch.tensor([True, False, True, True]).expand_as(ALL))
     for back in (False, True):
         assert torch.equal(votes.call(backend, q, k, v, keep=bits, vote=vote, reverse=back)[2], bits)
     pinned = torch.tensor([[False, True, False, True], [False] * 4])
@@ -117,11 +122,13 @@ def test_6_tiles_are_visited_by_section_where_all_of_them_are_whole(reverse, vot
 
 @EVERY
 @DIRECTIONS
-@pytest.mark.parametrize("threshold", [0.0, -1.0])
-def test_7_no_row_loses_its_largest_key(backend, reverse, threshold):
-    q, k, v = votes.inputs(backend, 2)
+@pytest.mark.parametrize("vote", [Vote(threshold=0.0), Vote(threshold=-1.0), Vote(criterion="mass", threshold=0.01)])
+def test_7_no_row_loses_its_largest_key(backend, reverse, vote):
+    """Though every second row sees the others' least keys first, beside which theirs weigh nothing at all."""
+    q, k, v = votes.inputs(backend, 2, spread=1.5 if vote.criterion == "maxgap" else 400.0)
+    q[:, :, ::2] *= -1
     keep = votes.some_tiles(2)
-    bits = votes.call(backend, q, k, v, keep=keep, vote=Vote(threshold=threshold), reverse=reverse)[2]
+    bits = votes.call(backend, q, k, v, keep=keep, vote=vote, reverse=reverse)[2]
     largest = votes.logits(q, k).masked_fill(~votes.by_token(keep), -torch.inf).argmax(-1, keepdim=True)
     assert votes.by_token(bits).gather(-1, largest).all()
 

@@ -266,7 +266,7 @@ def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch
 
 
 def shared_history(self, shapes, beside=False, kept=[]):  # noqa: B006 - one for all branches is what is wrong
-    kept[:] = kept or [History(self.settings, shapes, self._start)]
+    kept[:] = kept or [History(self.settings, shapes, self._start, None, False)]
     return kept[0]
 
 

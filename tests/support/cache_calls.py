@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,23 +23,13 @@ Output = Callable[[int, str], Any]
 
 
 class Driven:
-    """A step cache whose forwards are made up; `ran` lists the (step, branch) that were computed.
-
-    Args:
-        config: of the cache.
-        output: what forwards give.
-        others: the other attached methods.
-        recipe: the model's recipe of the cache.
-        guidance: how the model's pipelines guide.
-        model: the transformer.
-    """
+    """A step cache whose forwards are made up; `ran` lists the (step, branch) that were computed."""
 
     def __init__(
         self, config: StepCacheConfig, output: Output, others: Sequence[Handler] = (),
         recipe: Mapping[str, Any] | None = None, model: Any = None, guidance: Guidance | None = None,
     ) -> None:  # fmt: skip
-        changed = {"recipes": {config.name: recipe or {}}, "guidance": guidance or ADAPTER.guidance}
-        adapter = Adapter(**{**_fields(ADAPTER), **changed})
+        adapter = replace(ADAPTER, recipes={config.name: recipe or {}}, guidance=guidance or ADAPTER.guidance)
         described = Model(adapter=adapter, family=None, heads=1, layers=1)
         self.handler: Any = handler_of(config)(config, described)
         self.handler.check_with(others)
@@ -100,7 +91,3 @@ def still(step: int) -> Tensor:
 def values_of(driven: Driven) -> list[float]:
     """What a cache measured in a run, where it did."""
     return [entry["value"] for entry in driven.handler.report().data["forwards"] if entry["value"] is not None]
-
-
-def _fields(adapter: Adapter) -> dict[str, Any]:
-    return {name: getattr(adapter, name) for name in adapter.__slots__}

@@ -111,10 +111,8 @@ def check_against_reference(
 
 def problem_from(tiles: TileLists, q: Tensor, k: Tensor, v: Tensor, **features) -> Problem:
     """A call in [B, H, S, D] as backends get it."""
-    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
-    lists = {name: getattr(tiles, name) for name in names}
-    defaults = dict(scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
-    return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
+    defaults = dict(scale=q.shape[-1] ** -0.5, heads_first=True, block_q=tiles.block_q, block_k=tiles.block_k)
+    return Problem(q=q, k=k, v=v, **tiles.parts, **{**defaults, **features})
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,9 @@ class Call:
     """A call of a backend in words; its numbers are random.
 
     Attributes:
-        features: words among `pooled`, `length`, `mask`, `decay`, `heads` (scales of heads), `order`, `mix`, `inside`
-            (masks inside tiles), `keep` and `demoted` (a selection's bits, whose rest is skipped or pooled), `reverse`.
+        features: words among `pooled`, `length`, `mask`, `decay`, `heads` (scales of heads) and `shared` (those of all
+            batches), `order`, `mix`, `inside` (masks inside tiles), `keep` and `demoted` (a selection's bits, whose
+            rest is skipped or pooled), `reverse`.
         states: what the tiles are, if not random; 0 skipped, 1 pooled, 2 exact.
         size: what queries are multiplied by.
     """
@@ -171,6 +170,8 @@ class Call:
             arguments["frame_decay"] = frame_decay(num_q, num_k, 18)
         if "heads" in words:
             arguments["head_scale"] = torch.rand(batch, heads) + 0.5
+        if "shared" in words:
+            arguments["head_scale"] = torch.rand(heads) + 0.5
         if "order" in words:
             arguments["token_order"] = torch.randperm(num_q)
         if "mix" in words:
@@ -188,7 +189,7 @@ CALLS = {
     "one query": Call(num_q=1, num_k=3),
     "tokens first": Call(layout="bshd", heads=4, key_heads=2),
     "a list a head": Call(heads=4, key_heads=2, groups=4, num_q=63, num_k=31),
-    "a list a head and batch": Call(batch=2, groups=4, num_q=17, num_k=100, dtype=HALF, layout="bshd"),
+    "a list a head and batch": Call(batch=2, heads=6, key_heads=3, groups=12, num_q=17, num_k=100, layout="bshd"),
     "nothing pooled": Call(num_q=65, num_k=64, features=""),
     "one skipped tile": Call(states=((0,),), blocks=(64, 64)),
     "one pooled tile": Call(states=((1,),), blocks=(64, 64), num_k=31),
@@ -210,10 +211,10 @@ CALLS = {
     "everything, narrow": Call(batch=2, features=EVERYTHING, dtype=HALF, scale=0.3),
     "masks inside": Call(features="inside", groups=2, num_q=75, num_k=75, blocks=(32, 16)),
     "masks inside and a head dim of v": Call(
-        batch=2, features="pooled inside length mask heads", dim=40, value_dim=24, dtype=HALF, blocks=(16, 32)
+        batch=2, features="pooled inside length mask shared", dim=40, value_dim=24, dtype=HALF, blocks=(16, 32)
     ),
     "masks inside, decay and order": Call(features="pooled inside decay order", value_dim=48, dtype=torch.float16),
-    "bits that skip": Call(batch=2, groups=2, features="pooled keep mask heads"),
+    "bits that skip": Call(batch=2, heads=6, key_heads=3, groups=12, features="pooled keep mask heads"),
     "bits that pool": Call(features="pooled demoted decay order", groups=2, value_dim=8),
     "bits, last tile first": Call(features="pooled keep reverse", dtype=HALF),
 }

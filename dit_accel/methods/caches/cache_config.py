@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ...errors import ConfigError
-from ...rules.steps import whole_steps
+from ...rules.steps import steps_of, whole_steps
 from ..config import MethodConfig
 from ..noise import NeedsNoise
 from ..options import Count, Share, Steps, ge, gt, within
@@ -80,11 +80,14 @@ class StepCacheConfig(MethodConfig):
 
     def reached(self, count: int | None) -> int | None:
         """Return the number of steps past a computed one that the predictor is used for; None: any number."""
-        if self.reach is None or self.reach >= 1:
-            return None if self.reach is None else int(self.reach)
+        reach = self.reach
+        if reach is None:
+            return None
+        if int(reach) == reach:
+            return int(reach)
         if count is None:
             raise unknown_steps(self, "reach", "set a whole number")
-        return int(round(self.reach * count, 9))
+        return count - steps_of(1 - reach, count)
 
     @property
     def kept_points(self) -> int:
@@ -113,7 +116,7 @@ class StepCacheConfig(MethodConfig):
         if self.compute_at and count is None:
             raise unknown_steps(self, "compute_at", "leave it out")
         total = sys.maxsize if count is None else count
-        if total < (self.min_steps or 0):
+        if self.min_steps is not None and total < self.min_steps:
             return "few steps"
         if index < self.first_steps(count, expert):
             return "first steps"
@@ -127,15 +130,17 @@ class StepCacheConfig(MethodConfig):
         if of == "last" and not expert.last:
             return sys.maxsize
         if of == "run":
-            return whole_steps(warmup, count or 0)
-        until = (count or 0) if expert.last else expert.until
-        if until is None and 0 < warmup < 1:
+            return end_steps(self, "warmup_steps", "last_steps", count)[0]
+        until = count if expert.last else expert.until
+        if until is not None:
+            return expert.first + whole_steps(warmup, until - expert.first)
+        if int(warmup) != warmup:
             raise ConfigError(
                 f"{self.name}.warmup_of = 'each' with {self.name}.warmup_steps = {warmup} is a share of each "
                 "transformer's steps, and how many the first makes is not known of this model; set warmup_steps to a "
                 "whole number"
             )
-        return expert.first + whole_steps(warmup, (until or 0) - expert.first)
+        return expert.first + int(warmup)
 
     def skipped_steps(
         self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True, switch: int = 0
@@ -147,28 +152,30 @@ class StepCacheConfig(MethodConfig):
             switch: the step at which a second transformer takes over; 0: there is none.
         """
         in_a_row, skipped = 0, list[int]()
-        for index in range(count):
-            begins = index in (0, switch)  # nothing is stored
-            expert = ExpertSteps(switch) if index >= switch else ExpertSteps(until=switch, last=False)
-            must = begins or self.always_computed(index, count, expert)
-            must = must or self.most_skipped(in_a_row, index, count, expert)
-            if not must and skips(index, in_a_row):
-                in_a_row += 1
-                skipped.append(index)
-            else:
-                in_a_row = 0
+        experts = (ExpertSteps(until=switch, last=False), range(switch)), (ExpertSteps(switch), range(switch, count))
+        for expert, steps in experts:
+            for index in steps:
+                must = index == steps.start or self.always_computed(index, count, expert)  # nothing is stored at first
+                must = must or self.most_skipped(in_a_row, index, count, expert)
+                if not must and skips(index, in_a_row):
+                    in_a_row += 1
+                    skipped.append(index)
+                else:
+                    in_a_row = 0
         return tuple(skipped)
 
     def most_skipped(self, in_a_row: int, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
         """Return the reason why step ``index`` must be computed after so many skipped in a row, or None."""
-        if self.max_consecutive is None:
+        bound = self.max_consecutive
+        if bound is None:
             return None
-        if count is None and (self.growing or self.max_consecutive < 1):
+        if count is not None:
+            bound = whole_steps(bound, count)
+            if self.growing:
+                first = self.first_steps(count, expert)
+                bound = 1 + bound * (index - in_a_row - first) // (count - first)
+        elif self.growing or int(bound) != bound:
             raise unknown_steps(self, "growing" if self.growing else "max_consecutive", "leave it out")
-        bound = whole_steps(self.max_consecutive, count or 0)
-        if count is not None and self.growing:
-            first = self.first_steps(count, expert)
-            bound = min(bound, 1 + bound * (index - in_a_row - first) // max(count - first, 1))
         return f"{in_a_row} skipped in a row" if in_a_row >= bound else None
 
 
@@ -185,7 +192,7 @@ class MeasuredCacheConfig(StepCacheConfig):
 
 def is_unconditional(branch: str, method: str) -> bool:
     """Tell whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
-    name = branch.rsplit("/", 1)[-1]
+    name = branch.split("/")[-1]
     if name == "cond_uncond":
         raise ConfigError(
             f"{method}.branches = 'uncond' needs a forward of its own for the unconditional branch; this pipeline "

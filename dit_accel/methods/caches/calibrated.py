@@ -41,9 +41,11 @@ class CalibratedConfig(MeasuredCacheConfig):
 class CalibratedHandler(StepCacheHandler):
     """A cache that needs numbers measured on the model, on one model."""
 
+    settings: CalibratedConfig
+
     def first_expert(self) -> float | None:
         """Return the share of a run's steps that the first of two transformers makes, in the model that is named."""
-        named = families().get(getattr(self.settings, "family", None) or "")
+        named = families().get(self.settings.family or "")
         return named.first_expert if named else super().first_expert()
 
     @classmethod

@@ -6,6 +6,7 @@ that grew: so what they added to the latents is known, and a share of the error 
 """
 
 from collections.abc import Callable, Sequence
+from math import nan
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +28,7 @@ class ForecastCorrection:
     def __init__(self, settings: StepCacheConfig) -> None:
         self._settings = settings
         self._skipped: list[tuple[int, float]] = []  # (step, noise level) since the last computed step
-        self._sigma: float | None = None  # of the last step
-        self._width = 0.0  # noise levels between the last two steps
+        self._sigma = self._before = nan  # noise level of the last step, and of the one before it
 
     def skipped(self, context: ForwardContext) -> None:
         """Note a skipped step."""
@@ -44,8 +44,8 @@ class ForecastCorrection:
         """
         sigma, skipped = self._noise_level(context), self._skipped
         self._skipped = []
-        width = sigma if context.step_index + 1 == context.num_inference_steps else self._width
-        if not skipped or width <= 0:
+        width = sigma if context.step_index + 1 == context.num_inference_steps else self._before - sigma
+        if not skipped or not width > 0:
             return output
         # each skipped step moved the latents by its error times its width: their sum, in units of this step's error
         levels = [*(level for _, level in skipped), sigma]
@@ -62,9 +62,9 @@ class ForecastCorrection:
             assert needs is not None
             raise needs.untold()
         if sigma != self._sigma:  # else a scheduler calls twice in a step
-            self._sigma, self._width = sigma, 0.0 if self._sigma is None else self._sigma - sigma
+            self._before, self._sigma = self._sigma, sigma
         return sigma
 
 
 def _plus(leaf: Any, off: Tensor | None, weight: float) -> Any:
-    return leaf if off is None else leaf.detach().to(off.dtype).add(off, alpha=weight).to(leaf.dtype)
+    return leaf if off is None else leaf.to(off.dtype).add(off, alpha=weight).to(leaf.dtype)

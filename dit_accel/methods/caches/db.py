@@ -21,7 +21,7 @@ from ..config import MethodConfig
 from ..options import Count, ge
 from ..site import Block, ForwardContext, Site
 from .cache_config import MeasuredCacheConfig, StepCacheConfig
-from .easy import mean_size
+from .easy import mean_size, spent_size
 from .engine import StepDecision
 from .log import extended
 from .ranks import ratio
@@ -78,21 +78,23 @@ class DBHandler(SpanHandler):
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
         super().__init__(config, model)
-        self._first_blocks, self._last_blocks = self.settings.first_blocks or 0, self.settings.last_blocks or 0
+        first, last = self.settings.first_blocks, self.settings.last_blocks
+        assert first is not None
+        assert last is not None
+        self._first_blocks, self._last_blocks = first, last
 
     def indicator(self, context: ForwardContext, decision: BlockDecision) -> float | None:
         """Return the relative change of what the first blocks add since a computed step; waits for the device."""
         now, before = self._passes[context.transformer].added, decision.added
-        if now is None or before is None:
+        if now is None or before is None:  # another method left the first blocks out
             return None
-        return ratio(*self.numbers(context, mean_size(now - before, spent=True), mean_size(before)))
+        return ratio(*self.numbers(context, spent_size(now - before), mean_size(before)))
 
     def seen(self, context: ForwardContext, decision: BlockDecision) -> None:
         if not decision.reuse:
             decision.added = self._passes[context.transformer].added
 
     def install(self, site: Site) -> None:
-        self.require_free(site)
         first, last = self._first_blocks, self._last_blocks
         middle = self.blocks_between(site, first, last)
         for block in site.blocks[first + len(middle) :]:

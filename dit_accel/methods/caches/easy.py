@@ -4,6 +4,7 @@ Source: EasyCache (arXiv 2507.02860). It needs no coefficients and knows nothing
 any predictor in place of holding the last residual, and the first branch of a step decides whichever it is.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Self
@@ -68,10 +69,10 @@ class EasyDecision(StepDecision):
     v: Tensor | None = None  # output of the last computed step
     # mean of |dv| and of |dx| between the last two computed steps; None before there were two
     changes: tuple[Tensor, Tensor] | None = None
-    total: float = 0.0  # what the steps since the last computed one add up to
+    total: float = math.nan  # what the steps since the last computed one add up to
     # mean of |forecast - v| and of |v| at the last computed step that there was a forecast for
     missed: tuple[Tensor, Tensor] | None = None
-    grown: float = 1.0  # what the error of a forecast had grown to there, up to a factor
+    grown: float = math.nan  # what the error of a forecast had grown to there, up to a factor
     places: tuple[float, ...] = ()  # of the last computed steps, along which it grows
 
 
@@ -92,8 +93,10 @@ class EasyHandler(StepCacheHandler):
                 return None
             grown = self._grown(context, decision)
             return ratio(*self.numbers(context, *decision.missed)) * grown / decision.grown
-        if decision.changes is None or decision.v is None or decision.x is None:
+        if decision.changes is None:
             return None
+        assert decision.v is not None
+        assert decision.x is not None
         moved = mean_change(self.latents(context), decision.x)
         change, by, now, size = self.numbers(context, *decision.changes, moved, mean_size(decision.v))
         decision.total += ratio(change, by) * ratio(now, size)
@@ -108,7 +111,7 @@ class EasyHandler(StepCacheHandler):
             return
         latents = context.inputs[self.model.adapter.latents]
         off = history.sample_missed(output, latents, context.step_index, self._end(context))
-        decision.missed = mean_size(off, spent=True), mean_size(target_sample(output))
+        decision.missed = spent_size(off), mean_size(target_sample(output))
         decision.grown = grown
 
     def _grown(self, context: ForwardContext, decision: EasyDecision) -> float:
@@ -135,17 +138,22 @@ class EasyHandler(StepCacheHandler):
             return
         x, v = decision.x, target_sample(output)
         assert x is not None
-        if decision.v is not None and decision.x_computed is not None:
+        if decision.v is not None:
+            assert decision.x_computed is not None
             decision.changes = mean_change(v, decision.v), mean_change(x, decision.x_computed)
         decision.x_computed, decision.v = x, v
 
 
-def mean_size(of: Tensor, *, spent: bool = False) -> Tensor:
-    """Return the mean of the absolute values, summed in float32 or wider; ``spent``: the tensor may be overwritten."""
-    size = of.abs_() if spent else of.abs()
-    return size.sum(dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
+def mean_size(of: Tensor) -> Tensor:
+    """Return the mean of the absolute values, summed in float32 or wider."""
+    return spent_size(of.clone())
+
+
+def spent_size(of: Tensor) -> Tensor:
+    """Return what `mean_size` does, of a tensor that is overwritten."""
+    return of.abs_().sum(dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
 
 
 def mean_change(one: Tensor, other: Tensor) -> Tensor:
     """Return the mean of |one - other|, in float32."""
-    return mean_size(one.float() - other.float(), spent=True)
+    return spent_size(one.float() - other.float())

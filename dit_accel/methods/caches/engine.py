@@ -138,17 +138,19 @@ class StepCacheHandler(Handler):
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer; raise `ConfigError` if another cache is active on it."""
-        self.require_free(site)
         self.cover(site)
 
-    def require_free(self, site: Site) -> None:
-        """Raise `ConfigError` if another cache is active on a transformer."""
-        require_no_cache(site.name, site.transformer, self.settings.requested_name)
-
     def cover(self, site: Site) -> None:
-        """Run around the forwards of a transformer."""
+        """Run around the forwards of a transformer; raise `ConfigError` if another cache is active on it."""
+        require_no_cache(site.name, site.transformer, self.settings.requested_name)
         self._transformers[site.name] = site.transformer
-        site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
+
+        def around(context: ForwardContext, run: Callable[..., Any]) -> Any:
+            output = self._around(context, run, site.adapter.latents, site.name)
+            self.note_held(sum(holder.nbytes for holder in (*self._histories.values(), *self._decisions.values())))
+            return output
+
+        site.around_forward(around)
 
     def check_with(self, others: Sequence[Handler]) -> None:
         self._others = tuple(others)
@@ -169,7 +171,6 @@ class StepCacheHandler(Handler):
             forecast = history.forecast(latents, context.step_index, self._end(context), beside)
             if history.correction is not None:
                 history.correction.skipped(context)
-            self.note_held(self._held())
             return forecast
         output = run()
         if is_recorded(output):
@@ -187,7 +188,6 @@ class StepCacheHandler(Handler):
         if leads:
             self.computed(context, decision, output)
             decision.copy_shared((context.inputs, output))
-        self.note_held(self._held())
         return corrected
 
     def _corrected(
@@ -216,8 +216,7 @@ class StepCacheHandler(Handler):
         require_no_cache(context.transformer, self.transformer_of(context), self.settings.requested_name)
         if context.transformer != self._transformer:
             if not self._holds_a_prompt(context.transformer):
-                self._histories.clear()
-                self._decisions.clear()
+                self._forget()
             self._transformer = context.transformer
         self._since.setdefault(context.transformer, context.step_index)
         self._start = context.step_index if self._start is None else self._start
@@ -244,7 +243,7 @@ class StepCacheHandler(Handler):
 
     def _new_history(self, shapes: Any, beside: bool) -> History:
         assert self._start is not None
-        return History(self.settings, shapes, self._start, reach=self._reach, beside=beside)
+        return History(self.settings, shapes, self._start, self._reach, beside)
 
     def _decide(self, context: ForwardContext, stored: bool) -> tuple[StepDecision, bool, bool]:
         """Decide whether to skip this forward, and log it; the first forward of a step is measured and decides for all.
@@ -280,9 +279,6 @@ class StepCacheHandler(Handler):
         decision.in_a_row = decision.in_a_row + 1 if decision.reuse else 0
         self._see(context, decision)
         return decision
-
-    def _held(self) -> int:
-        return sum(holder.nbytes for holder in (*self._histories.values(), *self._decisions.values()))
 
     def _see(self, context: ForwardContext, decision: StepDecision) -> None:
         self.seen(context, decision)
@@ -322,8 +318,7 @@ class StepCacheHandler(Handler):
         return next((other.name for other in self._others if other.needs_step(context)), None)
 
     def _stored(self, context: ForwardContext) -> bool:
-        history = self._histories.get((context.transformer, context.branch))
-        return history is not None and bool(history.points)
+        return bool(self._histories[context.transformer, context.branch].points)
 
     def _measured(self, context: ForwardContext, decision: StepDecision) -> tuple[bool, str]:
         """Compare the indicator with the threshold; return whether the step is skipped, and the reason."""
@@ -341,9 +336,12 @@ class StepCacheHandler(Handler):
     def _end(context: ForwardContext) -> int:
         return (context.num_inference_steps or context.step_index + 1) - 1
 
-    def reset(self) -> None:
+    def _forget(self) -> None:
         self._histories.clear()
         self._decisions.clear()
+
+    def reset(self) -> None:
+        self._forget()
         self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
@@ -367,10 +365,10 @@ class StepCacheHandler(Handler):
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:
     """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active where another is or is to be."""
     active = None
-    if getattr(transformer, "is_cache_enabled", False):
+    if getattr(transformer, "is_cache_enabled", None):
         enabled = type(transformer._cache_config).__name__
         active = f"diffusers' {enabled} is enabled on it already; call pipe.{name}.disable_cache() first"
-    elif getattr(transformer, "_is_cached", False) and hasattr(transformer, "_context_manager"):  # cache-dit's marks
+    elif getattr(transformer, "_is_cached", None) and hasattr(transformer, "_context_manager"):  # cache-dit's marks
         active = "cache-dit is active on it already; call cache_dit.disable_cache(pipe) first"
     if active:
         raise ConfigError(f"{requested} can't act on {name}, which takes one cache: {active}")

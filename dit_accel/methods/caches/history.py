@@ -41,7 +41,7 @@ class BranchOutput:
         leaves, spec = tree_flatten(output)
         if self.mends is None or len(leaves) != len(self.mends):
             return output
-        return tree_unflatten([_added(leaf, mend) for leaf, mend in zip(leaves, self.mends, strict=True)], spec)
+        return tree_unflatten([_plus(leaf, mend) for leaf, mend in zip(leaves, self.mends, strict=True)], spec)
 
 
 class History:
@@ -51,14 +51,14 @@ class History:
     forecast alike, however long ago it began.
 
     Args:
-        held_on: where what is stored waits; None: where it was made.
         reach: steps past the last computed one that the predictor is used for; None: all.
         beside: it is of a branch beside another.
+        held_on: where what is stored waits; None: where it was made.
     """
 
     def __init__(
-        self, settings: StepCacheConfig, shapes: Any, start: int, held_on: torch.device | None = None,
-        reach: int | None = None, beside: bool = False,
+        self, settings: StepCacheConfig, shapes: Any, start: int, reach: int | None, beside: bool,
+        held_on: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.beside = beside
         self._settings = settings
@@ -94,14 +94,14 @@ class History:
         pairs = zip(tree_leaves(corrected), tree_leaves(output), strict=True)
         self._mends = step, [new.to(_wide(new)) - old if isinstance(new, Tensor) else None for new, old in pairs]
 
-    def output_of(self, step: int, end: int) -> BranchOutput | None:
-        """Return the branch's output, computed or forecast, in a step that it has made; None before the first one."""
-        if not self.points or self._spec is None:
-            return None
+    def output_of(self, step: int, end: int) -> BranchOutput:
+        """Return the branch's output, computed or forecast, in a step that it has made."""
+        assert self._spec is not None
         computed = self.points[-1].step == step
         mends = self._mends[1] if self._mends is not None and self._mends[0] == step else None
         return BranchOutput(self.points[-1].values if computed else self._values(step, end), self._spec, mends)
 
+    @torch.no_grad()
     def take(self, output: Any, latents: Any, step: int, beside: BranchOutput | None = None) -> None:
         """Store what a forward made of its latents; what the same step gave before goes: a scheduler may call twice.
 
@@ -109,14 +109,14 @@ class History:
         """
         leaves, self._spec = tree_flatten(output)
         values = [
-            _minus(leaf, base).to(self._held_on or leaf.device) if isinstance(leaf, Tensor) else leaf
+            _minus(leaf, base).to(device=self._held_on) if isinstance(leaf, Tensor) else leaf
             for leaf, base in zip(leaves, self._bases(leaves, latents), strict=True)
         ]
         if beside is not None:
             values = [_minus(value, other) for value, other in zip(values, beside.values, strict=True)]
         points = [point for point in self.points if point.computed and point.step != step]
         points = points[-(self._settings.kept_points - 1) :] if self._settings.kept_points > 1 else []
-        if self._forecast is not None and points:
+        if self._forecast is not None:
             points.append(self._forecast)
         self.points = [*points, StoredStep(step, values)]
         self.skipped, self._forecast = [], None
@@ -135,7 +135,7 @@ class History:
         if not self.skipped or self.skipped[-1] != step:
             self.skipped.append(step)
         if beside is not None:
-            values = [_added(other, value) for value, other in zip(values, beside.values, strict=True)]
+            values = [_plus(other, value) for value, other in zip(values, beside.values, strict=True)]
         assert self._spec is not None
         return tree_unflatten(self._outputs(values, latents), self._spec)
 
@@ -146,7 +146,7 @@ class History:
         """
         forecasts = self._outputs(self._values(step, end), latents)
         return [
-            leaf.detach().to(_wide(leaf)) - forecast if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
+            leaf.to(_wide(leaf)) - forecast if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
             for leaf, forecast in zip(tree_leaves(output), forecasts, strict=True)
         ]
 
@@ -175,10 +175,7 @@ class History:
         if self._held_on is not None:
             device = next(leaf.device for leaf in tree_leaves(latents) if isinstance(leaf, Tensor))
             values = [value.to(device) if isinstance(value, Tensor) else value for value in values]
-        return [
-            _plus(value, base) if isinstance(value, Tensor) else value
-            for value, base in zip(values, self._bases(values, latents), strict=True)
-        ]
+        return [_plus(value, base) for value, base in zip(values, self._bases(values, latents), strict=True)]
 
     def _weights(self, step: int, end: int) -> list[float]:
         settings, steps = self._settings, [point.step for point in self.points]
@@ -209,10 +206,10 @@ def given_beside(
     ``histories``: by transformer, branch and part.
     """
     history = histories.get((context.transformer, context.beside, *part))
-    if history is None or (context.rows is None and history.shapes != shapes):
+    if history is None or not history.points or (context.rows is None and history.shapes != shapes):
         return None
     output = history.output_of(context.step_index, end)
-    return output if output is None or context.rows is None else output.of_rows(context.rows)
+    return output if context.rows is None else output.of_rows(context.rows)
 
 
 def tensor_shapes(tensors: Any) -> Any:
@@ -220,6 +217,7 @@ def tensor_shapes(tensors: Any) -> Any:
     return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(tensors)]
 
 
+@torch.no_grad()
 def own_copies(kept: Any, lent: Any) -> Any:
     """Copy, of what is kept from step to step, the tensors that share memory with lent ones.
 
@@ -233,7 +231,7 @@ def own_copies(kept: Any, lent: Any) -> Any:
             return leaf
         if None not in memory and (place := _memory_of(leaf)) is not None and place not in memory:
             return leaf
-        return copies.setdefault(id(leaf), leaf.detach().clone())
+        return copies.setdefault(id(leaf), leaf.clone())
 
     return tree_map(copied, kept)
 
@@ -264,20 +262,18 @@ def _of_rows(leaves: list[Any], spec: TreeSpec, rows: Sequence[int]) -> tuple[li
     return [leaf[list(rows)] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
-def _added(leaf: Any, more: Any) -> Any:
-    return _plus(leaf, more) if isinstance(leaf, Tensor) and isinstance(more, Tensor) else leaf
-
-
 def _minus(output: Any, base: Any) -> Any:
     if not isinstance(output, Tensor):
         return output
     if base is None or not output.is_floating_point():
-        return output.detach().clone()
-    return (output.detach().to(_wide(output)) - base.detach().to(_wide(output))).to(output.dtype)
+        return output.clone()
+    return (output.to(_wide(output)) - base.to(_wide(output))).to(output.dtype)
 
 
-def _plus(value: Tensor, base: Tensor | None) -> Tensor:
-    """Return the output of what was stored, a tensor of its own."""
+def _plus(value: Any, base: Any) -> Any:
+    """Return the output of what was stored, a tensor of its own; what is no tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
     if base is None or not value.is_floating_point():
         return value.clone()
     return (value.to(_wide(value)) + base.to(_wide(value))).to(value.dtype)

@@ -70,15 +70,15 @@ class MagHandler(CalibratedHandler):
         return extended(super().report(), self._notes(self._steps) if self._steps else ())
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        ratios, threshold = self._ratios(steps), self.settings.threshold or 0.0
+        ratios, threshold = self._ratios(steps), self.settings.threshold
+        assert threshold is not None
         share = self.first_expert() if self.model.family and self.model.family.experts > 1 else None
-        switch = round((share or 0) * steps)
-        skips = lambda index, row: size_drift(ratios, index, row) < threshold  # noqa: E731
-        skipped = self.settings.skipped_steps(steps, skips, switch)
-        notes = self._notes(steps)
+        switch, notes = 0, self._notes(steps)
         if share is not None:
+            switch = round(share * steps)
             notes += (f"magcache: the second transformer is counted from {share:.3g} of the run on",)
-        return self.counted(skipped, notes)
+        skips = lambda index, row: size_drift(ratios, index, row) < threshold  # noqa: E731
+        return self.counted(self.settings.skipped_steps(steps, skips, switch), notes)
 
     def _ratios(self, steps: int) -> Sequence[float]:
         assert self.settings.ratios is not None

@@ -71,7 +71,7 @@ class NativeHandler(Handler):
 
     @classmethod
     def config_for(cls, given: Any) -> MethodConfig | None:
-        if not isinstance(given, type) and any(name in CONFIGS for name in _names(given)):
+        if any(name in CONFIGS for name in _names(given)):
             return DiffusersCache(config=given)
         return super().config_for(given)
 
@@ -179,7 +179,7 @@ class _Enabled:
                 del module.__dict__["forward"]
             if "_diffusers_hook" not in names and not _hooks(module):
                 module.__dict__.pop("_diffusers_hook", None)
-            if "_cache_config" not in names and module.__dict__.get("_cache_config", 0) is None:
+            if "_cache_config" not in names and module.__dict__.get("_cache_config", module) is None:
                 del module._cache_config
 
     @contextlib.contextmanager
@@ -203,7 +203,6 @@ class _Enabled:
         type(self.transformer)._reset_stateful_cache(self.transformer)
         for state in (state for states in self._states.values() for state in states):
             state.reset()
-        self._states.clear()
         if self._context is not None:  # a forward is under way, and diffusers forgets its context with the rest
             self._open.enter_context(self._context())
 
@@ -222,6 +221,6 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, (bool, int, float, str)):
         return value
     return getattr(value, "__qualname__", str(value))

@@ -187,7 +187,7 @@ def _check_sea(context: ForwardContext) -> None:
 
 
 def _holds(value: Any) -> bool:
-    return isinstance(value, (Tensor, list, tuple)) and len(value) > 0
+    return isinstance(value, (Tensor, list, tuple)) and bool(len(value))
 
 
 def _check_faster_start(config: Any, first: bool) -> None:
@@ -202,9 +202,9 @@ def _check_faster_start(config: Any, first: bool) -> None:
 def _check_faster(config: Any, context: ForwardContext, transformer: Any, adapter: Adapter) -> None:
     """Raise `ConfigError` for a call in which FasterCache would not find two halves, or takes an axis for another."""
     latents, layout = context.inputs[adapter.latents], config.tensor_format
-    shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+    shape = list(getattr(latents, "shape", [type(latents).__name__]))
     channels = getattr(transformer.config, "in_channels", None)
-    if not isinstance(latents, Tensor) or len(shape) != len(layout) or shape[layout.index("C")] != channels:
+    if len(shape) != len(layout) or shape[layout.index("C")] != channels:
         raise ConfigError(
             f"FasterCacheConfig.tensor_format = {layout!r} is not how the latents lie: {shape}; set the format they "
             "have (BCFHW, BFCHW or BCHW), or use another cache"

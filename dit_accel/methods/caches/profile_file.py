@@ -63,6 +63,7 @@ def require_weights(profile: dict[str, Any], path: str, option: str, name: str, 
         )
 
 
+@torch.no_grad()
 def weights_digest(transformer: nn.Module) -> str:
     """Return 12 hexadecimal digits that tell a transformer's weights from others'; empty where some are not loaded.
 
@@ -75,7 +76,7 @@ def weights_digest(transformer: nn.Module) -> str:
             return ""
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         if parameter.is_floating_point():
-            first = parameter.detach().reshape(-1)[:SAMPLED].to(torch.bfloat16)
+            first = parameter.reshape(-1)[:SAMPLED].to(torch.bfloat16)
             values.setdefault(parameter.device, []).append(first)
     for parts in values.values():
         digest.update(torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes())

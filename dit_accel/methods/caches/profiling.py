@@ -144,7 +144,8 @@ class ProfilingCache(StepCacheConfig):
             raise unknown_steps(self, "measured_steps", "set profilingcache.every alone")
         listed = getattr(self, option)
         if listed is None:
-            first, every = self.first_steps(measured or count), self.every or 1
+            first, every = self.first_steps(measured or count), self.every
+            assert every is not None
             if measured is None:
                 return index >= first and (index - first) % every == 0
             listed = tuple(range(first, measured, every))
@@ -158,8 +159,9 @@ class ProfilingCache(StepCacheConfig):
 
 @lru_cache(maxsize=64)
 def _steps_at(listed: tuple[int, ...], measured: int | None, count: int | None) -> frozenset[int]:
-    if measured is None or count is None or measured == count:
+    if measured is None:
         return frozenset(listed)
+    assert count is not None
     return frozenset(block_schedule.rescaled_steps(listed, measured, count))
 
 
@@ -187,7 +189,6 @@ class ProfilingHandler(SpanHandler):
 
     def install(self, site: Site) -> None:
         """Run around the forward and its cached blocks; raise `ConfigError` if lists or profile are not the model's."""
-        self.require_free(site)
         settings, option = self.settings, "profilingcache.blocks"
         groups = settings.groups(site.name)
         if (file := settings._file) is not None:
@@ -233,7 +234,7 @@ class ProfilingHandler(SpanHandler):
     def _new_history(self, shapes: Any, beside: bool) -> History:
         assert self._start is not None
         held_on = torch.device("cpu") if self.settings.offload == "cpu" else None
-        return History(self.settings, shapes, self._start, held_on, self._reach, beside)
+        return History(self.settings, shapes, self._start, self._reach, beside, held_on)
 
     def report(self) -> Section | None:
         cached = {name: spell_numbers(groups) for name, groups in self._groups.items()}

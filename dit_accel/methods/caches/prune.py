@@ -5,7 +5,7 @@ in place of holding; the threshold stays as it is set.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from ...adapters.blocks import Streams
 from ..options import ge
 from ..site import Block, ForwardContext, Site
 from .cache_config import MeasuredCacheConfig
-from .easy import mean_size
+from .easy import mean_size, spent_size
 from .engine import StepDecision
 from .ranks import ratio
 from .spans import Pass, Span, SpanHandler
@@ -46,7 +46,7 @@ class DBPrune(MeasuredCacheConfig):
 class PruneDecision(StepDecision):
     """What the blocks' inputs showed."""
 
-    inputs: dict[int, Tensor] | None = None  # block -> the visual stream that it took when it ran last
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # block -> the visual stream that it took when it ran last
     skipped: frozenset[int] = frozenset()  # the blocks that are skipped in this step
 
 
@@ -58,30 +58,33 @@ class PruneHandler(SpanHandler):
     settings: DBPrune  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def install(self, site: Site) -> None:
-        self.require_free(site)
-        first, last = self.settings.first_blocks or 0, self.settings.last_blocks or 0
+        first, last = self.settings.first_blocks, self.settings.last_blocks
+        assert first is not None
+        assert last is not None
         self.cover_blocks(site, self.blocks_between(site, first, last))
 
     def _measured(self, context: ForwardContext, decision: StepDecision) -> tuple[bool, str]:
         """Leave the step to its blocks, each of which is measured when it is called."""
-        return (self.settings.threshold or 0) > 0, "each block measured"
+        return bool(self.settings.threshold), "each block measured"
 
     def seen(self, context: ForwardContext, decision: PruneDecision) -> None:
         decision.skipped = frozenset()
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
         """Tell whether a block is skipped: by its input in the branch that decides, and as there in the others."""
-        decision = now.decision
+        decision, threshold = now.decision, self.settings.threshold
         assert isinstance(decision, PruneDecision)
+        assert threshold is not None
         if block.index not in now.stored:
             return False
         if not now.leads:
             return block.index in decision.skipped
-        x, before = streams[0], (decision.inputs or {}).get(block.index)
-        if x is None or before is None:
+        x, before = streams[0], decision.inputs.get(block.index)
+        if before is None:
             return False
-        change = ratio(*self.numbers(now.context, mean_size(x - before, spent=True), mean_size(before)))
-        if not change < (self.settings.threshold or 0.0):  # nor where it is not a number
+        assert x is not None
+        change = ratio(*self.numbers(now.context, spent_size(x - before), mean_size(before)))
+        if not change < threshold:  # nor where it is not a number
             return False
         decision.skipped |= {block.index}
         return True
@@ -92,9 +95,9 @@ class PruneHandler(SpanHandler):
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
         decision = now.decision
         assert isinstance(decision, PruneDecision)
-        if taken[0] is not None:
-            decision.inputs = {**(decision.inputs or {}), block.index: taken[0]}
+        assert taken[0] is not None
+        decision.inputs[block.index] = taken[0]
 
     def due(self, now: Pass) -> list[Span]:
         """Return the blocks that were skipped: whichever they are, each was stored by itself."""
-        return [(index,) for index in sorted(now.skipped)]
+        return [(index,) for index in now.skipped]

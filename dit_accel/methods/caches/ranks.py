@@ -22,8 +22,7 @@ def process_groups(transformer: Any) -> list[Any]:
     for mesh in filter(None, meshes):
         for axis in range(mesh.ndim):
             group = mesh.get_group(axis)
-            if group.size() > 1:
-                groups[tuple(torch.distributed.get_process_group_ranks(group))] = group
+            groups[tuple(torch.distributed.get_process_group_ranks(group))] = group
     return list(groups.values())
 
 

@@ -19,6 +19,9 @@ from ..site import ForwardContext
 from .cache_config import MeasuredCacheConfig
 from .signal import SignalHandler
 
+CLOSEST = 1e-6
+"""Noise level nearest to 0 and to 1 that is filtered for, as a gain at either end is 0 or without bound."""
+
 POWER = 3.0
 """The power by which that of clean latents falls with the frequency: the paper's for videos."""
 
@@ -81,7 +84,7 @@ def on_grid(latents: Tensor, layout: TokenLayout | None, grid: Any) -> tuple[Ten
 
 def filtered(latents: Tensor, axes: tuple[int, ...], sigma: float, power: float = POWER) -> Tensor:
     """Return latents after the Wiener filter for a noise level in (0, 1), of the same shape, in float32."""
-    sigma = min(max(sigma, 1e-6), 1 - 1e-6)
+    sigma = min(max(sigma, CLOSEST), 1 - CLOSEST)
     gain = torch.ones((), device=latents.device)
     for axis in axes:
         frequency = torch.fft.fftfreq(latents.shape[axis], device=latents.device).abs()

@@ -1,5 +1,6 @@
 """What TeaCache and SeaCache share: a signal of the step, whose relative changes add up until a step is computed."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ class SignalDecision(StepDecision):
 
     signal: Tensor | None = None  # of the last step; on the device
     now: Tensor | None = None  # of this step, where it was taken to decide
-    total: float = 0.0  # what the steps since the last computed one add up to
+    total: float = math.nan  # what the steps since the last computed one add up to
 
 
 class SignalHandler(StepCacheHandler, ABC):

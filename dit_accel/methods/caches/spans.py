@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...adapters.blocks import Streams
@@ -38,13 +39,13 @@ class Pass:
         # every block is a span of its own
         self.apart = any("controlnet" in name and value is not None for name, value in context.inputs.items())
         self.decision: StepDecision | None = None  # who decides for it, once that is known
-        self.leads = False  # it is the forward that is measured
+        self.leads: bool  # it is the forward that is measured
         self.reuse: bool | None = None  # blocks are skipped; None: that is not decided yet
         self.stored: dict[int, History] = {}  # last block of a span -> what such a span added at the steps before
         # the same of what such a span gives in the branch that it runs beside; empty: there is none
         self.beside: dict[int, BranchOutput | None] = {}
         self.skipped: list[int] = []  # the blocks that were skipped so far
-        self.called = -1  # the last block that was called
+        self.called: int  # the last block that was called
         # the blocks that were computed so far. The blocks of a span hand on the very tensors that they give; where the
         # model changes a stream between two blocks, another span begins.
         self.spans: list[list[int]] = []
@@ -57,22 +58,25 @@ class Pass:
 
     def note_first(self, taken: Streams, given: Streams) -> None:
         """Note what one of the first blocks took and gave."""
-        if self._start is None or taken[0] is None or self._start.shape != taken[0].shape:
+        assert taken[0] is not None
+        if self._start is None or self._start.shape != taken[0].shape:
             self._start = taken[0]  # another list of blocks may join text and video
         self._end = given[0]
 
     @cached_property
     def added(self) -> Tensor | None:
         """What the first blocks added to the visual stream; raise `ConfigError` if they changed its shape."""
-        if self._start is None or self._end is None:
+        if self._start is None:
             return None
+        assert self._end is not None
         if self._start.shape != self._end.shape:
             raise ConfigError(
                 f"what the first block adds is not known: {self.context.transformer} gives it "
                 f"{list(self._start.shape)}, of which it makes {list(self._end.shape)}, as context parallelism does "
                 "inside it; use DBCache with first_blocks = 2 or more"
             )
-        return (self._end - self._start).detach()
+        with torch.no_grad():
+            return self._end - self._start
 
     def require_unwritten(self, taken: Streams, versions: list[int], block: int) -> None:
         """Raise `ConfigError` if what a block took was written into since it had some versions."""
@@ -170,11 +174,10 @@ class SpanHandler(StepCacheHandler):
         elif now.reuse is not None:
             self._require_whole_spans(now)
             self._take(now)
-            skipped = [span for span in self._spans(context) if now.skipped and {*span} <= {*now.skipped}]
+            skipped = [span for span in self._spans(context) if {*span} <= {*now.skipped}]
             self._keep(context, [*now.spans, *skipped])
         count = self._counts[transformer]
         self._ran.append((count - len(now.skipped), count))
-        self.note_held(self._held())
         return output
 
     def _run_cached(
@@ -201,7 +204,8 @@ class SpanHandler(StepCacheHandler):
         now.spans[-1].append(block.index)
         output = run(streams)
         now.note(output)
-        if now.decision is not None and now.leads:
+        assert now.decision is not None
+        if now.leads:
             self.ran(now, block, streams)
             now.decision.copy_shared(streams)
         if now.apart:
@@ -213,11 +217,9 @@ class SpanHandler(StepCacheHandler):
         context = now.context
         now.shapes = tensor_shapes((dict(context.inputs), streams))
         self._begin(context)
-        if any(history.shapes != now.shapes for history in self._spans(context).values()):
-            self._keep(context, ())
+        self._keep(context, [span for span, one in self._spans(context).items() if one.shapes == now.shapes])
         spans, stored = self._spans(context, followed=True), self._spans(context)
-        if context.beside is not None:
-            now.beside = {span[-1]: self._beside(now, span) for span in spans}
+        now.beside = {span[-1]: self._beside(now, span) for span in spans}
         now.stored = {span[-1]: stored.get(span) or self._new_history(now.shapes, True) for span in spans}
         now.decision, now.leads, now.reuse = self._decide(context, bool(spans))
 
@@ -275,7 +277,7 @@ class SpanHandler(StepCacheHandler):
         self._ran.clear()
 
     def report(self) -> Section | None:
-        ran, count = (sum(numbers) for numbers in zip(*self._ran, strict=True)) if self._ran else (0, 0)
+        ran, count = sum(ran for ran, _ in self._ran), sum(count for _, count in self._ran)
         share = ran / count if count else 1.0
         line = f"blocks computed: {share:.3f} of the run's ({ran} of {count})"
         return extended(super().report(), [line], blocks=dict(self._counts), computed_blocks=share)

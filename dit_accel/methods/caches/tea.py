@@ -96,7 +96,7 @@ class TeaHandler(SignalHandler, CalibratedHandler):
     def signal(self, context: ForwardContext) -> Tensor:
         """Return the first block's input after its modulation."""
         with torch.no_grad():
-            return self._signal_of(self.transformer_of(context), context.inputs).detach()
+            return self._signal_of(self.transformer_of(context), context.inputs)
 
     def rescaled(self, context: ForwardContext, change: float) -> float:
         polynomial = self._polynomial(context.transformer)

@@ -96,7 +96,8 @@ def _dense_speed(dtype: torch.dtype, dim: int) -> float:
     generator = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
     q, k, v = (torch.randn(1, 1, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
     tiles = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=DENSE_TILE, block_k=DENSE_TILE)
-    problem = Problem(q=q, k=k, v=v, **tiles.parts, block_q=DENSE_TILE, block_k=DENSE_TILE, scale=dim**-0.5)
+    sizes = dict(block_q=DENSE_TILE, block_k=DENSE_TILE)
+    problem = Problem(q=q, k=k, v=v, **tiles.parts, **sizes, scale=dim**-0.5, heads_first=True)
     dense, loop = (
         partial(scaled_dot_product_attention, q, k, v),
         partial(fused.attend_by_loop, problem, None, need_lse=False),

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from functools import lru_cache
+import sys
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +30,15 @@ from ..masks import seen_by_mask
 from ..problem import Problem, by_head, lists_of
 from ..sections import valid_tiles
 from ..states import list_states, resolved
+from .rows import no_lse
 
 
 class FlexBlocks(NamedTuple):
     """Tile lists as FlexAttention's padded rows: counts int32 [B or 1, H or 1, NQ], indices int32 [.., NQ, P + NK].
 
     P blocks of pooled columns come before the key tiles. `seen` is bool [.., NQ, P * block_k + NK]: every pooled column
-    and key tile that a query tile sees, or None where all blocks are full. `masks` int64 [.., NQ, P * block_k + NK] are
-    numbers of masks in `bits`, those of TileLists and others that let all through; None where no tile has one.
+    and key tile that a query tile sees, or None where all blocks are full. `masks`: int64 [.., NQ, P * block_k + NK],
+    numbers of masks in the bits beside them, those of TileLists and others that let all through; None without any.
     """
 
     partial_counts: Tensor
@@ -44,23 +46,21 @@ class FlexBlocks(NamedTuple):
     full_counts: Tensor
     full_indices: Tensor
     seen: Tensor | None
-    masks: Tensor | None
-    bits: Tensor | None
+    masks: tuple[Tensor, Tensor] | None
 
 
 class Columns(NamedTuple):
     """Keys and values with P * block_k pooled columns before them, [B, H, C, D], and what is known of the columns.
 
-    `valid` bool [B, C]; `bias` float32 [B or 1, C], the log of a pooled column's length, 0 for tokens; `t` float32
-    [F + 2, C], decay by query frame, and `t_rows` int64 [S_q], each query's row in it. None where a call has none.
+    `valid` bool [B, C]; `bias` float32 [B or 1, C], the log of a pooled column's length, 0 for tokens; `decay`:
+    float32 [F + 2, C], by query frame, and int64 [S_q], each query's row in it. None where a call has none.
     """
 
     k: Tensor
     v: Tensor
     valid: Tensor | None
     bias: Tensor | None
-    t: Tensor | None
-    t_rows: Tensor | None
+    decay: tuple[Tensor, Tensor] | None
 
 
 MadeFor = tuple[int, int, int, float, bool]
@@ -107,23 +107,20 @@ def missing_requirement(device_type: str) -> str | None:
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes."""
     check(problem, need_lse=need_lse)
-    selection = problem.selection
     pools = problem.may_pool  # one graph whether or not this call happens to
     problem, exact = resolved(problem)
     q = problem.q.detach()  # FlexAttention on a CPU refuses what requires a gradient
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
     pooled = -(-problem.key_tiles // problem.block_k) * problem.block_k if pools else 0
-    if selection is None and problem.key_valid is None:
-        sizes = (q.shape[1], *problem.sizes.values())
-        blocks = _blocks_of_lists.get(problem.parts.values(), sizes, lambda: _blocks(problem, pooled))
-    else:
-        blocks = _blocks(problem, pooled)
+    key = (q.shape, *problem.sizes.values())
+    make = partial(_blocks, problem, pooled)
+    blocks = _blocks_of_lists.get(problem.parts.values(), key, make, loose=[problem.key_valid])
     made_for = (problem.block_q, problem.block_k, pooled, problem.scale, need_lse)
-    with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+    with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
         out, lse = _compiled()(q, _columns(problem, pooled), blocks, made_for)
     empty = (blocks.partial_counts + blocks.full_counts == 0).repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]
-    lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.masked_fill(empty, -torch.inf)
+    lse = no_lse(q) if lse is None else lse.masked_fill(empty, -torch.inf)
     return out.masked_fill(empty[..., None], 0), lse, exact, None
 
 
@@ -149,21 +146,23 @@ def flex_call(q: Tensor, columns: Columns, blocks: FlexBlocks, made_for: MadeFor
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     block_q, block_k, pooled, scale, need_lse = made_for
-    k, v, valid, bias, t, t_rows = columns
-    seen, masks, bits = blocks[4:]
+    k, v, valid, bias, decay = columns
+    seen, masks = blocks.seen, blocks.masks
 
     def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, column: Tensor) -> Tensor:
         assert seen is not None
         tile = torch.where(column < pooled, column, pooled + (column - pooled) // block_k)
         place = (b % seen.shape[0], h % seen.shape[1], q_index // block_q, tile)
         keep = seen[place]
-        if masks is not None and bits is not None:
+        if masks is not None:
+            numbers, bits = masks
             key = (column - pooled) % block_k  # of no meaning in pooled columns, which have no mask
-            keep = keep & seen_by_mask(bits, masks[place], q_index % block_q, key)
+            keep = keep & seen_by_mask(bits, numbers[place], q_index % block_q, key)
         return keep if valid is None else keep & valid[b, column]
 
     def score_mod(x: Tensor, b: Tensor, h: Tensor, q_index: Tensor, column: Tensor) -> Tensor:
-        if t is not None and t_rows is not None:
+        if decay is not None:
+            t, t_rows = decay
             x = torch.minimum(x, x * t[t_rows[q_index], column])
         return x if bias is None else x + bias[b % bias.shape[0], column]
 
@@ -173,7 +172,7 @@ def flex_call(q: Tensor, columns: Columns, blocks: FlexBlocks, made_for: MadeFor
     )  # fmt: skip
     attention: Any = flex_attention  # its overloads take a literal return_lse
     results = attention(
-        q, k, v, block_mask=mask, score_mod=None if bias is None and t is None else score_mod, scale=scale,
+        q, k, v, block_mask=mask, score_mod=None if bias is None and decay is None else score_mod, scale=scale,
         enable_gqa=k.shape[1] != q.shape[1], kernel_options=_kernel_options(q, block_q, block_k), return_lse=need_lse,
     )  # fmt: skip
     return results if need_lse else (results, None)
@@ -189,9 +188,9 @@ def _kernel_options(q: Tensor, block_q: int, block_k: int) -> dict[str, Any]:
         return {"PARTITION_SIZE": 1}
     options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
     if block_q < 128:
-        options["BLOCK_M"] = min(block_q, 64)
+        options["BLOCK_M"] = block_q
     if block_k < 128:
-        options["BLOCK_N"] = min(block_k, 64 if q.shape[3] <= 128 and q.dtype != torch.float32 else 32)
+        options["BLOCK_N"] = block_k if q.shape[3] <= 128 and q.dtype != torch.float32 else min(block_k, 32)
     return options
 
 
@@ -211,20 +210,21 @@ def _blocks(problem: Problem, pooled: int) -> FlexBlocks:
     mean_blocks = means.unflatten(-1, (pooled // problem.block_k, problem.block_k)).any(-1)
     partial = torch.cat([mean_blocks, exact & ~whole], -1)
     full = torch.cat([torch.zeros_like(mean_blocks), whole], -1)
-    seen = masks = bits = None
+    seen = masks = None
     if pooled or problem.key_valid is not None or problem.mask_ids is not None:
         seen = torch.cat([means, exact], -1)
     if seen is not None and problem.mask_ids is not None:
-        masks, bits = lists_of(problem).mask_table()
-        masks = by_head(pad(masks, (pooled, 0), value=len(bits) - 1), problem.q.shape[1]).expand_as(seen)
-    return FlexBlocks(*padded_rows(partial), *padded_rows(full), seen, masks, bits)
+        numbers, bits = lists_of(problem).mask_table()
+        numbers = by_head(pad(numbers, (pooled, 0), value=len(bits) - 1), problem.q.shape[1]).expand_as(seen)
+        masks = numbers, bits
+    return FlexBlocks(*padded_rows(partial), *padded_rows(full), seen, masks)
 
 
 def _columns(problem: Problem, pooled: int) -> Columns:
     """Keys and values with the tiles' means before them, where a call has pooled tiles, and what score_mod reads."""
     k, v, valid, block = problem.k.detach(), problem.v.detach(), problem.key_valid, problem.block_k
     spare = pooled - problem.key_tiles
-    means = bias = t = t_rows = None
+    means = bias = decay = None
     if pooled:
         weight = None if valid is None else valid[:, None]
         means, (length, _) = zip(*(tile_means(x, block, weight) for x in (k, v)), strict=True)
@@ -233,9 +233,10 @@ def _columns(problem: Problem, pooled: int) -> Columns:
         t, t_rows = decay_by_frame(*problem.decay)
         if pooled:
             t = torch.cat([pad(tile_means(t[..., None], block, None)[0][..., 0], (0, spare)), t], -1)
+        decay = t, t_rows
     if valid is not None:  # 0 * inf is not 0: what an invalid key holds must not matter
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
         valid = pad(valid, (pooled, 0), value=True)
     if means is not None:
         k, v = (torch.cat([pad(mean, (0, 0, 0, spare)), x], 2) for mean, x in zip(means, (k, v), strict=True))
-    return Columns(k, v, valid, bias, t, t_rows)
+    return Columns(k, v, valid, bias, decay)

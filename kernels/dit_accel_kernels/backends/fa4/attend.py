@@ -24,6 +24,7 @@ from ...features import decay_by_frame, last_frame
 from ...problem import Problem
 from ...sections import valid_tiles
 from ...states import list_states, resolved
+from ..rows import moves_in_pieces, no_lse
 from .support import missing_requirement, rows_joined
 
 
@@ -78,7 +79,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         from ..triton import attend as triton
 
         out, lse = triton.add_rest(problem, out, lse)
-    return out, out.new_empty(0, dtype=torch.float32) if lse is None or not need_lse else lse, exact, None
+    return out, no_lse(out) if lse is None or not need_lse else lse, exact, None
 
 
 def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -111,25 +112,26 @@ def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | 
 def _tokens_first(x: Tensor) -> Tensor:
     """[B, S, H, D] of [B, H, S, D], copied only where rows can't be moved in pieces of 16 bytes."""
     x = x.transpose(1, 2)
-    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
-    return x if fits else x.contiguous()
+    return x if moves_in_pieces(x) else x.contiguous()
 
 
 def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
     """Our functions of single logits and the tensors that they read: the mask's, heads' factors, those of decay."""
     modifiers: dict[str, Any] = {}
     tensors: list[Tensor] = []
+    scores: list[str] = []
     if seen is not None:
         modifiers["mask_mod"] = importlib.import_module(MODIFIERS).MASKS[problem.block_q]
         tensors += _mask_tensors(problem, seen)
-    scales, decays = problem.head_scale is not None, problem.decay is not None
-    if scales or decays:
-        modifiers["score_mod"] = importlib.import_module(MODIFIERS).SCORES[scales, decays]
     if problem.head_scale is not None:
+        scores.append("scaled")
         tensors.append(problem.head_scale.float().expand(problem.q.shape[:2]).contiguous())
     if problem.decay is not None:
+        scores.append("decayed")
         tensors += _decay_tensors(*problem.decay)
-    return {**modifiers, "aux_tensors": tensors} if modifiers else {}
+    if scores:
+        modifiers["score_mod"] = getattr(importlib.import_module(MODIFIERS), "_and_".join(scores))
+    return {**modifiers, "aux_tensors": tensors or None}
 
 
 def _decay_tensors(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +157,8 @@ def _mask_tensors(problem: Problem, seen: Tensor) -> list[Tensor]:
 def _blocks_of(problem: Problem) -> ListedBlocks:
     """The blocks of a call, remembered with its lists and valid keys."""
     parts = (problem.exact_offsets, problem.exact_indices, problem.mask_ids)
-    sizes = (problem.block_q, problem.block_k, *problem.q.shape[1:3], problem.k.shape[2])
-    return _BLOCKS.get(parts, sizes, lambda: _blocks(problem), loose=[problem.key_valid])
+    key = (problem.q.shape, problem.k.shape, problem.block_q, problem.block_k)
+    return _BLOCKS.get(parts, key, lambda: _blocks(problem), loose=[problem.key_valid])
 
 
 def _blocks(problem: Problem) -> ListedBlocks:

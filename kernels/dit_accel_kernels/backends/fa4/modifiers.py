@@ -57,6 +57,3 @@ def scaled_and_decayed(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, a
     t, rows = aux_tensors[-2], aux_tensors[-1]
     x = score[0] * aux_tensors[-3][batch_idx[0], head_idx[0]]
     return utils.scalar_to_ssa(cute.arch.fmin(x, x * t[rows[q_idx[0]], kv_idx[0]]), cutlass.Float32)
-
-
-SCORES = {(True, False): scaled, (False, True): decayed, (True, True): scaled_and_decayed}  # by scale and decay

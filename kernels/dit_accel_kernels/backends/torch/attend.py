@@ -88,11 +88,12 @@ def _attend_chunk(
     if columns:
         k = taken(tiled.k, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
         torch.baddbmm(near, q, k.mT, beta=0, alpha=scale, out=near)
-    if pools and tiled.k_mean is not None:
-        means = taken(tiled.k_mean, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, q.shape[2])
+    if pools:
+        assert tiled.means is not None
+        means = taken(tiled.means.k, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, q.shape[2])
         torch.baddbmm(far, q, means.mT, beta=0, alpha=scale, out=far)
     p = x
-    if x.dtype != wide and (pools or tally is not None or tiled.t is not None):
+    if x.dtype != wide and (pools or tally is not None or tiled.decay is not None):
         x = buffer(buffers, "wide", q, tuple(x.shape), wide).copy_(x)
     weights = softmax_weights(tiled, chunk)
     in_log2 = weights if tally is None or weights is None else weights * LOG2_E
@@ -103,7 +104,7 @@ def _attend_chunk(
         row_lse, total = _exponentials(x, tiled, chunk, columns, tally)
     if empty is not None:  # before they are multiplied: oneDNN's bfloat16 on AMX lets NaN reach the row before
         x.masked_fill_(empty[:, :, None], 0.0)
-        total = None if total is None else total.masked_fill(empty, 1.0)
+        total = None if total is None else total.masked_fill(empty, torch.inf)
         row_lse = None if row_lse is None else row_lse.masked_fill(empty, -torch.inf)
     if p is not x:
         p.copy_(x if total is None else x.div_(total[:, :, None]))
@@ -112,8 +113,9 @@ def _attend_chunk(
         _weigh(p[:, :, :columns], v, hidden, result)
     else:
         result.zero_()
-    if pools and tiled.v_mean is not None:
-        means = taken(tiled.v_mean, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, tiled.v.shape[2])
+    if pools:
+        assert tiled.means is not None
+        means = taken(tiled.means.v, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, tiled.v.shape[2])
         result.baddbmm_(p[:, :, columns:], means)
     if total is not None and p is x:
         result.div_(total[:, :, None])
@@ -134,15 +136,14 @@ def transform(
     if t is not None:
         torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
     absent, start = absent_of(tiled, chunk, columns)
-    if absent is not None:
-        x[:, :, start:columns].masked_fill_(absent, -torch.inf)
+    x[:, :, start:columns].masked_fill_(absent, -torch.inf)
     if weights is not None:
         x[:, :, columns:].add_(weights[:, None])
     empty = hidden = None
     if tiled.absent is not None or (chunk.partial is not None and chunk.partial.alone):
-        empty = x.new_ones(len(x), 1, dtype=torch.bool) if absent is None else absent.all(-1)
+        empty = absent.all(-1)
         empty = empty if weights is None else empty & (weights == -torch.inf).all(1, keepdim=True)
-    if absent is not None and chunk.partial is not None and not tiled.finite:
+    if chunk.partial is not None and not tiled.finite:
         hidden = torch.nn.functional.pad(absent, (start, 0))
     return t, empty, hidden
 
@@ -177,8 +178,7 @@ def _exponentials(x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, tally: Ta
             peak = torch.maximum(peak, far.amax(-1, keepdim=True))
     else:
         peak = x.amax(-1, keepdim=True)
-    if tiled.absent is not None:
-        peak.masked_fill_(peak == -torch.inf, 0.0)
+    peak.clamp_(min=torch.finfo(peak.dtype).min)  # where a row sees nothing, or -inf alone
     x.sub_(peak).exp2_()
     if columns and tally.by_mass:
         by_tile = near.sum(-1)
@@ -194,22 +194,24 @@ def _exponentials(x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, tally: Ta
 
 def softmax_weights(tiled: Tiled, chunk: Chunk) -> Tensor | None:
     """What a chunk's pooled tiles add to their logits, log of their lengths, [R, p]; -inf in padding."""
-    if tiled.log_length is None or not chunk.pooled.shape[1]:
+    if not chunk.pooled.shape[1]:
         return None
-    weights = tiled.log_length[chunk.pooled]
+    assert tiled.means is not None
+    weights = tiled.means.log_length[chunk.pooled]
     return weights.masked_fill_(beyond(chunk.pooled_counts, weights.shape[1]), -torch.inf)
 
 
-def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor | None, int]:
+def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor, int]:
     """Which exact columns of a chunk are padding, masked or hidden by a tile's mask, and the first that is said of.
 
-    Bool [R, 1 or block_q, columns - start]; None where all are seen.
+    Bool [R, 1 or block_q, columns - start].
     """
-    padded = beyond(chunk.tokens, columns, chunk.least)[:, None] if chunk.least < columns else None
+    padded = beyond(chunk.tokens, columns, chunk.least)[:, None]
     block_k, partial, absent, start = tiled.k.shape[1], chunk.partial, None, 0
-    if tiled.absent is not None and chunk.exact.shape[1]:
+    if tiled.absent is not None:
         absent = tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
-    if tiled.bits is not None and partial is not None:
+    if partial is not None:
+        assert tiled.bits is not None
         first = min(partial.first, chunk.least // block_k) if absent is None else 0
         row, column, place = partial.tiles
         sizes = (len(chunk.exact), tiled.q.shape[1], chunk.exact.shape[1] - first, block_k)
@@ -220,8 +222,7 @@ def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor | None, 
         absent = hidden if absent is None else hidden.logical_or_(absent)
     if absent is None:
         return padded, chunk.least
-    if padded is not None:
-        absent[:, :, chunk.least - start :] |= padded
+    absent[:, :, chunk.least - start :] |= padded
     return absent, start
 
 
@@ -230,18 +231,18 @@ def decay_of(tiled: Tiled, chunk: Chunk, columns: int, buffers: dict[str, Tensor
 
     None in calls without decay.
     """
-    if tiled.t is None or tiled.t_mean is None or tiled.frames is None or tiled.one_frame is None:
+    if tiled.decay is None:
         return None
-    count, q_tiles = tiled.key_tiles, chunk.q_tiles % len(tiled.frames)
-    frames = tiled.frames[q_tiles]
-    if bool(tiled.one_frame[q_tiles].all()):
+    count, frames = tiled.key_tiles, tiled.decay.frames
+    frames = frames[chunk.q_tiles % len(frames)]
+    if torch.equal(frames.amin(1), frames.amax(1)):
         frames = frames[:, :1]
     first = frames[:, :, None] * count
-    by_token = taken(tiled.t, (first + chunk.exact[:, None] % count).flatten(), buffers, "decay")
+    by_token = taken(tiled.decay.by_token, (first + chunk.exact[:, None] % count).flatten(), buffers, "decay")
     by_token = by_token.view(*frames.shape, -1)[:, :, :columns]
     if not chunk.pooled.shape[1]:
         return by_token
-    return torch.cat([by_token, tiled.t_mean[first + chunk.pooled[:, None] % count]], 2)
+    return torch.cat([by_token, tiled.decay.by_tile[first + chunk.pooled[:, None] % count]], 2)
 
 
 def beyond(counts: Tensor, columns: int, start: int = 0) -> Tensor:

@@ -20,11 +20,10 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
     """Gradients of q, k and v from those of the output [B, H, S_q, Dv] and of the LSE [B, H, S_q] (None: not used)."""
     tiled = in_tiles(problem)
     wide = wide_dtype(problem.q.dtype)
-    sums = {
-        name: torch.zeros(x.shape, dtype=wide, device=x.device)
-        for name in ("q", "k", "v", "k_mean", "v_mean")
-        if (x := getattr(tiled, name)) is not None
-    }
+    parts = {"q": tiled.q, "k": tiled.k, "v": tiled.v}
+    if tiled.means is not None:
+        parts |= {"k_mean": tiled.means.k, "v_mean": tiled.means.v}
+    sums = {name: torch.zeros(x.shape, dtype=wide, device=x.device) for name, x in parts.items()}
     grad_out = tiles_in_order(grad_out.to(tiled.q.dtype), problem.block_q)
     grad_lse = None if grad_lse is None else tiles_in_order(grad_lse[..., None], problem.block_q)
     _, columns, multiple = chunk_sizes(problem)
@@ -49,7 +48,8 @@ def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | 
         x = torch.bmm(a, b.mT, out=buffer(buffers, f"{name} product", q, shape, q.dtype))
         return x if x.dtype == wide else buffer(buffers, name, q, shape, wide).copy_(x)
 
-    k, v = columns_of(tiled.k, tiled.k_mean, "k"), columns_of(tiled.v, tiled.v_mean, "v")
+    k_mean, v_mean, _ = tiled.means or (None, None, None)
+    k, v = columns_of(tiled.k, k_mean, "k"), columns_of(tiled.v, v_mean, "v")
     raw = product(q, k, "logits").mul_(tiled.scale)
     x = buffer(buffers, "weights", q, shape, wide).copy_(raw)
     t, empty, hidden = transform(x, tiled, chunk, columns, weights, buffers)
@@ -82,8 +82,8 @@ def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Ten
     grads = [grad_q.to(q.dtype)]
     for name in ("k", "v"):
         grad = sums[name]
-        if f"{name}_mean" in sums and tiled.log_length is not None:
-            of_each_token = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[:, None]
+        if tiled.means is not None:  # beside an empty tile, whose tokens are all masked below
+            of_each_token = sums[f"{name}_mean"] * (-tiled.means.log_length).exp()[:, None]
             grad = grad + of_each_token[:, None]
         grad = grad.reshape(*k.shape[:2], -1, grad.shape[-1])[:, :, : k.shape[2]]
         if valid is not None:

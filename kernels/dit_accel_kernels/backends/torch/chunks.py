@@ -11,7 +11,7 @@ from torch import Tensor
 from ...cache import StorageCache
 from ...problem import Problem
 
-WASTE = 1 / 8  # most of a chunk's columns that padding may be
+WASTE = 0.125  # most of a chunk's columns that padding may be
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -90,8 +90,8 @@ def chunks_of(problem: Problem, columns: int, multiple: int, *, remember: bool) 
     """
     if not remember:
         return _build(problem, columns, multiple)
-    shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k, columns, multiple)
-    return _CHUNKS.get(problem.parts.values(), shapes, lambda: _build(problem, columns, multiple))
+    key = (problem.q.shape, problem.k.shape, problem.block_q, problem.block_k, columns, multiple)
+    return _CHUNKS.get(problem.parts.values(), key, lambda: _build(problem, columns, multiple))
 
 
 def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:

@@ -13,6 +13,7 @@ from ...features import product_dtype
 from ...problem import Problem
 from ...selection import LOG2_E
 from ...votes import VOTE_BYTES, Tally
+from ..rows import with_whole_rows
 from . import binding
 from .binding import STRIDES, LoopCall
 from .chunks import Lists, flat_lists
@@ -59,7 +60,7 @@ def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> 
     narrow = problem.q.dtype == torch.bfloat16
     pairs = narrow and product_dtype(problem.q.dtype, "cpu") != torch.float32 and problem.q.shape[3] % 2 == 0
     q, k, v = (x if narrow else cast(x, torch.float32) for x in (problem.q, problem.k, problem.v))
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))  # rows in one piece each
+    q, k, v = map(with_whole_rows, (q, k, v))
     (batch, heads, num_q, dim), (_, key_heads, num_k, value_dim) = q.shape, v.shape
     axes = (heads, num_q) if problem.heads_first else (num_q, heads)
     out = problem.in_layout(fresh((batch, *axes, value_dim), q.dtype))
@@ -106,8 +107,9 @@ def _features(problem: Problem, k: Tensor, v: Tensor) -> dict[str, Any]:
         found["head_scale"] = problem.head_scale.expand(len(k), -1)
     if problem.pooled_indices is not None:
         found["key_means"], found["value_means"], log_length = pools(problem, k.float(), v.float())
-        found["lengths"] = None if log_length is None else log_length * LOG2_E
-    found["decay"], found["mean_decay"], found["frames"], _ = decays(problem, torch.float32)
+        found["lengths"] = log_length * LOG2_E
+    if problem.decay is not None:
+        found["decay"], found["mean_decay"], found["frames"] = decays(problem, torch.float32)
     return {name: x.contiguous() for name, x in found.items() if x is not None}
 
 

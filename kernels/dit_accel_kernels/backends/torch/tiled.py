@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from ...cache import readable
 from ...features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
 from ...problem import Problem
 from .memory import cast
+
+
+class Means(NamedTuple):
+    """Means of all key tiles of B * HK batches and key heads, and what goes with them."""
+
+    k: Tensor  # [B * HK * NK, D]
+    v: Tensor
+    log_length: Tensor  # [B * HK * NK], natural log of a pooled tile's length
+
+
+class Decay(NamedTuple):
+    """Decay by frame of the queries."""
+
+    by_token: Tensor  # [(F + 2) * NK, block_k]
+    by_tile: Tensor  # [(F + 2) * NK], the mean
+    frames: Tensor  # int64 [NQ, block_q], each query's frame in both
 
 
 @dataclass(slots=True)
@@ -23,17 +40,12 @@ class Tiled:
 
     q: Tensor  # [B * H * NQ, block_q, D]
     k: Tensor  # [B * HK * NK, block_k, D]
-    v: Tensor  # its head dim, like that of v_mean, is its own
+    v: Tensor  # its head dim is its own
     absent: Tensor | None  # bool [B * HK * NK, block_k], the keys that a mask leaves out
     bits: Tensor | None  # int32 [M, block_q, ceil(block_k / 32)], the masks inside tiles
     finite: bool  # whether keys and values are known to be numbers; looked at on a CPU, for masks inside tiles
-    k_mean: Tensor | None  # [B * HK * NK, D]
-    v_mean: Tensor | None
-    log_length: Tensor | None  # [B * HK * NK], natural log of a pooled tile's length
-    t: Tensor | None  # [(F + 2) * NK, block_k], decay by frame of the queries
-    t_mean: Tensor | None  # [(F + 2) * NK]
-    frames: Tensor | None  # int64 [NQ, block_q], each query's frame in `t`
-    one_frame: Tensor | None  # bool [NQ], whether it is that of all queries of the tile
+    means: Means | None
+    decay: Decay | None
     scale: float
     key_tiles: int
 
@@ -50,31 +62,29 @@ def in_tiles(problem: Problem) -> Tiled:
         absent = tiles_in_order(~valid[:, None, :, None].expand(-1, k.shape[1], -1, -1), problem.block_k)[..., 0]
     finite = problem.mask_bits is not None and readable(v.device) and all(bool(x.isfinite().all()) for x in (k, v))
     tiles = tiles_in_order(q, problem.block_q), tiles_in_order(k, problem.block_k), tiles_in_order(v, problem.block_k)
-    rest = (*pools(problem, k, v), *decays(problem, dtype), problem.scale, problem.key_tiles)
-    return Tiled(*tiles, absent, problem.mask_bits, finite, *rest)
+    means = None if problem.pooled_indices is None else pools(problem, k, v)
+    decay = None if problem.decay is None else decays(problem, dtype)
+    return Tiled(*tiles, absent, problem.mask_bits, finite, means, decay, problem.scale, problem.key_tiles)
 
 
-def pools(problem: Problem, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`k_mean`, `v_mean` and `log_length` of `Tiled`, in k's dtype; None where no list pools."""
-    if problem.pooled_indices is None:
-        return None, None, None
+def pools(problem: Problem, k: Tensor, v: Tensor) -> Means:
+    """The means of a call, in k's dtype."""
     valid = problem.key_valid
     weight = None if valid is None else valid[:, None].expand(-1, k.shape[1], -1)
     k_mean, length = tile_means(k, problem.block_k, weight)
     v_mean, _ = tile_means(v, problem.block_k, weight)
     log_length = length.log().to(wide_dtype(k.dtype)).expand(k_mean.shape[:-1]).flatten()
-    return k_mean.flatten(0, 2), v_mean.flatten(0, 2), log_length
+    return Means(k_mean.flatten(0, 2), v_mean.flatten(0, 2), log_length)
 
 
-def decays(problem: Problem, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`t`, `t_mean`, `frames` and `one_frame` of `Tiled`; None in calls without decay."""
-    if problem.decay is None:
-        return None, None, None, None
+def decays(problem: Problem, dtype: torch.dtype) -> Decay:
+    """The decay of a call that has some; means in the wide dtype of this one."""
+    assert problem.decay is not None
     by_frame, frames = decay_by_frame(*problem.decay)
-    t_mean = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
-    t = tiles_in_order(by_frame[..., None], problem.block_k)[..., 0]
+    by_tile = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
+    by_token = tiles_in_order(by_frame[..., None], problem.block_k)[..., 0]
     frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
-    return t, t_mean, frames, (frames == frames[:, :1]).all(1)
+    return Decay(by_token, by_tile, frames)
 
 
 def tiles_in_order(x: Tensor, block: int) -> Tensor:

@@ -19,17 +19,19 @@ from ...bits import word_count
 from ...errors import BackendUnavailableError
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
+from ..rows import moves_in_pieces, with_whole_rows
 from .eight import Scales, eight_bits
 from .expand import bits_of_lists, expand
 from .forward import _fwd_kernel
 from .launch import (
+    LARGE,
     Launch,
     architecture,
     bulk_copies,
     column_parts,
-    fp32_products,
     key_block,
     launch_of,
+    products_of,
     query_block,
     row_of,
     warps,
@@ -90,14 +92,15 @@ def _attend(
     problem: Problem, need_lse: bool, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`attend` of batches and heads that are computed together, or `add_rest` to a start."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
-    problem = replace(problem, q=q, k=k, v=v)
+    problem = in_pieces(problem)
+    q, k, v = problem.q, problem.k, problem.v
     eight = problem.precision is not None
     plan = row_plan(problem, without_whole=start is not None)
     with on_device(q.device):
         means, scales = None, (None, None, None)  # which eight bits have
         if problem.may_pool or eight:
-            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, wide=eight)
+            dtype = torch.float32 if eight else k.dtype
+            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, dtype=dtype)
         plan, exact = _select(problem, plan, means)
         if eight:
             problem, means, scales = eight_bits(problem, means, plan.valid, architecture(q.device))
@@ -106,6 +109,13 @@ def _attend(
             out, lse, words = _launch(problem, plan, means, scales, launch, need_lse, start)
         kept = None if words is None else fold(problem, plan, words)
     return out, lse, exact, kept
+
+
+def in_pieces(problem: Problem) -> Problem:
+    """The call as kernels read it: the rows of q, k and v in one piece each, and so are token order and head scales."""
+    q, k, v = map(with_whole_rows, (problem.q, problem.k, problem.v))
+    order, scale = (None if x is None else x.contiguous() for x in (problem.token_order, problem.head_scale))
+    return replace(problem, q=q, k=k, v=v, token_order=order, head_scale=scale)
 
 
 def _select(
@@ -118,7 +128,7 @@ def _select(
     routed = selection.routed
     if selection.routing is not None:
         assert means is not None
-        products = fp32_products(architecture(problem.q.device))
+        products = products_of(architecture(problem.q.device), torch.float32)
         routed = route(problem, selection.routing, means[0].to(problem.k.dtype), means[2], products)
     return expand(problem, plan, routed)
 
@@ -144,11 +154,11 @@ def _launch(
     (d1, d2), (d1v, d2v) = column_parts(dim, 16 if scales[0] is None else 32), column_parts(v.shape[3])
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
-    products = fp32_products(architecture(q.device)) if q.dtype == torch.float32 else "ieee"
+    products = products_of(architecture(q.device), q.dtype)
     _fwd_kernel[(math.prod(tiles) * parts,)](
         q, k, v, out, lse if need_lse else None, *listed(problem, plan, pooled), *scales, words,
-        *_descriptors((k, v), block_k, problem.token_order is None and problem.block_k % block_k == 0),
-        *((None, None) if means is None else _descriptors(means[:2], pooled_block(problem, launch), True)),
+        *_descriptors(k, v, block_k, problem.token_order is None and problem.block_k % block_k == 0),
+        *((None, None) if means is None else _descriptors(*means[:2], pooled_block(problem, launch), True)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
         *out.stride()[:3], *launch_sizes(problem, plan), problem.scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
@@ -157,7 +167,7 @@ def _launch(
         BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2, DIM_V=v.shape[3], D1V=d1v, D2V=d2v,
         PRECISION=products, VOTE=None if vote is None else vote.criterion,
         STARTED=start is not None,
-        num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
+        num_warps=warps(launch, block_q), num_stages=launch.num_stages,
     )  # fmt: skip
     return out, lse, words
 
@@ -172,7 +182,7 @@ def listed(problem: Problem, plan: RowPlan, pooled: Sequence[Tensor | None]) -> 
 
 def features_of(problem: Problem, plan: RowPlan) -> tuple[Tensor | None, ...]:
     """Token order, valid keys, factors of heads, and the table and frames of decay: what every kernel reads."""
-    table = None if problem.decay is None else problem.decay[0]
+    table = None if problem.decay is None else problem.decay[0].contiguous()
     return problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames
 
 
@@ -209,20 +219,17 @@ def pooled_block(problem: Problem, launch: Launch) -> int:
     return min(launch.block_k, 32) if gathers else launch.block_k
 
 
-def _descriptors(
-    tensors: Sequence[Tensor], rows: int, in_sequence: bool
-) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+def _descriptors(first: Tensor, second: Tensor, rows: int, in_sequence: bool) -> Sequence[TensorDescriptor | None]:
     """Two tensors [B, HK, N, D or Dv] for bulk copies of chunks of so many rows, where the card has them and they fit.
 
     They copy whole power-of-2 rows, those of a chunk `in_sequence`, from addresses and strides of whole 16 bytes.
     """
-    whole = in_sequence and all(x.shape[-1] * x.element_size() >= 32 and x.shape[-1].bit_count() == 1 for x in tensors)
-    strides = [n * x.element_size() for x in tensors for n in x.stride()[:3]]
-    aligned = all(x.data_ptr() % 16 == 0 for x in tensors) and all(n % 16 == 0 and n > 0 for n in strides)
-    if not bulk_copies(architecture(tensors[0].device), tensors[1].dtype) or not whole or not aligned:
+    pair = first, second
+    whole = in_sequence and all(x.shape[-1] * x.element_size() >= 32 and x.shape[-1].bit_count() == 1 for x in pair)
+    aligned = all(moves_in_pieces(x) and all(x.stride()) for x in pair)
+    if not bulk_copies(architecture(first.device), second.dtype) or not whole or not aligned:
         return None, None
-    made = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]]) for x in tensors]
-    return made[0], made[1]
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]]) for x in pair]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -231,7 +238,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def fitting(kernel: str, problem: Problem, features: Sequence[str], tile: int = 128) -> Iterator[Launch]:
+def fitting(kernel: str, problem: Problem, features: Sequence[str], tile: int = LARGE) -> Iterator[Launch]:
     """Sizes of a kernel by the launch table, whose launch within runs or raises BackendUnavailableError with its row.
 
     The larger head dim chooses the row. Every row fits the cards that it was compiled for (bench/aot.py); others may

@@ -9,7 +9,6 @@ kernel of their own, and are spread over the tile's valid tokens where grad_k an
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,11 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
-from .attend import check, features_of, fitting, last_distance, launch_sizes, listed, masks_of, on_device
+from ..rows import with_whole_rows
+from .attend import check, features_of, fitting, in_pieces, last_distance, launch_sizes, listed, masks_of, on_device
 from .backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from .expand import expand, expand_columns
-from .launch import Launch, key_block, query_block
+from .launch import Launch, column_block, key_block, query_block
 from .loads import _load_part
 from .plan import RowPlan, row_plan, scale_stride
 from .pool import pool
@@ -116,9 +116,8 @@ def _attend_backward(
     problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` of batches and heads that are computed together."""
-    tensors = (problem.q, problem.k, problem.v, out, grad_out)
-    q, k, v, out, grad_out = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-    problem = replace(problem, q=q, k=k, v=v)
+    out, grad_out, problem = with_whole_rows(out), with_whole_rows(grad_out), in_pieces(problem)
+    q, k, v = problem.q, problem.k, problem.v
     masks = (problem.key_valid, problem.key_mask, problem.key_length, problem.mask_ids)
     features = ("decay",) * (problem.decay is not None) + ("mask",) * any(x is not None for x in masks)
     with on_device(q.device):
@@ -127,7 +126,9 @@ def _attend_backward(
         plan, exact = row_plan(problem), None
         means: tuple[Tensor | None, ...] = (None, None, None)
         if problem.may_pool:
-            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid)
+            means = pool(
+                k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, dtype=k.dtype
+            )
         if problem.selection is not None and narrows(problem.selection):
             plan, exact = expand(problem, plan, problem.selection.routed)
         with fitting("dq", problem, features) as launch:
@@ -146,14 +147,9 @@ def _delta(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) 
     _delta_kernel[(batch * heads * triton.cdiv(tokens, DELTA_ROWS),)](
         out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), delta, base,
         *out.stride()[:3], *grad_out.stride()[:3], heads, tokens,
-        BLOCK=DELTA_ROWS, DIM=dim, BLOCK_D=column_block(dim), num_warps=4,
+        BLOCK=DELTA_ROWS, DIM=dim, BLOCK_D=column_block(dim),
     )  # fmt: skip
     return base, delta
-
-
-def column_block(dim: int) -> int:
-    """Columns of a chunk: a power of 2 of at least 16 that covers the head dim."""
-    return max(16, triton.next_power_of_2(dim))
 
 
 def _scale(problem: Problem) -> float:

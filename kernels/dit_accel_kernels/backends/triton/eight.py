@@ -19,7 +19,6 @@ from .launch import eight_bit_number
 from .loads import _load, _token_rows
 
 BLOCK_N = 64  # tokens read at once
-NUM_WARPS = 4
 Means = tuple[Tensor, Tensor, Tensor]
 Scales = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of keys and of mean keys, float32 [B, HK, NK] each, and what was subtracted from both, [B, HK, 1, D]; or None."""
@@ -171,6 +170,5 @@ def _quantise(
     _quantise_kernel[(batch * heads * tiles,)](
         k, order, valid, centre, out, scale, *k.stride()[:3], *out.stride()[:3], tokens, heads, tiles,
         TILE_K=tile, BLOCK_N=min(BLOCK_N, triton.next_power_of_2(tile)), DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
-        num_warps=NUM_WARPS,
     )  # fmt: skip
     return out, scale

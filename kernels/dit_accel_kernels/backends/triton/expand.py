@@ -22,7 +22,6 @@ from .transpose import ColumnPlan
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -131,10 +130,11 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[RowP
     selection = problem.selection
     assert selection is not None
     batch, heads, q_tiles = *problem.q.shape[:2], problem.query_tiles
-    keep, pinned = (None if x is None else x.contiguous() for x in (selection.keep, selection.pinned))
-    strides, entries = _room(plan.strides, plan.indices.numel() - 2, batch, heads)
-    indices = plan.indices.new_empty(entries + 2)
-    entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(entries + 2)
+    given = (selection.keep, selection.pinned, routed)
+    keep, pinned, routed = (None if x is None else x.contiguous() for x in given)
+    strides, room = _room(plan.strides, plan.indices.numel(), batch, heads)
+    indices = plan.indices.new_empty(room)
+    entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(room)
     bounds = plan.bounds.new_empty(batch * heads, q_tiles, 6)
     exact = indices.new_empty(batch, heads, q_tiles, word_count(problem.key_tiles))
     pooled = torch.empty_like(exact) if problem.may_pool else None
@@ -142,7 +142,7 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[RowP
     _expand_kernel[(batch * heads * q_tiles,)](
         plan.indices, plan.bounds, plan.entry_t, static, plan.pooled_bits, keep, pinned, routed,
         indices, bounds, entry_t, pooled, exact, *plan.strides, *plan.pooled_strides, *strides,
-        heads, q_tiles, exact.shape[3], POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
+        heads, q_tiles, exact.shape[3], POOL_REST=selection.rest == "pooled", BLOCK=BLOCK,
     )  # fmt: skip
     return replace(
         plan, indices=indices, entry_t=entry_t, bounds=bounds, pooled_bits=pooled, entry_strides=strides,
@@ -194,7 +194,7 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
     bounds = plan.bounds.new_empty(batch * heads, k_tiles, 3)
     _expand_columns_kernel[(batch * heads * k_tiles,)](
         plan.q_tiles, plan.bounds, plan.entry_t, exact, rest, bounds, entry_t, *plan.strides, *strides,
-        heads, q_tiles, k_tiles, words, BLOCK=BLOCK_COLUMNS, num_warps=NUM_WARPS,
+        heads, q_tiles, k_tiles, words, BLOCK=BLOCK_COLUMNS,
     )  # fmt: skip
     return replace(plan, q_tiles=rest, bounds=bounds, entry_t=entry_t, strides=(heads, 1), entry_strides=strides)
 

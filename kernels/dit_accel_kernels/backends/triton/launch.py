@@ -45,6 +45,7 @@ class Key(NamedTuple):
     feature: str = ""
 
 
+LARGE = 128  # tokens of the tiles of rows that serve all tiles
 TABLE = Path(__file__).with_name("launch_table.json")
 # Architectures that run what their family's row was made for, with as much shared memory or more.
 FAMILY = dict(sm_86="sm_89", sm_87="sm_80", sm_101="sm_100", sm_103="sm_100", sm_110="sm_100", sm_121="sm_120")
@@ -71,11 +72,11 @@ def key_of_row(row: dict[str, Any]) -> Key:
 def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int, kernel: str = "fwd") -> Key:
     """The key of a call; a tile of more than 64 tokens counts as 128."""
     kind, columns = "fp32" if dtype == torch.float32 else "half", next(n for n in (32, 64, 128, 256) if dim <= n)
-    return Key(family_of(arch), kind, columns, 64 if tile <= 64 else 128, kernel)
+    return Key(family_of(arch), kind, columns, 64 if tile <= 64 else LARGE, kernel)
 
 
 def row_of(
-    arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
+    arch: str, dtype: torch.dtype, dim: int, tile: int = LARGE, kernel: str = "fwd", features: Iterable[str] = ()
 ) -> Key:
     """The row of the table that serves a call; arguments as in `launch_of`.
 
@@ -83,13 +84,13 @@ def row_of(
     of 128, where it has none up to 32 columns that of 64, and where the architecture's family has none, any's.
     """
     key = key_of(arch, dtype, dim, tile, kernel)
-    choices = product((key.arch, ""), (key.dim, max(key.dim, 64)), (key.tile, 128), (*features, ""))
+    choices = product((key.arch, ""), (key.dim, max(key.dim, 64)), (key.tile, LARGE), (*features, ""))
     keys = (key._replace(arch=a, dim=d, tile=t, feature=f) for a, d, t, f in choices)
     return next(key for key in keys if key in launch_table())
 
 
 def launch_of(
-    arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
+    arch: str, dtype: torch.dtype, dim: int, tile: int = LARGE, kernel: str = "fwd", features: Iterable[str] = ()
 ) -> Launch:
     """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim, tokens of a tile, kernel and features."""
     return launch_table()[row_of(arch, dtype, dim, tile, kernel, features)]
@@ -113,6 +114,11 @@ def next_power_of_2(n: int) -> int:
 def query_block(tile: int, most: int) -> int:
     """Query rows of a program: a power of 2 from 16 to `most` that covers a tile or a part of it."""
     return max(16, min(most, next_power_of_2(tile)))
+
+
+def column_block(dim: int) -> int:
+    """Columns that cover a head dim: a power of 2 of at least 16."""
+    return max(16, next_power_of_2(dim))
 
 
 def warps(launch: Launch, block_q: int) -> int:
@@ -142,13 +148,13 @@ def eight_bit_number(arch: str, precision: str) -> torch.dtype | None:
     return torch.float8_e4m3fn if newer or arch == "cpu" else None  # where the interpreter runs
 
 
-def fp32_products(arch: str) -> str:
-    """How products of fp32 are made: tf32x3 on NVIDIA, plain fp32 ("ieee") elsewhere.
+def products_of(arch: str, dtype: torch.dtype) -> str:
+    """How products of a dtype are made: tf32x3 for fp32 on NVIDIA, as they are ("ieee") elsewhere.
 
     Three tf32 products come close to fp32 and run on tensor cores, which have no fp32 there; AMD's matrix cores have
     it, and Triton's interpreter computes in fp32 in any case.
     """
-    return "tf32x3" if arch.startswith("sm_") else "ieee"
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
 def bulk_copies(arch: str, dtype: torch.dtype) -> bool:

@@ -55,25 +55,24 @@ _BITS: StorageCache[Tensor] = StorageCache()
 
 def row_plan(problem: Problem, *, without_whole: bool = False) -> RowPlan:
     """The plan of a problem in the caller's token order; `without_whole`: exact tiles that no mask cuts are absent."""
-    decay, keys = problem.decay or (None, None, None), (problem.key_length, problem.key_mask, problem.key_valid)
+    valid, decay = problem.features_in_tiled_order()
     lists = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
-    shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    given = tuple(x is not None for x in keys)
-    order = problem.token_order if problem.decay is not None or any(given) else None  # lists are in tiled order
-    parts, key = (*lists, problem.mask_ids, *decay), (*shapes, given, without_whole)
-    return _CACHE.get(parts, key, lambda: _build(problem, without_whole), loose=[order, *keys])
+    parts = (*lists, problem.mask_ids, *(decay or ()))
+    key = (problem.q.shape, problem.k.shape, problem.block_q, problem.block_k, without_whole)
+    return _CACHE.get(parts, key, lambda: _build(problem, valid, decay, without_whole), loose=[valid])
 
 
-def _build(problem: Problem, without_whole: bool) -> RowPlan:
+def _build(
+    problem: Problem, valid: Tensor | None, decay: tuple[Tensor, Tensor, Tensor] | None, without_whole: bool
+) -> RowPlan:
     batch, heads = problem.q.shape[:2]
     sets, q_tiles = problem.exact_offsets.shape[0], problem.query_tiles
-    indices, mask_ids, pooled = problem.exact_indices, problem.mask_ids, _pooled_range(problem)
-    valid, decay = problem.features_in_tiled_order()
+    indices, mask_ids, (pooled, pooled_bits) = problem.exact_indices, problem.mask_ids, _pooled(problem)
     strides = call_strides = list_strides(problem, heads)
     entry_row = row_of_entry(problem.exact_offsets, indices.numel())
     entry_t = pooled_t = None
     if decay is not None:
-        entry_t = decay_of_tiles(problem, decay)[entry_row % q_tiles, indices.long()].nan_to_num(1.0)
+        entry_t = decay_of_tiles(problem, decay)[entry_row % q_tiles, indices.long()]
         assert problem.decay is not None
         t, _ = decay_by_frame(*decay, last_frame(problem.decay[1]))
         pooled_t = tile_means(t[..., None], problem.block_k, None)[0][..., 0]
@@ -88,45 +87,43 @@ def _build(problem: Problem, without_whole: bool) -> RowPlan:
             strides, sets = (sets, call_strides[1]), sets * batch
         entry_batch = entry_row // q_tiles * batch // sets
     section = sections_of(problem)[entry_batch, entry_row % q_tiles, indices.long()].long()
-    whole = None if mask_ids is None else mask_ids < 0
-    if whole is not None:
-        section = torch.where(whole, section, section.clamp(min=SLOW))
+    cut = torch.zeros_like(indices, dtype=torch.bool) if mask_ids is None else mask_ids >= 0
+    section = torch.where(cut, section.clamp(min=SLOW), section)
     if without_whole:
-        section = torch.full_like(section, ABSENT) if whole is None else section.masked_fill(whole, ABSENT)
+        section = section.masked_fill(~cut, ABSENT)
     order, edges = grouped(entry_row, section, sets * q_tiles, 4)
     bounds = edges[:-1].view(sets, q_tiles, 4) + 1
     work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + pooled[..., 1] - pooled[..., 0]
     return RowPlan(
         indices=_padded(indices[order]),
-        bounds=torch.cat([bounds, pooled], -1).contiguous(),
-        q_order=work.argsort(dim=-1, descending=True, stable=True).int(),
+        bounds=torch.cat([bounds, pooled], -1),
+        q_order=work.argsort(dim=-1, descending=True).int(),
         strides=strides,
         pooled_strides=call_strides,
-        pooled_bits=_pooled_bits(problem),
+        pooled_bits=pooled_bits,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
         entry_mask=None if mask_ids is None else _padded(mask_ids[order]),
         q_frames=None if decay is None else decay[1].clone(memory_format=torch.contiguous_format),
         k_frames=None if decay is None else decay[2].clone(memory_format=torch.contiguous_format),
-        pooled_t=None if pooled_t is None else pooled_t.contiguous(),
+        pooled_t=pooled_t,
     )
 
 
-def _pooled_range(problem: Problem) -> Tensor:
-    """The first pooled key tile of each row of the lists and one past the last, int64 [G, NQ, 2]; 0 where none is."""
+def _pooled(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The first pooled key tile of each row of the lists and one past the last, int64 [G, NQ, 2], and all as bits.
+
+    Zeros in rows without any, and None for bits in lists without.
+    """
     offsets, indices = problem.pooled_offsets, problem.pooled_indices
-    if offsets is None or indices is None or indices.numel() == 0:
+    if offsets is None:
         sets = problem.exact_offsets.shape[0]
-        return problem.exact_offsets.new_zeros(sets, problem.query_tiles, 2, dtype=torch.int64)
+        return problem.exact_offsets.new_zeros(sets, problem.query_tiles, 2, dtype=torch.int64), None
+    assert indices is not None
     start, end = offsets[:, :-1].long(), offsets[:, 1:].long()
-    last = indices.numel() - 1
-    ends = torch.stack([indices[start.clamp(max=last)], indices[(end - 1).clamp(min=0)] + 1], -1).long()
-    return ends.masked_fill_((start == end)[..., None], 0)
-
-
-def _pooled_bits(problem: Problem) -> Tensor | None:
-    offsets, indices = problem.pooled_offsets, problem.pooled_indices
-    return None if offsets is None or indices is None else bits_of(offsets, indices, problem.key_tiles)
+    padded = torch.nn.functional.pad(indices, (0, 1))  # rows without a tile look behind the last or before the first
+    ends = torch.stack([padded[start], padded[end - 1] + 1], -1).long()
+    return ends.masked_fill_((start == end)[..., None], 0), bits_of(offsets, indices, problem.key_tiles)
 
 
 def bits_of(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from .loads import _token_rows
 
 BLOCK_N = 64  # tokens read at once
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -55,22 +54,21 @@ def _pool_kernel(
 
 
 def pool(
-    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None, wide: bool = False
+    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean K and V, [B, HK, NK, D] and [B, HK, NK, Dv] in the inputs' dtype, and true lengths, float32 [B, NK].
+    """Mean K in `dtype`, [B, HK, NK, D], mean V in its own, [B, HK, NK, Dv], and true lengths, float32 [B, NK].
 
     K [B, HK, S_k, D] and V, with a head dim of its own, have contiguous rows, `block_k` to a tile; `token_order` [S_k]
-    maps tiled positions to rows; `valid` uint8 [B, S_k], in tiled order, are the keys that count (None: all). With
-    `wide`, mean K is float32.
+    maps tiled positions to rows; `valid` uint8 [B, S_k], in tiled order, are the keys that count (None: all).
     """
     batch, heads, tokens, dim = k.shape
     tiles = -(-tokens // block_k)
-    k_mean = k.new_empty(batch, heads, tiles, dim, dtype=torch.float32 if wide else k.dtype)
+    k_mean = k.new_empty(batch, heads, tiles, dim, dtype=dtype)
     v_mean = v.new_empty(batch, heads, tiles, v.shape[3])
     length = k.new_empty(batch, tiles, dtype=torch.float32)
     _pool_kernel[(batch * heads * tiles,)](
         k, v, token_order, valid, k_mean, v_mean, length, *k.stride()[:3], *v.stride()[:3], tokens, heads, tiles,
         TILE_K=block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), DIM_V=v.shape[3],
-        BLOCK_DV=triton.next_power_of_2(v.shape[3]), num_warps=NUM_WARPS,
+        BLOCK_DV=triton.next_power_of_2(v.shape[3]),
     )  # fmt: skip
     return k_mean, v_mean, length

@@ -17,12 +17,12 @@ from torch import Tensor
 from ...bits import unpack_bits, word_count
 from ...problem import Problem
 from ...selection import LOG2_E, Routing
+from .launch import column_block
 from .loads import _load_part, _token_rows
 from .plan import scale_stride
 
 BLOCK_N = 64  # tokens or tiles that are averaged at once
 BLOCK_ROWS = 16  # query tiles that one program routes
-NUM_WARPS = 4
 NUM_STAGES = 2
 
 
@@ -159,7 +159,7 @@ def route(problem: Problem, routing: Routing, k_mean: Tensor, length: Tensor, pr
     q, pinned = problem.q, problem.selection.pinned
     batch, heads, num_q, dim = q.shape
     key_heads, q_tiles, k_tiles = k_mean.shape[1], problem.query_tiles, problem.key_tiles
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = column_block(dim)
     if pinned is not None:  # uint8 [NK]: in every query tile
         pinned = unpack_bits(pinned, k_tiles).all(0).to(torch.uint8)
     q_mean = q.new_empty(batch, heads, q_tiles, dim, dtype=torch.float32)
@@ -167,17 +167,17 @@ def route(problem: Problem, routing: Routing, k_mean: Tensor, length: Tensor, pr
     bits = torch.empty(batch, heads, q_tiles, word_count(k_tiles), dtype=torch.int32, device=q.device)
     _query_mean_kernel[(batch * heads * q_tiles,)](
         q, problem.token_order, q_mean, *q.stride()[:3], num_q, heads, q_tiles,
-        TILE_Q=problem.block_q, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d, num_warps=NUM_WARPS,
+        TILE_Q=problem.block_q, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d,
     )  # fmt: skip
     _key_statistics_kernel[(batch * key_heads,)](
         k_mean, length, pinned, centre, variance, key_heads, k_tiles,
-        BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d, num_warps=NUM_WARPS,
+        BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d,
     )  # fmt: skip
     _route_kernel[(batch * heads * triton.cdiv(q_tiles, BLOCK_ROWS),)](
         q_mean, k_mean, length, pinned, centre, variance, problem.head_scale, bits,
         scale_stride(problem), heads, key_heads, q_tiles, k_tiles,
         problem.scale * LOG2_E, float(routing.beta),
         BLOCK_R=BLOCK_ROWS, DIM=dim, BLOCK_D=block_d, EXACT=routing.threshold == "exact", PRECISION=precision,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        num_stages=NUM_STAGES,
     )  # fmt: skip
     return bits

@@ -19,7 +19,7 @@ def slices(problem: Problem) -> list[Slice]:
     """Batches and heads to be computed together, query heads that share a key head among them always."""
     (batch, heads), key_heads = problem.q.shape[:2], problem.k.shape[1]
     groups = problem.exact_offsets.shape[0]
-    room = max(1, SCRATCH_BYTES // max(1, 4 * problem.exact_indices.numel()))
+    room = max(1, SCRATCH_BYTES // (4 * (problem.exact_indices.numel() + 2)))
     copies = 1 if groups == 1 else heads if groups == heads else batch * heads  # of a head's lists, in one copy
     if not narrows(problem.selection) or room * copies >= batch * heads:
         return [(slice(0, batch), slice(0, heads))]

@@ -21,7 +21,7 @@ def missing_requirement(
     """What the triton backend would need here and does not find, or None; dtype and dim None: any it supports."""
     if dtype is not None and dtype not in DTYPES:
         return f"bfloat16, float16 or float32 (found {dtype})"
-    if dim is not None and (dim % 8 or not 0 < dim <= MAX_DIM):
+    if dim is not None and (dim % 8 or dim > MAX_DIM):
         return f"a head dim that is a multiple of 8 up to {MAX_DIM} (found {dim})"
     if importlib.util.find_spec("triton") is None:
         return "the triton package (found none)"

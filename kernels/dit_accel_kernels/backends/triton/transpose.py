@@ -49,14 +49,13 @@ _CACHE: StorageCache[ColumnPlan] = StorageCache()
 
 def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
     """The plan of a problem, from the cache; `whole_chunks`: the kernel's chunks of query rows divide a tile."""
-    decay = problem.decay or (None, None, None)
-    parts = (problem.exact_offsets, problem.exact_indices, problem.mask_ids, *decay)
-    shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    order = None if problem.decay is None else problem.token_order
-    return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks), loose=[order])
+    _, decay = problem.features_in_tiled_order()
+    parts = (problem.exact_offsets, problem.exact_indices, problem.mask_ids, *(decay or ()))
+    key = (problem.q.shape, problem.k.shape, problem.block_q, problem.block_k, whole_chunks)
+    return _CACHE.get(parts, key, lambda: _build(problem, decay, whole_chunks))
 
 
-def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
+def _build(problem: Problem, decay: tuple[Tensor, Tensor, Tensor] | None, whole_chunks: bool) -> ColumnPlan:
     q_tiles, k_tiles = problem.query_tiles, problem.key_tiles
     sets = problem.exact_offsets.shape[0]
     indices = problem.exact_indices.long()
@@ -68,9 +67,7 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     if problem.mask_ids is not None:
         masked |= problem.mask_ids >= 0
     t = None
-    if problem.decay is not None:
-        _, decay = problem.features_in_tiled_order()
-        assert decay is not None
+    if decay is not None:
         t = decay_of_tiles(problem, decay)[q_tile, indices]
         masked |= t.isnan()
     order, edges = grouped(list_set * k_tiles + indices, masked, sets * k_tiles, 2)
@@ -79,9 +76,9 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     work = (bounds[..., 2] - bounds[..., 0]).view(sets // repeat, repeat, k_tiles).sum(1)
     return ColumnPlan(
         q_tiles=torch.nn.functional.pad(q_tile[order].int(), (0, 1)),
-        bounds=bounds.contiguous(),
-        order=work.argsort(dim=-1, descending=True, stable=True).int(),
-        entry_t=None if t is None else t[order].nan_to_num(1.0),
+        bounds=bounds,
+        order=work.argsort(dim=-1, descending=True).int(),
+        entry_t=None if t is None else t[order],
         entry_mask=None if problem.mask_ids is None else problem.mask_ids[order],
         strides=list_strides(problem, problem.q.shape[1]),
         order_strides=list_strides(problem, problem.k.shape[1]),

@@ -18,7 +18,6 @@ from .expand import bits_of_lists
 from .plan import RowPlan
 
 BLOCK_V = 256  # visits that the fold looks at together
-NUM_WARPS = 4
 _INTEGERS = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "q_tiles", "words", "step")
 
 
@@ -168,6 +167,6 @@ def fold(problem: Problem, plan: RowPlan, words: Tensor) -> Tensor:
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
     _fold_kernel[(batch * heads * q_tiles,)](
         words, plan.indices, plan.bounds, pinned, kept, *strides, heads, q_tiles, width,
-        -1 if selection.reverse else 1, PARTS=parts, BLOCK=BLOCK_V, num_warps=NUM_WARPS,
+        -1 if selection.reverse else 1, PARTS=parts, BLOCK=BLOCK_V,
     )  # fmt: skip
     return kept
