@@ -110,7 +110,7 @@ static inline void product(const float* a, long lda, long next, const float* con
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         if (P) {
-          const Vec x = (Vec)(reinterpret_cast<const Bits*>(a)[r * lda + k] - Ints{});
+          const Vec x = (Vec)(reinterpret_cast<const Word*>(a)[r * lda + k] - Ints{});
           sum[r][0] = add_pairs(sum[r][0], x, left);
           sum[r][1] = add_pairs(sum[r][1], x, right);
         } else {

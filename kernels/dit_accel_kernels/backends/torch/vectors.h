@@ -20,6 +20,7 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();
 typedef float Vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((may_alias));
+typedef int32_t Word __attribute__((may_alias));
 
 // Memory whose rows may begin where a cache line does
 struct alignas(64) Line {
