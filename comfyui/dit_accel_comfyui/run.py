@@ -9,7 +9,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.engine import Engine
+from dit_accel.attachment.host import HostedModel
 from dit_accel.errors import ConfigError, DitAccelError
 from dit_accel.methods.base import Handler, Model
-from dit_accel.methods.caches.engine import StepCacheHandler
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
-from dit_accel.methods.site import AroundForward, ForwardContext
 from dit_accel.plan.context import StepContext
 from dit_accel.plan.layout import TokenLayout
 
@@ -58,8 +56,7 @@ class Run:
         self.declined: dict[tuple[int, str], Counter[str]] = {}
         self.skipped_elsewhere: set[tuple[int, str]] = set()
         self.model_name = ""
-        self.engine: Engine | None = None
-        self._caches: list[AroundForward] = []
+        self.host: HostedModel | None = None
         self._steps = Steps()
         self._thread = threading.get_ident()
         self._names: dict[tuple[Any, ...], str] = {}
@@ -90,12 +87,22 @@ class Run:
         if threading.get_ident() != self._thread:
             self.problem("a forward ran in another thread than the sampler, without the methods")
             return run()
-        engine = self.engine = self.engine or self._set_up(model)
+        host = self.host = self.host or self._set_up(model)
         try:
-            step = self._step = self._begin(model, inputs, options)
+            place = self._begin(model, inputs, options)
         except ConfigError as error:
             self.problem(str(error))
             return run()
+        with host.denoising(**place) as step:
+            self._step = step
+            return self._timed(host, step, run, inputs, options)
+
+    def _timed(
+        self, host: HostedModel, step: StepContext, run: Callable[[], Any], inputs: Mapping[str, Any],
+        options: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """Return what a forward gives, and keep how long it took, caches included."""
+        engine = host.engine
 
         def innermost() -> Any:
             came = True
@@ -113,7 +120,7 @@ class Run:
         latents = latents_of(inputs)
         device = torch.device("cpu") if latents is None else latents.device
         with engine.recorder.timed(step, device, self._calls.total):
-            return self._cached(step, inputs, innermost)
+            return self._cached(host, step, inputs, innermost)
 
     def attend(self, arguments: AttentionArguments, dense: Callable[..., Tensor]) -> Tensor | None:
         """Return the output of an attention call as the model wants it, or None: it is for the model's own attention.
@@ -155,27 +162,26 @@ class Run:
 
     def end(self) -> None:
         """Free what methods keep from step to step; counts and times stay."""
-        if self.engine is None:
+        if self.host is None:
             if not self.problems:
                 self.problem("the model's code runs no wrapper around its forward, so that no method acted")
             return
-        self.engine.end_run()
-        self._caches.clear()
+        self.host.engine.end_run()
+        self.host.caches.clear()
         self._step = None
         self._layers.clear()
 
-    def _set_up(self, model: Any) -> Engine:
-        """Return an engine for a model, with the methods' handlers."""
+    @property
+    def engine(self) -> Engine | None:
+        """What plans and runs the attention calls; None before the first forward."""
+        return None if self.host is None else self.host.engine
+
+    def _set_up(self, model: Any) -> HostedModel:
+        """Return a model with the methods' handlers on it."""
         self.model_name = type(model).__name__
         adapter = Adapter(name=self.model_name, transformers=(), self_attention=(), blocks=(), latents="x")
         handlers = self._handlers(Model(adapter=adapter, family=None, heads=_heads(model), layers=_layers(model)))
-        site: Any = SimpleNamespace(name=NAME, transformer=model, adapter=adapter, around_forward=self._caches.append)
-        for handler in handlers:
-            if isinstance(handler, StepCacheHandler):
-                handler.install(site)
-        engine = Engine(handlers, self.backend)
-        engine.add_transformer(NAME, model, adapter)
-        return engine
+        return HostedModel(NAME, model, adapter, handlers, self.backend)
 
     def _handlers(self, model: Model) -> list[Handler]:
         """Return the methods' handlers on a model; one that can't act there, or beside those before it, is left out."""
@@ -189,8 +195,8 @@ class Run:
                 kept.append(config)
         return make_handlers(kept, model)
 
-    def _begin(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> StepContext:
-        """Return where the denoising stands at a forward that begins."""
+    def _begin(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return where the denoising stands at a forward that begins, as `HostedModel.denoising` takes it."""
         latents = latents_of(inputs)
         if not self._steps.sigmas and (sigmas := options.get("sample_sigmas")) is not None:
             self._steps = Steps(tuple(float(sigma) for sigma in sigmas.tolist()))
@@ -199,11 +205,10 @@ class Run:
         index = self._steps.index(-1.0 if level is None else level)
         self._placement, self._layout = placement_of(model, inputs), None
         self._calls.clear()
-        return StepContext(
-            transformer=NAME, branch=self._branch(options, level), step_index=index,
-            num_inference_steps=self._steps.count, sigma=level, layout=None,
-            batch=None if latents is None else len(latents), tells_step=True,
-        )  # fmt: skip
+        return {
+            "branch": self._branch(options, level), "batch": None if latents is None else len(latents),
+            "step_index": index, "num_inference_steps": self._steps.count, "sigma": level,
+        }  # fmt: skip
 
     def _branch(self, options: Mapping[str, Any], level: float | None) -> str:
         """Return the name of a forward among those of a step: whose prompts its batch holds, and of which window.
@@ -238,15 +243,14 @@ class Run:
         """Count an attention call that stays dense."""
         self.declined.setdefault((step.step_index, step.branch), Counter())[why] += 1
 
-    def _cached(self, step: StepContext, inputs: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+    def _cached(self, host: HostedModel, step: StepContext, inputs: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """Return a forward's output, by a cache where one is attached."""
-        if not self._caches:
+        if not host.caches:
             return run()
         latents = _last_first(inputs["x"])
         if latents_of({"x": latents}) is None:
             self.problem("no step is skipped: the latents are neither a tensor nor a list of tensors")
             return run()
-        context = ForwardContext(**step.values, inputs={"x": latents})
         computed: list[Any] = []
 
         def once() -> Any:
@@ -254,10 +258,10 @@ class Run:
             return _last_first(computed[0])
 
         try:
-            return _last_first(self._caches[0](context, once))
+            return _last_first(host.around({"x": latents}, once))
         except ConfigError as error:
             self.problem(f"no step was skipped from step {step.step_index} on: {_one_line(error)}")
-            self._caches.clear()
+            host.caches.clear()
             return computed[0] if computed else run()
 
     @contextmanager

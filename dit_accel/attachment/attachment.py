@@ -283,7 +283,8 @@ def _install(
         classes: dict[type, type] = {}
         for name, transformer in transformers.items():
             adapter = adapter_for(type(transformer).__name__)
-            state = attachment.engine.add_transformer(name, transformer, adapter, parts[name])
+            state = attachment.engine.add_transformer(name, transformer, adapter)
+            state.part = parts[name]
             _install_processors(attachment, state, layers, classes)
             if (parallel := context_parallel(transformer)) is not None:
                 require_parallel(attachment.engine, state, parallel)

@@ -8,7 +8,6 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from dit_accel_kernels import block_sparse_attention_eager
 from torch import Tensor, nn
@@ -49,10 +48,9 @@ class Engine:
         # component name -> the transformer, of all that the host has added
         self.transformers: dict[str, TransformerState] = {}
         self.layers: list[AttentionLayer] = []  # their attention layers, by number
-        self.recorder = Recorder()  # counts what runs, one run long
+        self.recorder = Recorder()  # counts what runs; another one for each run
         self.backward = BackwardStore()
         self.observers: list[Observer] = []  # called with every planned call
-        self.runs = 0  # how many have begun
         self.use(handlers)
 
     def use(self, handlers: Sequence[Handler]) -> None:
@@ -69,9 +67,9 @@ class Engine:
         self._steps = (*early, overridden, *late, guided)
         self._corrects = any(one.phase is Phase.CORRECTIONS for one in steps)
 
-    def add_transformer(self, name: str, module: nn.Module, adapter: Adapter, part: Any = None) -> TransformerState:
-        """Let the methods act on a transformer; ``part`` is what ``torch.compile`` made of it, which the host calls."""
-        state = self.transformers[name] = TransformerState(name, module, adapter, part)
+    def add_transformer(self, name: str, module: nn.Module, adapter: Adapter) -> TransformerState:
+        """Let the methods act on a transformer."""
+        state = self.transformers[name] = TransformerState(name, module, adapter)
         return state
 
     def add_layer(self, transformer: str, heads: int) -> AttentionLayer:
@@ -82,7 +80,6 @@ class Engine:
 
     def begin_run(self) -> None:
         """Forget everything that belongs to the last generation."""
-        self.runs += 1
         self.recorder = Recorder()
         for transformer in self.transformers.values():
             transformer.begin_run()
@@ -215,7 +212,7 @@ class Engine:
         forward.lay(sizes)
         assert forward.layout is not None
         assert forward.step is not None
-        branch, batch = forward.step.branch, forward.batch or rows
+        branch, batch = forward.step.branch, forward.rows(rows)
         if transformer.adapter.variable_text_length:  # rows may be packed into one
             _, batch = transformer.layouts.get(branch, (None, batch))
         self._note_layout(transformer, branch, forward.layout, batch)
@@ -253,12 +250,12 @@ class Engine:
         self, layer: AttentionLayer, call: Call, context: CallContext, handlers: tuple[AttentionHandler, ...]
     ) -> tuple[Tensor, AttentionPlan]:
         """Return the output of a call [B, H, S, D], and the plan that a backward follows."""
-        made, rows = layer.state.made, self.forward.batch or context.batch
-        followed = None if context.beside is None else made.find(context, rows, call.q.shape[1])
+        made, rows = layer.state.made, self.forward.rows
+        followed = None if context.beside is None else made.find(context, rows(context.batch), call.q.shape[1])
         facts, rests = followed, None
         if facts is None and call.mask is not None and stays_dense(handlers, call, context, self.recorder):
             facts = RunFacts(plan=AttentionPlan(), batch=context.batch, handlers=handlers)
-            made.note(context, rows, facts)
+            made.note(context, rows(context.batch), facts)
             return run_dense(facts.plan, call, layer), facts.plan
         planning = time.perf_counter()
         if facts is None:
@@ -321,7 +318,7 @@ class Engine:
             result = step(plan, launched, context, result)
         if layer.state.made.wanted and not beside:
             facts = facts.ended(plan, result.exact, turn, result.corrections)
-            layer.state.made.note(context, self.forward.batch or context.batch, facts)
+            layer.state.made.note(context, self.forward.rows(context.batch), facts)
         if self.observers:
             seen = PlannedCall(
                 plan=plan, context=context, call=call, out=result.out, planned=result.planned, exact=result.exact

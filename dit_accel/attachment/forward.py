@@ -16,9 +16,9 @@ from ..errors import ConfigError
 from ..methods.base import Place
 from ..methods.find import scheduler_of
 from ..methods.noise import require_noise
-from ..methods.site import AroundForward, ForwardContext, target_sample
+from ..methods.site import AroundForward, target_sample
 from ..plan.context import StepContext
-from ..plan.layout import TokenLayout
+from ..report.recorder import Recorder
 from .engine import Engine
 from .forward_state import NO_GRID, as_tensors, fewest_keys
 from .layers import TransformerState, lora_state
@@ -61,9 +61,8 @@ class ForwardWrapper:
             for one in denoising.engine.handlers
         )
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
-        self._checked: TokenLayout | None = None  # whose lengths the tables of positions hold
         self._parallel: Any = None
-        self._begun = -1  # the run whose scheduler was looked at
+        self._begun: Recorder | None = None  # of the run whose scheduler was looked at
         self._shards: tuple[Any, SequenceShards | None] = None, None  # what they were made for, and they
         self._agreed: set[Any] = set()  # the run, and the shapes in training, in which processes were compared
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
@@ -131,11 +130,11 @@ class ForwardWrapper:
     def _require_noise(self, run: PipelineRun | None) -> None:
         """Raise `ConfigError` if the scheduler that a run begins with tells no noise level that a method needs."""
         engine = self._engine
-        if run is not None and engine.runs != self._begun:
+        if run is not None and engine.recorder is not self._begun:
             scheduler = scheduler_of(run.pipe)
             noise = noise_of(scheduler)
             require_noise(engine.handlers, () if noise is None else (noise,), type(scheduler).__name__)
-            self._begun = engine.runs
+            self._begun = engine.recorder
 
     def _timed(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         """Run a whole forward, methods around it included, and keep how long it took and what it was."""
@@ -151,7 +150,7 @@ class ForwardWrapper:
     def _require_agreement(self, parallel: Any, latents: torch.Tensor) -> None:
         """Have the processes compare what they run: once a run; in training, of one forward each, once a shape."""
         denoising, state = self._denoising, self._state
-        key = latents.shape if denoising.training else self._engine.runs
+        key = latents.shape if denoising.training else self._engine.recorder
         if key not in self._agreed:
             self._agreed = {one for one in self._agreed if isinstance(one, torch.Size)} | {key}
             with naming_lost(state, parallel):
@@ -164,8 +163,8 @@ class ForwardWrapper:
         denoising, state = self._denoising, self._state
 
         def around(**changed: Any) -> Any:
-            step = denoising.context(state)  # a function further out may have opened a nested branch
-            context = ForwardContext(inputs={**inputs, **changed}, **step.values)
+            # only now: a function further out may have opened a nested branch
+            context = denoising.forward_context(state, {**inputs, **changed})
             out = function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
             state.note_ran()
             return out
@@ -188,10 +187,9 @@ class ForwardWrapper:
         if forward.not_a_step:
             return grid
         forward.lay(sizes)
-        if forward.layout is not None and forward.layout != self._checked:
-            if any(handler.extends for handler in self._engine.handlers):  # for outputs beyond those tables
-                check_lengths(state.adapter.name, state.adapter.rope, state.transformer.config, forward.layout.lengths)
-            self._checked = forward.layout
+        if forward.layout is not None and any(handler.extends for handler in self._engine.handlers):
+            # outputs beyond the tables of positions
+            check_lengths(state.adapter.name, state.adapter.rope, state.transformer.config, forward.layout.lengths)
         forward.min_keys = fewest_keys(state.adapter, sizes)
         forward.shards = None
         if self._parallel is not None and sizes != NO_GRID:

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, Grid
 from ..methods.base import AttentionHandler
 from ..plan.context import StepContext
-from ..plan.layout import TokenLayout, layout_of
+from ..plan.layout import TokenLayout, layout_of, length_of
 from .layers import AttentionLayer
 from .shards import SequenceShards
 
-NO_GRID: Grid = (-1, -1, -1, 0, 0)
+NO_GRID: Grid = (-1,) * 5
 """The grid of a forward whose adapter gives none."""
 
 
@@ -30,17 +30,17 @@ class ForwardState:
         # the attention processor that runs; it holds its layer's number (a 0-d int64 CPU tensor, so that all layers
         # share one compiled graph) and whether the layer follows a plan
         self.processor: Any = None
-        self.sizes: Grid = NO_GRID
         self.not_a_step = False  # the forward stays dense
         self.min_keys = 0  # attention calls over fewer keys stay dense (`Adapter.separate_text_attention`); 0: none do
         self.shards: SequenceShards | None = None  # how tokens and heads are shared between processes
-        self.lay((1, 1, 1, 0, 0))
+        self.layout: TokenLayout | None = None
+        self.sizes, self.grid = NO_GRID, as_tensors(NO_GRID)
         self.begin(None)
 
     def lay(self, sizes: Grid) -> None:
         """Lay the forward's tokens on a grid; `ConfigError` for sizes that are none."""
         if sizes != self.sizes:
-            self.layout: TokenLayout | None = None if sizes == NO_GRID else layout_of(sizes)
+            self.layout = None if sizes == NO_GRID else layout_of(sizes)
             self.sizes, self.grid = sizes, as_tensors(sizes)  # as tensors all grids share one compiled graph
 
     def begin(self, batch: int | None) -> None:
@@ -56,6 +56,10 @@ class ForwardState:
         self.calls: Counter[AttentionLayer] = Counter()  # attention calls that each has made
         self.reached: set[int] = set()  # numbers of the layers that ran, but for those of compiled blocks
 
+    def rows(self, own: int) -> int:
+        """Return the rows of the forward; where they are not known, a call's ``own``."""
+        return own if self.batch is None else self.batch
+
     def stand(self, step: StepContext) -> None:
         """Note where the denoising stands."""
         self.step, self.values = step, step.values
@@ -70,7 +74,6 @@ class ForwardState:
         """Leave the running forward whole as it is, whatever forwards run inside the block."""
         outer = dict(vars(self))
         self.step, self.acting, self.calls, self.reached = None, {}, self.calls.copy(), set(self.reached)
-        self.expected = False
         try:
             yield
         finally:
@@ -85,4 +88,4 @@ def as_tensors(sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 def fewest_keys(adapter: Adapter, sizes: Grid) -> int:
     """Return the sequence length below which a call is text-only and stays dense."""
-    return sum(sizes[3:]) + sizes[0] * sizes[1] * sizes[2] if adapter.separate_text_attention else 0
+    return length_of(sizes) if adapter.separate_text_attention else 0

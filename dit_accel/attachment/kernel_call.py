@@ -213,9 +213,8 @@ def run_rows(
 def stays_dense(handlers: Sequence[AttentionHandler], call: Call, context: CallContext, recorder: Recorder) -> bool:
     """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
     mask = call.mask
-    if mask is None or not handlers or not all(handler.votes for handler in handlers):
-        return False
-    if call.hides_keys:
+    assert mask is not None
+    if not handlers or not all(handler.votes for handler in handlers) or call.hides_keys:
         return False
     recorder.forward(context.transformer, context.branch, context.step_index, 1)
     recorder.stays_dense(context, "mask")

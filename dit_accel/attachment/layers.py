@@ -8,6 +8,7 @@ are as many branches). So a branch stays itself when another one ends or begins,
 import contextlib
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -65,7 +66,7 @@ class AttentionLayer:
             assert module is not None
             heads = heads_of(module, getattr(state.transformer, "config", None))
         self.heads = heads
-        self.processor: Any = SimpleNamespace(_dit_accel_sparse=True)  # read by nobody where layers are met as they run
+        self.processor: Any = SimpleNamespace()  # one of its own only where layers are known before they run
         self.dense: DenseAttention | None = None
 
 
@@ -90,24 +91,21 @@ class Branch:
 class TransformerState:
     """One transformer of the attachment and what is known of its forwards."""
 
-    def __init__(self, name: str, transformer: nn.Module, adapter: Adapter, part: Any = None) -> None:
+    def __init__(self, name: str, transformer: nn.Module, adapter: Adapter) -> None:
         self.name = name  # the pipeline's component name
         self.transformer: Any = transformer  # the module
-        # what the pipeline calls: the transformer, or what ``torch.compile`` made of it
-        self.part: Any = transformer if part is None else part
+        self.part: Any = transformer  # what the pipeline calls: the transformer, or what ``torch.compile`` made of it
         self.adapter = adapter  # its adapter
         self.layers: list[AttentionLayer] = []  # its attention layers that methods may change, in the adapter's order
         self.branches: list[Branch] = []  # the denoising calls that are open, the innermost last
         self.nested = 0  # how many of them a method opened
-        self.layouts: dict[str, tuple[TokenLayout, int]] = {}  # branch -> (layout, batch) of its last forward
-        self.calls = 0  # number of the running forward among the calls that no context names
-        self.calls_seen = Calls()  # what distinguishes these
         self.begin_unseen = False  # the last forward was not seen to begin, in a transformer that is compiled whole
         self.weights: Hashable = None  # what acted on the transformer's weights in the last forward
         self.running: Any = None  # the pipeline in whose call the current forward runs; None: none, or no forward runs
         # branch -> rows, as `Branch` has them, of the forwards of their own inside the running call
         self.ran: dict[str, tuple[int, ...] | None] = {}
         self.made = CallsMade()  # their attention calls, for the forwards beside them
+        self.begin_run()
 
     @property
     def branch(self) -> str:
@@ -148,9 +146,9 @@ class TransformerState:
 
     def begin_run(self) -> None:
         """Forget what belongs to the last generation."""
-        self.layouts.clear()
-        self.calls_seen.begin_run()
-        self.calls = 0
+        self.layouts: dict[str, tuple[TokenLayout, int]] = {}  # branch -> (layout, batch) of its last forward
+        self.calls = 0  # number of the running forward among the calls that no context names
+        self.calls_seen = Calls()  # what distinguishes these
 
 
 def places(own: Sequence[int] | None, theirs: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -268,16 +266,14 @@ class Calls:
     """The denoising calls of one transformer in one run, numbered as they were first seen."""
 
     def __init__(self) -> None:
-        self.begin_run()
-
-    def begin_run(self) -> None:
-        """Forget all calls."""
+        self._numbers = itertools.count()
         self._texts: dict[int, list[RememberedTensors]] = {}  # of each text the objects that it came in
-        self._known: list[tuple[int, int]] = []  # number -> text, and which of the calls with it
-        self._here: dict[tuple[int, int], None] = {}  # those of this timestep, in their order
-        self._number = self._since = -1
-        self.text = -1  # number of the text of the last call; -1: it held none
-        self._times: dict[int, int] = {}
+        self._known: list[tuple[int | None, int]] = []  # number -> text, and which of the calls with it
+        self._here: dict[tuple[int | None, int], None] = {}  # those of this timestep, in their order
+        self._number: int | None = None
+        self._since: int | None = None
+        self.text: int | None = None  # number of the text of the last call; None: it held none
+        self._times = Counter[int | None]()
         self._count: int | None = None
 
     def number(self, step: int, text: tuple[Tensor, ...], repeats: bool) -> tuple[int, bool]:
@@ -292,16 +288,18 @@ class Calls:
             if not text and not repeats:  # the n-th call is another one where there are more or fewer of them
                 lost = self._count not in (None, len(self._here))
             self._count = len(self._here) if self._known else None
-            self._number, self._here, self._times = step, {}, {}
+            self._number, self._here, self._times = step, {}, Counter()
         which = self.text = self._text_number(text)
-        time = self._times[which] = self._times.get(which, -1) + 1
+        time = self._times[which]
+        self._times[which] += 1
         if repeats and self._since != step:
             time %= max(1, sum(one == which for one, _ in self._known))
         call = which, time
         if call not in self._known and time == 0 and self._since != step and len(self._known) > len(self._here):
             # a text never seen, while one that was is still to come: it may be that one, changed
             lost, self._known = True, list(self._here)
-            self._texts = {one: self._texts[one] for one in {which, *(one for one, _ in self._known)} if one >= 0}
+            left = {which, *(one for one, _ in self._known)}
+            self._texts = {one: objects for one, objects in self._texts.items() if one in left}
             self._since = step
         if not self._known:
             self._since = step
@@ -310,9 +308,9 @@ class Calls:
         self._here[call] = None
         return self._known.index(call), lost
 
-    def _text_number(self, text: tuple[Tensor, ...]) -> int:
+    def _text_number(self, text: tuple[Tensor, ...]) -> int | None:
         if not text:
-            return -1
+            return None
         for number, objects in self._texts.items():
             if any(held.is_unchanged_memory(text) for held in objects):
                 return number
@@ -320,6 +318,6 @@ class Calls:
             if any(held.has_values(text) for held in objects):
                 objects[1:] = [RememberedTensors(text)]
                 return number
-        number = 1 + max(self._texts, default=-1)
+        number = next(self._numbers)
         self._texts[number] = [RememberedTensors(text)]
         return number

@@ -62,6 +62,7 @@ def require_parallel(engine: Engine, state: TransformerState, config: Any) -> No
                 f"ulysses_degree = {config.ulysses_degree} does not divide the {layer.heads} heads of {state.name}; "
                 "choose a degree that does, or ulysses_anything=True"
             )
+        # with ulysses_anything the last process has what the others, which round up, leave
         if (config.ulysses_degree - 1) * -(-layer.heads // config.ulysses_degree) >= layer.heads:
             raise ConfigError(
                 f"ulysses_degree = {config.ulysses_degree} leaves a process none of the {layer.heads} heads of "
@@ -85,7 +86,7 @@ def require_agreement(denoising: DenoisingState, state: TransformerState, config
         "latents": f"{latents.dtype} {list(latents.shape)}",
     }
     picks = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
-    noise = latents.detach().flatten()[picks].float().cpu()
+    noise = latents.flatten()[picks].float().cpu()
     others: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(others, (mine, noise.tolist()), group=group)
     for rank, (other, numbers) in enumerate(others):
@@ -112,8 +113,6 @@ def split_before(
     """
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     splits = [hook for name, hook in hooks.items() if name.startswith("cp_input")]
-    if not splits:
-        return args, kwargs, run
     kwargs = dict(kwargs)
     for hook in splits:
         args, kwargs = hook.pre_forward(module, *args, **kwargs)

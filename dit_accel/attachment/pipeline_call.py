@@ -18,6 +18,7 @@ from ..methods.base import Handler
 from ..methods.positions.guide import SmallPicture
 from ..methods.positions.ultraimage import UltraImageHandler
 from ..report import clock
+from ..report.recorder import Recorder
 from .seam import shadow
 from .state import DenoisingState
 from .steps import current_run
@@ -42,17 +43,17 @@ def watch_call(denoising: DenoisingState, transformer: nn.Module) -> list[Callab
     if first is None or not callable(getattr(type(pipe), ENDS, None)):
         return []
     begin, end = getattr(pipe, first), getattr(pipe, ENDS)
-    begun: tuple[float, int] | None = None  # when the call began, and how many runs there were before
+    begun: tuple[float, Recorder] | None = None  # when the call began, and the counts of the run before
 
     def begins(*args: Any, **kwargs: Any) -> Any:
         nonlocal begun
-        begun = None if current_run(transformer) is None else (clock.now(), engine.runs)
+        begun = None if current_run(transformer) is None else (clock.now(), engine.recorder)
         return begin(*args, **kwargs)
 
     def ends(*args: Any, **kwargs: Any) -> Any:
         nonlocal begun
         out = end(*args, **kwargs)
-        if begun is not None and engine.runs > begun[1]:
+        if begun is not None and engine.recorder is not begun[1]:
             engine.recorder.clock.call = clock.now() - begun[0]
         begun = None
         return out

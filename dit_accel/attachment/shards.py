@@ -19,6 +19,7 @@ from ..adapters.adapter import Adapter, Grid
 from ..errors import ConfigError
 from ..plan.call import Call
 from ..plan.heads import HeadShare
+from ..plan.layout import length_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,9 +190,8 @@ def split_tokens(
 
     ``text`` is how many tokens the stream of text has; None: as the grid says.
     """
-    frames, height, width, before, after = grid
-    total = before + frames * height * width + after
-    text = text or (before if adapter.split_text == "before" else after)
+    total = length_of(grid)
+    text = text or (grid[3] if adapter.split_text == "before" else grid[4])
     streams = {"before": (text, total - text), "after": (total - text, text)}
     sizes = streams.get(str(adapter.split_text), (total,))
     parts = [[part.numel() for part in torch.arange(size).tensor_split(degree)] for size in sizes]

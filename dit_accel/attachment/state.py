@@ -18,6 +18,7 @@ from torch import Tensor
 from ..adapters.noise import NOISES, Noise, noise_of
 from ..errors import AttachError
 from ..methods.find import scheduler_of
+from ..methods.site import ForwardContext
 from ..plan.context import StepContext
 from .engine import Engine
 from .layers import Branch, RememberedTensors, TransformerState, tensors_in, text_in
@@ -38,17 +39,7 @@ class DenoisingState:
         self._run: PipelineRun | None = None
         self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
         self._broken = self._warned = False
-        self._schedule: Schedule | None = None
-        self._timeline = Timeline()
-        self._course = Course()
-        self._number = 0  # of the run's different timesteps
-        self._stated_steps: int | None = None
-        self._first: dict[tuple[str, str], RememberedTensors] = {}  # latents of a hand-written loop's first step
-        self.step_index = 0
-        self.num_inference_steps: int | None = None
-        self.sigma: float | None = None
-        self._noise: Noise | None = None  # what sigma is; None: as it was first
-        self.training = self._stated = False  # of the last step
+        self._forget()
 
     @property
     def pipe(self) -> Any:
@@ -101,7 +92,7 @@ class DenoisingState:
         stated = state.branches[-1].stated if state.branches else {}
         if "step_index" not in stated and training:
             self._start()
-            self.training, self.sigma = True, None
+            self.training = True
             return
         given = inputs.get(state.adapter.timestep)
         if "step_index" not in stated:
@@ -117,6 +108,15 @@ class DenoisingState:
             self._follow_by_hand(given, stated)
         if run is None:
             self._look_for_another_begin(state, inputs)
+
+    def stand(self, step_index: int, num_inference_steps: int | None, sigma: float | None) -> None:
+        """Take where a flow's denoising stands from a host that knows it, in place of `enter` and `forward`."""
+        self.step_index, self.num_inference_steps, self.sigma, self._noise = (
+            step_index,
+            num_inference_steps,
+            sigma,
+            "flow",
+        )
 
     def broke_off(self) -> None:
         """Note that the run is over, whatever comes next: a forward raised, or a user said so."""
@@ -141,6 +141,10 @@ class DenoisingState:
             beside=beside,
             rows=rows,
         )
+
+    def forward_context(self, state: TransformerState, inputs: Mapping[str, Any]) -> ForwardContext:
+        """Make the context of one transformer's forward of some inputs."""
+        return ForwardContext(inputs=inputs, **self.context(state).values)
 
     def _infer(
         self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None
@@ -246,11 +250,20 @@ class DenoisingState:
 
     def _start(self) -> None:
         self._begin_run()
-        self.step_index = self._number = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know nothing of the run that begins."""
+        self._schedule: Schedule | None = None
+        self._timeline = Timeline()
         self._course = Course()
-        self._timeline, self._schedule, self._stated_steps = Timeline(), None, None
-        self._first.clear()
-        self.num_inference_steps, self._noise, self.training, self._stated = None, None, False, False
+        self.step_index = self._number = 0  # the second: of the run's different timesteps
+        self._stated_steps: int | None = None
+        self._first: dict[tuple[str, str], RememberedTensors] = {}  # latents of a hand-written loop's first step
+        self.num_inference_steps: int | None = None
+        self.sigma: float | None = None
+        self._noise: Noise | None = None  # what sigma is; None: as it was first
+        self.training = self._stated = False  # of the last step
 
 
 def _reference(value: Any) -> Callable[[], Any]:

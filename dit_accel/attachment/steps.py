@@ -53,7 +53,7 @@ class Course:
             return 0
         self.ends = low, high
         self._far, self._moves = self._far + abs(by), self._moves + 1
-        return 1 if by * self._way > 0 else -1
+        return int(math.copysign(1, by * self._way))
 
 
 def noise_level(scheduler: Any) -> float | None:
@@ -141,13 +141,14 @@ class Schedule:
         """
         if getattr(self._scheduler, "num_inference_steps", None) is None and len(self) == self._trained:
             return None
-        whole = dtype is not None and not dtype.is_floating_point
+        whole = dtype is not None and not dtype.is_floating_point  # cut off, so up to 1 away from the list's
         epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
         trained, matches = self._trained, {}
         # how a pipeline hands timesteps on shows in the first one; those after it must follow in the same way
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
             far = [min(abs(offset + factor * one - timestep) for timestep in timesteps) for one in self._values]
+            # only the first may begin anywhere, as image to image does
             start = far.index(min(far)) if number == 0 and far else self._starts.get((offset, factor), 0)
             position = self._later(start, number)
             allowed = abs(factor) * (trained * epsilon + (whole and abs(factor) == 1))

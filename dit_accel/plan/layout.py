@@ -75,11 +75,16 @@ def layout_of(grid: Sequence[int]) -> TokenLayout:
     return TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
 
 
+def length_of(grid: Sequence[int]) -> int:
+    """Return the tokens of a grid, text included; inside a graph its sizes stay unknown."""
+    frames, height, width, before, after = grid
+    return before + frames * height * width + after
+
+
 def with_valid_text(layout: TokenLayout, length: int) -> TokenLayout:
     """Return ``layout`` less the text that a sequence of this length left out, padded or all; itself if none fits."""
     if length == layout.visual_tokens:
         return replace(layout, text_before=0, text_after=0)
     dropped = layout.tokens - length
-    if not 0 <= dropped <= layout.text_after:
-        return layout
-    return replace(layout, text_after=layout.text_after - dropped)
+    fits = dropped in range(layout.text_after + 1)
+    return replace(layout, text_after=layout.text_after - dropped) if fits else layout

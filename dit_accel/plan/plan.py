@@ -347,4 +347,4 @@ def intersection(one: TileLists, other: TileLists) -> TileLists:
 def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one is other or (one.shape == other.shape and bool((one == other).all()))
+    return one is other or torch.equal(one, other)

@@ -65,12 +65,12 @@ def _probe_logits(
         if decay is not None and k_frames is not None:
             q_frames = decay.q_frames[rows[part]]
             distance = (q_frames[:, None] - k_frames).abs().clamp(max=decay.table.numel() - 1)
-            outside = (q_frames < 0)[:, None] | (k_frames < 0)
+            outside = (q_frames < 0)[:, None] | (k_frames < 0)  # text is in no frame
             t = decay.table[distance.long()].to(wide).masked_fill(outside, 1.0)
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 x = (q[b, h, part] @ k[b, h // repeat].mT).to(wide) * scale
                 if factor is not None:
                     x = x * factor[b if len(factor) > 1 else 0, h]
-                x = x if t is None else torch.minimum(x, t * x)
+                x = x if t is None else torch.minimum(x, t * x)  # a decay would raise what is below 0
                 yield b, h, part, x if invalid is None else x.masked_fill(invalid[b], -torch.inf)

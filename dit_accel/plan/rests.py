@@ -61,7 +61,7 @@ class Stored:
 def stored(rows: Tensor, dtype: RestType | None) -> Stored:
     """Return attention output [B, H, S, D] as it is kept; in ``int4`` D must be even."""
     if dtype is None:
-        return Stored(values=rows.contiguous(), scale=None, dtype=rows.dtype)
+        return Stored(values=rows, scale=None, dtype=rows.dtype)
     most = 127 if dtype == "int8" else 7
     scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny * most) / most
     values = (rows / scale).round().to(torch.int8)
@@ -166,7 +166,7 @@ class KeptRest:
 
     exact: Tensor  # int32 [B, H, NQ, W], the tiles that stay exact
     rest: Stored | None  # the dense output minus that over these tiles; None: it is not kept
-    gain: float = 0.0  # its norm over that of the output; only where memory is bounded
+    gain: float  # its norm over that of the output, where memory is bounded; else 0
 
     @property
     def nbytes(self) -> int:

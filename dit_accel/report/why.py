@@ -80,7 +80,7 @@ def why_not_faster(ran: RunCauses) -> list[str]:
     for place, one in enumerate(timing.forwards):
         key = (one.transformer, one.step_index, one.branch)
         usual = usually[one.kind]
-        if place in starts:
+        if place in starts:  # what loads, warms up or compiles takes its time once
             lost[_STARTED] += max(0.0, one.seconds - usual)
         taken = min(one.seconds, usual)  # what it took beyond that was its start, or other work on the machine
         waited = taken * (timing.share("fetching", one.kind) or 0.0)

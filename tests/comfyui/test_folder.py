@@ -70,11 +70,13 @@ def test_sparse_attention_waits_for_as_many_tokens_as_the_pages_say(monkeypatch)
 
 
 def test_the_nodes_reach_into_the_core_by_its_engine_alone():
+    """It makes the contexts, too."""
     for path in (ROOM / "dit_accel_comfyui").glob("*.py"):
+        assert "Context(" not in path.read_text(encoding="utf-8"), path.name
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imports = {one.module for one in ast.walk(tree) if isinstance(one, ast.ImportFrom) and not one.level}
         rooms = {name for name in imports if str(name).startswith("dit_accel.attachment")}
-        assert rooms <= {"dit_accel.attachment.engine"}, path.name
+        assert rooms <= {"dit_accel.attachment.engine", "dit_accel.attachment.host"}, path.name
         private = {
             one.attr
             for one in ast.walk(tree)

@@ -224,7 +224,7 @@ def test_blocks_that_are_left_out_begin_the_methods_anew(monkeypatch):
     patcher = sparse(Shrinking(), "sparsed", "density = 0.3", dense_steps=0)
     run(patcher)
     assert any("anew" in note for note in report(patcher).notes)
-    assert forgotten == [2, 1]  # when the first block left, and at the end
+    assert forgotten == [0, 2, 1]  # when the run began, when the first block left, and at the end
 
 
 def test_an_error_of_the_model_goes_on_and_the_slot_is_left_as_it_was():

@@ -180,7 +180,8 @@ def test_layers_take_turns_and_each_is_dense_once_in_so_many_calls():
 
 
 def test_bounded_memory_keeps_the_rests_that_hold_most_and_layers_without_room_leave_theirs_out():
-    rests, each = Rests(3, cached=True, memory=2e-7), []
+    rests, each = Rests(3, cached=True, memory=192e-9), []
+    assert rests.most_held == 0
     for layer, gain in enumerate([0.2, 0.4, 0.1, 0.3]):
         rest = stored(torch.ones(1, 1, 4, 4), None)  # 64 bytes
         each.append(KeptRest(exact=torch.zeros(1, 1, 1, 1, dtype=torch.int32), rest=rest, gain=gain))

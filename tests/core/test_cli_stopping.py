@@ -94,14 +94,10 @@ def test_a_signal_ends_a_command_wherever_it_is(tmp_path: Path, body: str, numbe
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_signal_that_is_ignored_stays_ignored():
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        watch()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    watch()
+    assert handlers[signal.SIGINT] == signal.SIG_IGN
+    assert handlers[signal.SIGTERM] not in (signal.SIG_IGN, signal.SIG_DFL)

@@ -206,17 +206,18 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
 @pytest.mark.parametrize("chunk", [2**26, 4 * LAYOUT.tokens])
 def test_gaps_and_shares_are_those_of_the_probe_rows(form, chunk, monkeypatch):
     monkeypatch.setattr("dit_accel.plan.probes.PROBE_SCORES", chunk)
-    mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
-    mask[0, 20:60] = False
-    call = call_of(form=form, mask=mask, scale=0.5)
+    mask = torch.ones(3, LAYOUT.tokens, dtype=torch.bool)
+    mask[0, 20:60] = mask[1, 5:] = mask[2, ::3] = False
+    call = call_of(form=form, mask=mask, scale=0.5, batch=3)
     frames = (torch.arange(LAYOUT.tokens) // 30 - 1).int()
     decay = FrameDecay(table=torch.tensor([1.0, 0.9, 0.5]), q_frames=frames, k_frames=frames)
-    plan = dataclasses.replace(plan_of(), head_scale=torch.tensor([0.7, 1.3]), frame_decay=decay)
+    scale = torch.tensor([[0.7, 1.3], [1.0, 0.2], [3.0, 0.5]])
+    plan = dataclasses.replace(plan_of(), head_scale=scale, frame_decay=decay)
     rows = groups_of(LAYOUT, 5, "cpu").rows
     gaps, shares = probe_gaps(plan, call, rows)
     order = plan.token_order
     q, k = call.q, call.k
-    x = (q @ k.mT) * 0.5 * torch.tensor([0.7, 1.3]).double()[:, None, None]
+    x = (q @ k.mT) * 0.5 * scale.double()[:, :, None, None]
     t = torch.tensor([1.0, 0.9, 0.5])[(frames[:, None] - frames).abs().clamp(max=2).long()].double()
     t[(frames[:, None] < 0) | (frames < 0)] = 1
     x = torch.minimum(x, t * x).masked_fill(~mask[:, None, None], -torch.inf)

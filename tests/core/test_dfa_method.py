@@ -310,6 +310,4 @@ def test_otsu_is_the_best_of_all_splits(values):
 
 
 def test_otsu_of_values_that_are_alike():
-    assert otsu(torch.ones(4)) == 1
-    assert otsu(torch.full((1, 1), 3.0)) == 3
-    assert otsu(torch.tensor([1.0, 2.0, 7.0, 9.0])) == 4.5
+    assert [float(otsu(torch.tensor(x))) for x in ([1.0] * 4, [3.0], [1.0, 2.0, 7.0, 9.0])] == [1, 3, 4.5]

@@ -20,6 +20,7 @@ from dit_accel import LVSA, AttachError, ConfigError, LiteAttention, RadialAtten
 from dit_accel.attachment.forward_state import ForwardState
 from dit_accel.attachment.layers import AttentionLayer
 from dit_accel.attachment.shards import Ring
+from dit_accel.plan.call import call_of
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 
@@ -84,6 +85,17 @@ def test_a_plan_without_tiles_is_the_users_own_attention_scaled_and_mixed_as_in_
     assert (tiled.attended, tiled.engine.recorder.backends) == (0, {"reference"})
 
 
+def test_rows_that_are_attended_one_by_one_are_one_forward_s_until_they_come_again():
+    layer, seen, (q, k, v) = OneLayer(Fixed(own_tile())), [], tensors()
+    layer.observe(lambda call: seen.append((call.context.row, call.context.repeated)))
+    layer.engine.begin_forward(layer.denoising.context(layer.state), None, 2)
+    assert (layer.engine.acts(layer.layer, LAYOUT.grid, 1), layer.state.layouts) == (True, {"call 0": (LAYOUT, 2)})
+    for row in (slice(0, 1), slice(1, 2), slice(0, 1)):
+        layer.engine.attend(layer.layer, call_of(q[row], k[row], v[row], None, None, "reference", False), LAYOUT.grid)
+    layer.engine.end_forward(ran=False)
+    assert (seen, layer.engine.recorder.forwards_run) == ([(0, False), (1, False), (0, True)], 0)
+
+
 def test_any_mask_goes_with_a_plan_that_needs_no_kernel():
     q, k, v = tensors()
     mask = (torch.rand(TOKENS, TOKENS) < 0.5) | torch.eye(TOKENS, dtype=torch.bool)
@@ -128,6 +140,8 @@ def test_observers_see_a_processs_own_rows_of_a_call_under_ring_attention(tokens
     assert seen[1].plan.tiles is not None
     assert seen[1].planned is None  # no method corrects what was planned
     assert seen[1].context.key == seen[0].context.key
+    with pytest.raises(ConfigError, match=r"ring attention.*ulysses_degree"):
+        called(layer, q[:, :, own].requires_grad_(), k, v)
 
 
 def test_a_backend_without_a_gradient_for_operators_is_named():

@@ -18,7 +18,6 @@ LAYOUTS = [
 ]
 METHODS = {
     "lvsa": LVSA(trained_frames=5, window=1, **ALWAYS),
-    "lvsa, usual window": LVSA(trained_frames=5, **ALWAYS),
     "lvsa pooled": LVSA(trained_frames=5, window=1, rest="pooled", **ALWAYS),
     "lvsa still": LVSA(trained_frames=5, window=1, rotate=False, **ALWAYS),
     "lvsa, 2 dense steps": LVSA(trained_frames=5, window=1, **{**ALWAYS, "dense_steps": 2, "dense_last_steps": 1}),

@@ -42,6 +42,7 @@ def spread(name: str, grid, degree: int, rank: int = 0, text: int | None = None)
 def test_one_stream_is_gathered_in_its_own_order():
     shards = spread("wan", (5, 2, 2, 0, 0), 4, rank=1)
     assert (shards.counts, shards.local, shards.gathered, shards.positions) == ((5, 5, 5, 5), 5, None, None)
+    assert spread("flux", (1, 2, 2, 0, 0), 2).gathered is None
 
 
 @pytest.mark.parametrize(("name", "grid", "degree", "text", "gathered", "counts"), [
@@ -74,19 +75,24 @@ def test_masks_follow_the_order_of_the_exchange_or_come_back_in_the_model_s(monk
     assert shards.whole_mask(None) is None
     with pytest.raises(ConfigError, match=r"\[1, 1, 3, 3\].*3 of 6 tokens"):
         shards.whole_mask(torch.ones(1, 1, 3, 3, dtype=torch.bool))
-    whole = torch.tensor([[True, False, False, True, True, False]])
-    parts = whole[:, [0, 2, 3, 1, 4, 5]].split(3, -1)  # each process has a token of text and two of the picture
-    monkeypatch.setattr(HeadShare, "joined", lambda self, x, dim: torch.cat(parts, dim))
-    assert torch.equal(shards.whole_mask(parts[0]), whole)
-    parts = whole.split(3, -1)  # one stream is in the order of the model already
-    assert torch.equal(spread("wan", (3, 1, 2, 0, 0), 2).whole_mask(parts[0]), whole)
+
+    def joined(share, x, dim):
+        assert (share.start, share.count, share.total, x.shape[-1]) == (0, 4, 12, 4)
+        return torch.cat([torch.nn.functional.pad(part, (0, 4 - part.shape[-1])) for part in parts], dim)
+
+    monkeypatch.setattr(HeadShare, "joined", joined)
+    whole = torch.tensor([True, False, False, True, True, False, True, True]).reshape(1, 1, 1, 8)
+    parts = whole[..., [0, 1, 4, 5, 2, 6, 3, 7]].split((4, 2, 2), -1)  # each process has text and picture
+    assert torch.equal(spread("flux", (1, 2, 2, 4, 0), 3, rank=1).whole_mask(parts[1]), whole)
+    parts = whole[0, 0].split((4, 4), -1)  # one stream is in the order of the model already
+    monkeypatch.setattr(HeadShare, "joined", lambda share, x, dim: torch.cat(parts, dim))
+    assert torch.equal(spread("wan", (2, 2, 2, 0, 0), 2).whole_mask(parts[0]), whole[0, 0])
 
 
-@pytest.mark.parametrize("parallel", [config(2, anything=True), config(ring=2)], ids=["ulysses", "ring"])
-def test_tokens_that_are_not_split_evenly_are_refused(parallel):
-    shards = shards_of(parallel, adapter("flux"), FLUX, 2, CPU)
-    with pytest.raises(ConfigError, match=r"4 tokens.*rank 0 of 2.*6.*3"):
-        shards.gather(torch.zeros(1, 4, 2, 8))
+def test_tokens_that_are_not_split_evenly_are_refused():
+    for parallel in (config(2, anything=True), config(ring=2)):
+        with pytest.raises(ConfigError, match=r"4 tokens.*rank 0 of 2.*6.*3"):
+            shards_of(parallel, adapter("flux"), FLUX, 2, CPU).gather(torch.zeros(1, 4, 2, 8))
 
 
 def state_of(heads: int = 4) -> SimpleNamespace:
@@ -95,45 +101,52 @@ def state_of(heads: int = 4) -> SimpleNamespace:
     return SimpleNamespace(name="transformer", branch="cond", layers=[layer], adapter=wan)
 
 
-METHOD = SimpleNamespace(
-    name="radial", objects=False, by_place=True, settings=SimpleNamespace(to_dict=lambda: {})
-)  # fmt: skip
+METHOD = SimpleNamespace(name="radial", objects=False, by_place=True, settings=SimpleNamespace(to_dict=dict))
 ENGINE = SimpleNamespace(handlers=(METHOD,), attention=(METHOD,), backend="torch", dense="user")
 
 
-@pytest.mark.parametrize(("heads", "degree", "anything", "text"), [
-    (5, 2, False, r"ulysses_degree = 2.*5 heads"), (4, 5, True, r"ulysses_degree = 5.*none.*4 heads"),
-])  # fmt: skip
-def test_heads_that_cannot_be_shared_are_refused(heads, degree, anything, text):
-    with pytest.raises(ConfigError, match=text):
-        require_parallel(ENGINE, state_of(heads), config(degree, anything=anything))
-    require_parallel(ENGINE, state_of(10), config(degree, anything=anything))
+def engine_of(**changes) -> SimpleNamespace:
+    method = SimpleNamespace(**{**vars(METHOD), **changes})
+    return SimpleNamespace(handlers=(method,), attention=(method,))
+
+
+def test_what_processes_cannot_share_is_refused():
+    looking, silent, foreign = engine_of(by_place=False), state_of(), state_of()
+    silent.adapter.split_text, foreign.layers[0].processor = None, METHOD
+    for engine, state, parallel, text in (
+        (engine_of(objects=True), state_of(), config(), r"^radial is.*EasyCache"),
+        (looking, state_of(), config(ring=2), r"^radial: ring_degree = 2.*ulysses_degree="),
+        (ENGINE, state_of(), config(2, ring=2), r"ring_degree = 2.*ulysses_degree = 2"),
+        (ENGINE, silent, config(2), r"'wan'.*split_text"),
+        (ENGINE, foreign, config(2), r"SimpleNamespace of transformer.*parallelism"),
+        (ENGINE, state_of(5), config(2), r"ulysses_degree = 2.*5 heads"),
+        (ENGINE, state_of(6), config(4, anything=True), r"ulysses_degree = 4.*none.*6 heads"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            require_parallel(engine, state, parallel)
+    for parallel in (config(2), config(ring=2), config()):
+        require_parallel(ENGINE, state_of(), parallel)
+    require_parallel(looking, state_of(7), config(4, anything=True))
+    require_parallel(SimpleNamespace(handlers=(), attention=()), silent, config(2))
     shards = shards_of(config(2), adapter("wan"), (2, 2, 2, 0, 0), None, CPU)
     with pytest.raises(ConfigError, match=r"ulysses_degree = 2.*3 heads"):
         shards.gather(torch.zeros(1, 4, 3, 8))
 
 
-def test_ring_attention_and_ulysses_are_each_right_and_not_both():
-    for ring, ulysses in ((2, 1), (1, 2), (1, 1)):
-        require_parallel(ENGINE, state_of(), config(ulysses, ring=ring))
-    with pytest.raises(ConfigError, match=r"ring_degree = 2.*ulysses_degree = 2"):
-        require_parallel(ENGINE, state_of(), config(2, ring=2))
-
-
 @pytest.mark.parametrize(
     ("what", "other"),
     [(None, None), ("backend", "triton"), ("step_index", 1), ("branch", "uncond"), ("methods", {}), ("layers", [1]),
-     ("latents", 9)],
+     ("latents", -7)],
 )  # fmt: skip
 def test_processes_that_run_something_else_are_refused(monkeypatch, what, other):
     """The second of two processes says what the first does, but for a change."""
-    compared, latents = [], torch.arange(64.0).reshape(1, 4, 4, 4)
+    compared, latents = [], -torch.arange(64.0).reshape(1, 4, 4, 4)
 
     def gather(out, own, group=None):
         compared.append(own)
         values, noise = own
         changed = {what: other} if what not in (None, "latents") else {}
-        out[:] = [own, ({**values, **changed}, [noise[0] + 1e-6, *noise[1:-1], noise[-1] + (what == "latents") * 9])]
+        out[:] = [own, ({**values, **changed}, [noise[0] + 6, *noise[1:-1], noise[-1] - 7 * (what == "latents")])]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
@@ -145,38 +158,33 @@ def test_processes_that_run_something_else_are_refused(monkeypatch, what, other)
         require_agreement(denoising, state_of(), config(2), latents)
     ((values, noise),) = compared
     assert values["latents"] == "torch.float32 [1, 4, 4, 4]"
-    assert (noise[0], noise[-1]) == (0, 63)  # from the first number to the last
+    assert [*noise[:2], noise[-1]] == [0, -4, -63]  # sixteen, from the first number to the last
 
 
 def test_a_ring_gathers_all_tokens_in_the_model_s_order(monkeypatch):
     whole = torch.arange(5 * 2 * 3.0).reshape(1, 5, 2, 3)
-    split = whole[:, [0, 2, 4]], whole[:, [1, 3]]  # of two processes, of which the second has a token less
+    for order in (torch.tensor([0, 2, 4, 1, 3]), None):  # of two processes, of which the second has a token less
+        split = (whole if order is None else whole[:, order]).split((3, 2), 1)
+        for rank in range(2):
 
-    def gather(parts, sent, group=None):
-        assert sent.is_contiguous(), "what is sent must be"
-        for part, own in zip(parts, split, strict=True):
-            part.copy_(torch.nn.functional.pad(own, (0, 0, 0, 0, 0, sent.shape[1] - own.shape[1])))
+            def gather(parts, sent, group=None, split=split, rank=rank):
+                assert sent.is_contiguous(), "what is sent must be"
+                parts[0].copy_(split[0]), parts[1][:, :2].copy_(split[1]), parts[rank].copy_(sent)
 
-    monkeypatch.setattr(dist, "all_gather", gather)
-    order = torch.tensor([0, 2, 4, 1, 3])
-    for own, rank in ((split[0], 0), (split[1], 1)):
-        rows, back = order.split((3, 2))[rank], order.argsort()
-        ring = Ring(group=None, rank=rank, counts=(3, 2), gathered=order, positions=back, rows=rows)
-        assert torch.equal(ring.gather(own.mT.contiguous().mT), whole)
+            monkeypatch.setattr(dist, "all_gather", gather)
+            back = None if order is None else order.argsort()
+            ring = Ring(group=None, rank=rank, counts=(3, 2), gathered=order, positions=back)
+            assert torch.equal(ring.gather(split[rank].mT.contiguous().mT), whole)
     with pytest.raises(ConfigError):
         ring.gather(whole)
-
-
-def parallel_transformer(monkeypatch):
-    """A tiny transformer that believes to run under context parallelism, and the latents that were compared."""
-    compared, parallel = [], config()
-    monkeypatch.setattr(forward, "context_parallel", lambda transformer: parallel)
-    monkeypatch.setattr(forward, "require_agreement", lambda *given: compared.append(list(given[-1].shape)))
-    return wan_tiny.tiny_transformer(num_layers=1), compared
+    for name, grid, rows in (("flux", FLUX, [1, 4, 5]), ("wan", (3, 1, 2, 0, 0), [3, 4, 5])):
+        assert shards_of(config(ring=2, rank=1), adapter(name), grid, None, CPU).rows.tolist() == rows
 
 
 def test_processes_compare_once_a_run_and_in_training_once_a_shape_of_which_shards_are_made(monkeypatch):
-    transformer, compared = parallel_transformer(monkeypatch)
+    transformer, compared, parallel = wan_tiny.tiny_transformer(num_layers=1), [], config()
+    monkeypatch.setattr(forward, "context_parallel", lambda transformer: parallel)
+    monkeypatch.setattr(forward, "require_agreement", lambda *given: compared.append(list(given[-1].shape)))
     made, shards_of, text = [], forward.shards_of, torch.randn(1, 6, 64)
     monkeypatch.setattr(forward, "shards_of", lambda *given: made.append(given[2][0]) or shards_of(*given))
 
@@ -203,11 +211,10 @@ def test_errors_of_the_communication_are_named_and_others_left():
     state, parallel = SimpleNamespace(name="transformer"), SimpleNamespace(ulysses_degree=2, ring_degree=1)
     with pytest.raises(ProcessLost, match="2 processes"), naming_lost(state, parallel):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), naming_lost(state, parallel):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    with pytest.raises(RuntimeError, match="gloo") as raised, naming_lost(state, None):
-        raise RuntimeError("gloo: Connection closed by peer")
-    assert type(raised.value) is RuntimeError
+    for config_, text in ((parallel, "mat1 and mat2 differ"), (None, "gloo: Connection closed by peer")):
+        with pytest.raises(RuntimeError, match=text[:4]) as raised, naming_lost(state, config_):
+            raise RuntimeError(text)
+        assert type(raised.value) is RuntimeError
 
 
 @pytest.mark.parametrize(("name", "grid"), [("flux", FLUX), ("wan", (3, 1, 2, 0, 0))])
@@ -221,11 +228,14 @@ def test_an_exchange_is_of_tokens_for_heads_and_in_the_model_s_order(monkeypatch
     monkeypatch.setattr(attention_dispatch.SeqAllToAllDim, "apply", exchange)
     whole = torch.arange(6.0).reshape(1, 6, 1, 1).expand(1, 6, 2, 1)
     order = [0, 1, 2, 3, 4, 5] if shards.gathered is None else shards.gathered.tolist()
-    back = shards.gather(torch.zeros(1, 3, 4, 1))
+    own = torch.zeros(1, 3, 4, 1, requires_grad=True)
+    back, *_ = shards.gather_call(own, own, own)
+    with pytest.raises(ConfigError, match="ulysses_anything"):
+        replace(shards, anything=True).gather_call(own, own, own)
     assert back[0, :, 0, 0].tolist() == [order.index(token) for token in range(6)]
     shards.scatter(back, 4)
-    assert torch.equal(exchanged[1][0], whole)
-    assert exchanged[1][1] == (1, 2)
+    assert torch.equal(exchanged[-1][0], whole)
+    assert exchanged[-1][1] == (1, 2)
 
 
 def test_weaker_models_that_diffusers_cannot_split_as_the_model_is_run_whole(monkeypatch):

@@ -15,7 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.plan.call import Call
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan, RowOverride, is_full
-from dit_accel.plan.tiling import Tiling, full_tiles
+from dit_accel.plan.tiling import Tiling, exact_bits, full_tiles, pinned_bits, visual_first, visual_lists
 
 TOKENS, BLOCK, SIDE = 90, 16, 6
 FULL = full_tiles(TOKENS, TOKENS, BLOCK, "cpu")
@@ -120,9 +120,8 @@ def test_routing_and_votes_are_added_to_what_is_kept():
         (full.narrow(keep=keep).route(routing).vote(vote, reverse=True), vote),
         (full.vote(None, reverse=True).narrow(keep=keep).route(routing), None),
     ):
-        selected = plan.selection
-        assert selected.keep is keep
-        assert (selected.routing, selected.vote, selected.reverse) == (routing, votes, True)
+        one = plan.selection
+        assert (one.keep is keep, one.routing, one.vote, one.reverse) == (True, routing, votes, True)
 
 
 def test_a_backend_is_chosen_by_the_tiles_of_a_call_that_asks_for_nothing_else(monkeypatch):
@@ -234,6 +233,15 @@ def test_a_merged_plan_computes_what_its_states_say(backend):
     expected = F.scaled_dot_product_attention(factor * q, k, v, mask)
     expected[:, 0] = 0.5 * (expected[:, 0] + v[:, 0])
     torch.testing.assert_close(out, expected)
+
+
+def test_what_is_kept_for_later_calls_serves_training():
+    layout = TokenLayout(frames=3, height=5, width=7, text_before=2)
+    with torch.inference_mode():
+        tiles = full_tiles(layout.tokens, layout.tokens, BLOCK, "cpu")
+        lists = visual_lists(torch.eye(7, dtype=torch.bool).numpy(), False, layout, BLOCK, "cpu")
+        made = [tiles.exact_indices, lists.exact_indices, exact_bits(lists, HEADS), visual_first(layout, 8)]
+        assert not any(x.is_inference() for x in (*made, pinned_bits(layout, BLOCK, 1, "text", "cpu")))
 
 
 def test_tiles_of_an_attachment_are_the_same_objects_for_the_same_layout():

@@ -1,5 +1,8 @@
 """Rows of a batch with plans of their own: reused rows by each prompt's list, and rows that follow another plan."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,12 +107,12 @@ def test_the_plan_of_some_rows_reuses_and_leads_none():
     plan = AttentionPlan().with_tiles(lists(states)).scale(torch.rand(4, HEADS)).guide(object())
     plan = plan.reuse_rows(ReusedRows(rows=(torch.arange(3),), out=torch.zeros(4, HEADS, TOKENS, 8)))
     some = plan.of_rows(slice(1, None, 2), 4, HEADS)
-    assert some.reused is None
-    assert some.guidance is None
+    assert some.reused is some.guidance is None
     assert torch.equal(some.head_scale, plan.head_scale[[1, 3]])
     assert torch.equal(some.tiles.states(), states.to(torch.uint8)[[2, 3, 6, 7]])
     for shared in (full(), AttentionPlan().with_tiles(lists(states[:HEADS]))):
-        assert shared.scale(torch.ones(HEADS)).of_rows(slice(0, 1), 4, HEADS).tiles is shared.tiles
+        one = shared.scale(torch.ones(HEADS)).of_rows(slice(0, 1), HEADS, HEADS)  # as many rows as heads
+        assert (one.tiles is shared.tiles, len(one.head_scale)) == (True, HEADS)
 
 
 CHANGES = {
@@ -153,6 +156,8 @@ def test_all_rows_or_none_take_a_plan_whole():
 
 
 def test_what_all_rows_of_a_call_share_is_refused():
+    ids, bits = torch.zeros(SIDE**2, dtype=torch.int32), torch.ones(1, BLOCK, 1, dtype=torch.int32)
+    masked = replace(FULL, mask_ids=ids, mask_bits=bits)
     for change, part in (
         (lambda plan: plan.centre_keys(torch.zeros(2, 2, 1, 8)), "key mean"),
         (lambda plan: plan.vote(Vote(criterion="maxgap", threshold=-3.0)), "vote"),
@@ -162,3 +167,6 @@ def test_what_all_rows_of_a_call_share_is_refused():
         plan = AttentionPlan(tiles=FULL, selection=Selection(keep=kept(2)))
         with pytest.raises(ConfigError, match=rf"one {part} for"):
             with_rows_apart(plan, change(plan), SECOND, random_call(LAYOUT, "bhsd"))
+    for pair in itertools.permutations((AttentionPlan(tiles=masked), AttentionPlan(tiles=random_lists()))):
+        with pytest.raises(ConfigError, match=r"masks.*for"):
+            with_rows_apart(*pair, SECOND, random_call(LAYOUT, "bhsd"))

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from dit_accel_kernels import TileLists, block_sparse_attention
 from one_layer import MODEL, OneLayer
 from tiny_models import MODELS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,6 +20,7 @@ from dit_accel.attachment import processor as module
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import NO_TICKET, planned_attention
 from dit_accel.attachment.processor import dense_attention_of, stand_in, unwrap_processor, wrap_processor
+from dit_accel.attachment.shards import SequenceShards
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.base import AttentionHandler, Phase
 from dit_accel.plan.layout import TokenLayout
@@ -123,6 +123,26 @@ def test_what_a_plan_cannot_do_is_refused(attend):
             attend(*tensors(), **options)
 
 
+class Halves(SequenceShards):
+    """Two processes with half of the tokens each; the order of an exchange is turned around."""
+
+    gather_call = staticmethod(lambda *own: [torch.cat([x, 2 * x], 1) for x in own])
+    scatter = staticmethod(lambda x, heads: x[:, :6, :heads])
+    gathered_mask = staticmethod(lambda mask: mask.flip(-1))
+
+
+def test_a_plan_is_of_all_processes_tokens_and_the_model_s_own_call_has_its_mask_as_they_lie(one, attend):
+    own, parallel, mask = [x[:, :6] for x in tensors()], {"parallel_config": object()}, torch.arange(12)[None] % 5 > 0
+    shards = one.engine.forward.shards = Halves(group=None, rank=0, counts=(6, 6), gathered=None, positions=None)
+    out, whole = attend(*own, mask, **parallel), (x.transpose(1, 2) for x in shards.gather_call(*own))
+    expected = F.scaled_dot_product_attention(*whole, mask[:, None, None])[:, :, :6]
+    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+    one.engine.forward.processor._dit_accel_sparse = False
+    dense = stand_in(lambda *_, attn_mask, **call: attn_mask, True, one.engine)
+    assert torch.equal(dense(*own, mask, **parallel), mask.flip(-1))
+    assert dense(*own, mask, parallel_config=None) is mask
+
+
 def test_an_eager_call_goes_straight_to_the_plan_and_others_through_the_operator(one, attend, monkeypatch):
     through = []
 
@@ -160,17 +180,9 @@ def test_the_operator_passes_opcheck_and_gives_a_ticket_with_and_without_a_backw
 
 def test_planned_calls_and_the_kernels_own_operators_stay_out_of_cuda_graphs():
     """A captured call would follow one step's plan for good, or read what was derived from lists that are gone."""
-    from torch._inductor.utils import get_first_incompatible_cudagraph_node
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    tiles = TileLists.full(12, 12, block_q=4, block_k=4)
-    calls = (lambda q: planned_attention(*arguments(0, q, q, q))[0], lambda q: block_sparse_attention(q, q, q, tiles))
-    graphs = [make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(tensors()[0]) for call in calls]
-    operators = [get_first_incompatible_cudagraph_node(graph).target for graph in graphs]
-    ours, kernels = torch.ops.dit_accel, torch.ops.dit_accel_kernels
-    assert operators == [ours.planned_attention.default, kernels.block_sparse_attention.default]
-    for operator in (ours.planned_attention_backward, kernels.block_sparse_attention_backward):
-        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+    for operators, name in ((torch.ops.dit_accel, "planned"), (torch.ops.dit_accel_kernels, "block_sparse")):
+        for operator in (f"{name}_attention", f"{name}_attention_backward"):
+            assert torch.Tag.cudagraph_unsafe in getattr(operators, operator).default.tags
 
 
 def test_a_processor_kept_by_others_is_a_plain_one_after_detach():

@@ -125,7 +125,7 @@ def test_rests_of_calls_that_are_going_to_be_dense_are_not_copied():
     rests._ahead = Ahead(lambda rows, device: started.append(rows))
     keys = keys_of(2)
     for key in keys:
-        rests.keep(key, KeptRest(exact=torch.zeros(1, 1, 1, 1, dtype=torch.int32), rest=rows_of(0)))
+        rests.keep(key, KeptRest(exact=torch.zeros(1, 1, 1, 1, dtype=torch.int32), rest=rows_of(0), gain=0.0))
     copied = {layer: [] for layer in range(2)}
     for step in range(7):
         for layer, key in enumerate(keys):

@@ -37,7 +37,7 @@ def test_the_noisiest_frame_tells_whether_a_run_goes_on_or_back_whichever_way_ti
         ([[0, 700], [0, 600], [0, 100]], [0, 1, 1], (100,)),  # a given frame, which has no noise
         ([[0.0, 1.0], [0.5, 1.0], [0.8, 1.0]], [0, 1, 1], (0.8,)),
         ([[990, 1000, 1000], [970, 990, 1000], [500, 600, 900]], [0, 0, 1], (900,)),  # frame after frame
-        ([999.0, 832.5007, 832.5, 666.0, 666.0001], [0, 1, 0, 1, 0], (666,)),  # a second evaluation, off by rounding
+        ([999, 832.5007, 832.5, 666, 666.0001, 665.8], [0, 1, 0, 1, 0, 1], (665.8,)),  # one more, off by rounding
         ([[0, 700]], [0], (0, 700)),
     ):
         course = Course()
@@ -87,6 +87,11 @@ def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
     assert timeline_of(after(heun, 10, _num_timesteps=7)) == Timeline(steps=4, repeats=True)  # of 19
     flow.set_begin_index(3)
     assert timeline_of(SimpleNamespace(scheduler=flow)).steps == 7
+    schedule, levels = Schedule(flow, 3), [float(one) for one in flow.sigmas]
+    assert [Schedule(None).is_over(0), *map(schedule.is_over, (0, 5, 6))] == [True, False, False, True]
+    assert (schedule.number(), [schedule.sigma(number) for number in (0, 6, 7)]) == (None, [levels[3], levels[9], None])
+    for flow._step_index, number in ((2, None), (3, 0), (9, 6), (10, None)):
+        assert (schedule.number(), schedule.sigma(0)) == (number, levels[3] if number is None else levels[3 + number])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, None])
@@ -118,6 +123,7 @@ def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
     assert skipping.follow((750.0,), None, 0) == (0, 0)
     assert skipping.follow((250.0,), None, 1) is None
     assert Schedule(None).follow((750.0,), None, 0) is None
+    assert Schedule(SimpleNamespace(timesteps=[1000.0, 500.0, 1.0])).follow((0.999995,), None, 0) == (2, 2)
     assert len(Schedule(SimpleNamespace(timesteps=[3, 2, 1]))) == 3  # no tensor
 
 

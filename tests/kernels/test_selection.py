@@ -81,6 +81,8 @@ def test_routing_scores_are_logits_of_means_in_log2_units(threshold):
         if threshold == "exact":
             spread = scores.var(-1, correction=0, keepdim=True)
             torch.testing.assert_close(bar, scores.mean(-1, keepdim=True) + 0.7 * (spread + 1e-6).sqrt())
+    _, bar = scores_of(q, k, full(48, 64), routing, key_mask=torch.zeros(1, 64) > 0)
+    torch.testing.assert_close(bar, torch.full_like(bar, 0.7e-3))  # of no key at all
     q, k, _ = qkv(1, 2, 2, 48, 64, 8, WIDE)
     k[:] = k[:, :, :1]
     expected = (q.unflatten(2, (3, 16)).mean(3) * k[:, :, :1]).sum(-1, keepdim=True) * 8**-0.5 * math.log2(math.e)

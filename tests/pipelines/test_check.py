@@ -98,9 +98,7 @@ def test_short_runs_are_made_twice_and_the_faster_one_counts(pipe, ticks, monkey
     monkeypatch.setattr(check, "SHORT", 33.0)  # 1 for the text, 3 to decode, 6 steps of 1.25 s; 2.5 s are saved
     with dit_accel.attach(pipe, StaticCache(every=2, warmup_steps=2, last_steps=0)) as attachment:
         slow, decode = iter([9.0, 0.0, 0.0, 5.0, 0.0, 0.0]), pipe.vae.decode
-        monkeypatch.setattr(
-            pipe.vae, "decode", lambda *args, **kwargs: ticks.taking(decode, next(slow))(*args, **kwargs)
-        )
+        monkeypatch.setattr(pipe.vae, "decode", lambda *a, **k: ticks.taking(decode, next(slow))(*a, **k))
         result = attachment.check("a red circle", **call)
         assert (result.dense_seconds, result.accelerated_seconds, result.runs) == (11.5, 9.5, 2)
         assert str(result).startswith("the faster of 2 runs each, same seed: 9.5 s instead of 11.5 s in the whole call")

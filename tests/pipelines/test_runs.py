@@ -23,7 +23,6 @@ from dit_accel import (
     SparseD,
     StaticCache,
 )
-from dit_accel.adapters import position_ids as positions
 from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.caches.profile_file import weights_digest
 from dit_accel.methods.find import find_transformers, resolve_model
@@ -206,19 +205,6 @@ def test_a_report_tells_the_branches_of_every_step_and_their_layers(name):
         layers = {step.dense_layers + step.sparse_layers for step in report.steps if step.transformer == state.name}
         spared = {len(state.layers) - 1} if name == "LTX2Pipeline" else set()  # its perturbed block attends to none
         assert layers == {len(state.layers)} | spared
-
-
-@pytest.mark.parametrize(
-    ("name", "reads"),
-    [("FluxPipeline", 1), ("FluxKontextPipeline", 1), ("Flux2Pipeline", 1), ("Flux2Pipeline, references", 3)],
-)
-def test_positions_are_read_as_often_as_the_pipeline_makes_them(monkeypatch, name, reads):
-    seen, first_image = [], positions.first_image
-    monkeypatch.setattr(positions, "first_image", lambda ids: seen.append(len(ids)) or first_image(ids))
-    pipe, call = stock_pipeline(name)
-    with dit_accel.attach(pipe, SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0)):
-        run_stock(pipe, call)
-    assert len(seen) == reads  # FLUX.2 joins the ids of image and references anew at each of the three steps
 
 
 # Two experts: each has its list, state and profile; a switch drops what was stored

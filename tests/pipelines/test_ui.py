@@ -30,6 +30,7 @@ from dit_accel.methods.toml import to_toml
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"height": 32, "width": 32, "num_frames": 5, "device": "cpu"}
 PROMPT = "a red circle moving right"
+CHOSEN = {"model": None, "preset": "fast", "config": "", "num_inference_steps": 10, "seed": 0}
 
 
 def watched(told: list[Any] | None = None) -> Watched:
@@ -37,7 +38,7 @@ def watched(told: list[Any] | None = None) -> Watched:
 
 
 def compare(comparing: Comparing, folder: Path, **changes: Any) -> SideBySide:
-    given = {"model": None, "preset": "fast", "config": "", "steps": 4, "seed": 0, "stages": watched(), **changes}
+    given = {**CHOSEN, "num_inference_steps": 4, "stages": watched(), **changes}
     return comparing(given.pop("prompt", PROMPT), folder, **given)
 
 
@@ -69,7 +70,7 @@ def test_both_runs_and_their_difference_become_clips_and_the_model_is_loaded_onc
 
 
 def test_a_picture_becomes_a_png(tmp_path):
-    result = compare(Comparing(height=64, width=64, device="cpu"), tmp_path, model="flux-tiny", steps=2)
+    result = compare(Comparing(height=64, width=64, device="cpu"), tmp_path, model="flux-tiny", num_inference_steps=2)
     assert result.difference.name == "difference.png"
     assert imageio.imread(result.accelerated).shape == (256, 256, 3)
 
@@ -87,7 +88,7 @@ def test_what_can_t_be_met_is_one_sentence(comparing, tmp_path, capsys):
         (video, {"config": "[easycache"}, "TOML"),
         (picture, {"config": "[radial]\n", "model": "flux-tiny"}, "radial"),
         (video, {"config": "[easy]\n"}, "'easy'"),
-        (video, {"steps": 0}, "0"),
+        (video, {"num_inference_steps": 0}, "0"),
         (video, {"seed": -1}, "-1"),
         (video, {"model": "no-such-model"}, "no-such-model"),
         (fails, {}, "the run failed: RuntimeError: CUDA out of memory. Tried to allocate"),
@@ -117,7 +118,7 @@ def test_what_names_a_file_or_a_model_is_refused_before_anything_is_loaded(monke
 
 def told_error(comparing: Any, folder: Path, **changes: Any) -> str:
     """What the page shows of an error, where the next result stands."""
-    options = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, **changes}
+    options = {**CHOSEN, **changes}
     prompt = options.pop("prompt", PROMPT)
     result = ui._run(comparing, lambda *_, **__: None, threading.Event(), folder, prompt, options)
     message, *others = ui._shown(SimpleNamespace(skip=lambda: "as it was"), result)
@@ -150,7 +151,7 @@ def test_runs_wait_for_each_other(comparing, tmp_path):
     def one(name: str) -> None:
         stages = Watched(lambda what, *_: order.append(name) if "denoising" in what else None, threading.Event())
         (tmp_path / name).mkdir()
-        compare(comparing, tmp_path / name, stages=stages, steps=2)
+        compare(comparing, tmp_path / name, stages=stages, num_inference_steps=2)
 
     with ThreadPoolExecutor() as pool:
         assert [*pool.map(one, "ab")] == [None, None]
@@ -233,13 +234,13 @@ def test_in_a_browser_both_clips_play_beside_their_times(address):
         page.wait_for_function(f"document.querySelector('#prompt textarea').value == '{ui.EXAMPLES[1]}'")
 
         page.fill("#prompt textarea", PROMPT)
-        page.fill("#steps input[type=number]", "100")
+        page.fill("#num_inference_steps input[type=number]", "100")
         page.click("#compare")
         page.wait_for_function("document.body.innerText.includes('denoising')", timeout=120_000)
         page.click("#stop")
         page.wait_for_function("document.querySelector('#told').innerText.includes('Stopped')", timeout=60_000)
 
-        page.fill("#steps input[type=number]", "10")
+        page.fill("#num_inference_steps input[type=number]", "10")
         page.click("#compare")
         page.wait_for_function(READY, timeout=300_000)
         page.wait_for_function(f"() => ({PLAYS})([...document.querySelectorAll('video')]) == 3")

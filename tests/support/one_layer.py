@@ -49,10 +49,10 @@ def context_of(layout: TokenLayout, **changes: Any) -> CallContext:
 
 
 def random_call(
-    layout: TokenLayout, form: str = "bshd", *, sharp: float = 2.0, dtype: torch.dtype = torch.float64, **changes: Any
+    layout: TokenLayout, form: str = "bshd", *, sharp: float = 2, dtype=torch.float64, batch: int = 2, **changes: Any
 ) -> Call:
-    """Return a call of 2 rows of 2 heads; ``form`` tells how its tensors lie, ``sharp`` how far logits spread."""
-    shape = (2, layout.tokens, 2, 8) if form == "bshd" else (2, 2, layout.tokens, 8)
+    """Return a call of 2 heads; ``form`` tells how its tensors lie, ``sharp`` how far logits spread."""
+    shape = (batch, layout.tokens, 2, 8) if form == "bshd" else (batch, 2, layout.tokens, 8)
     q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     held = (x.to(dtype) for x in (sharp * q, k, v))
     return dataclasses.replace(calls.call_of(*held, None, None, "torch", form == "bshd"), **changes)

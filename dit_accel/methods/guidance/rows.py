@@ -92,7 +92,7 @@ def repeated(sample: Sample) -> Sample:
 
 def plus(sample: Sample, further: Sample) -> Sample:
     """Return a sum in the first's own dtype; it is formed in the other's."""
-    return mapped(lambda one, other: (one.to(other.dtype) + other).to(one.dtype), sample, further)
+    return mapped(lambda first, other: (first.to(other.dtype) + other).to(first.dtype), sample, further)
 
 
 def shapes(sample: Sample) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from dit_accel.cli.run_options import Frames, InferenceSteps, Pixels
 from dit_accel.errors import ConfigError
@@ -125,6 +126,13 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
     run.__signature__ = signature.replace(parameters=[*options, *others])  # type: ignore[attr-defined]
     return run
+
+
+def help_and_default(name: str) -> tuple[str, Any]:
+    """Return the help and the default of a request's option."""
+    hint = typing.get_type_hints(RunOptions, include_extras=True)[name]
+    (text,) = (part.help for part in typing.get_args(hint) if isinstance(part, OptionInfo))
+    return text, next(field.default for field in dataclasses.fields(RunOptions) if field.name == name)
 
 
 def require_one_document(json: bool, count: int) -> None:

@@ -95,11 +95,8 @@ class Comparing:
         self._options, self._lock = options, threading.Lock()
         self._loaded: tuple[str, Any] | None = None
 
-    def __call__(
-        self, prompt: str, folder: Path, *, model: str | None, preset: str, config: str, steps: int, seed: int,
-        stages: Watched,
-    ) -> SideBySide:  # fmt: skip
-        """Generate a prompt dense and with methods."""
+    def __call__(self, prompt: str, folder: Path, *, config: str, stages: Watched, **options: Any) -> SideBySide:
+        """Generate a prompt dense and with methods: those of a config in TOML, and further options of a request."""
         if not prompt.strip():
             raise ConfigError("a prompt is needed, got none; say what to show, such as a red circle moving right")
         methods = tuple(from_toml(config, "the text of methods"))
@@ -109,11 +106,11 @@ class Comparing:
                     f"{method.name}.{option} = {value!r} names a file or a model, and the page opens none; use it with "
                     "dit-accel generate --config"
                 )
-        if not methods and preset == NONE:
+        if not methods and options["preset"] == NONE:
             raise ConfigError("there is nothing to compare: the preset is none, and no method is named; choose one")
         request = Request(
-            prompts=(prompt,), output=folder / "accelerated.png", model=model, preset=preset, methods=methods,
-            num_inference_steps=steps, seed=seed, check=True, **self._options,
+            prompts=(prompt,), output=folder / "accelerated.png", methods=methods, check=True,
+            **{**self._options, **options},
         )  # fmt: skip
         require_tools()
         with self._lock, one_thread(embedded=request.embedded is not None):

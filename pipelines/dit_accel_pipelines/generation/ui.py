@@ -15,10 +15,11 @@ from dit_accel.cli.console import TALK, print_error, warn
 from dit_accel.errors import ConfigError, DitAccelError, MissingBackend, install
 from dit_accel.files import check_room
 
-from .options import Device, Dtype, Model, Offload
+from .options import Device, Dtype, Model, Offload, help_and_default
 
 FIRST = "Compare generates twice, first dense; the first run of a model loads it."
 STOPPED = "Stopped."
+FIELDS = ("preset", "model", "num_inference_steps", "seed")  # options of a request that the page offers
 EXAMPLES = ["a red circle moving right", "a green square on a navy background", "a red circle on a navy background"]
 TOML = "[easycache]\nthreshold = 0.1"
 MOST_WAITING = 16  # runs behind the one that is on
@@ -85,10 +86,11 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
     models = dict.fromkeys([model, *embedded_names()])
 
     def compare(
-        prompt: str, model: str, preset: str, config: str, steps: float, seed: float, request: gradio.Request,
-        progress: Any = gradio.Progress(),  # noqa: B008 - Gradio looks for it there
+        request: gradio.Request, progress: Any = gradio.Progress(), *given: Any,  # noqa: B008 - Gradio looks there
     ) -> list[Any]:  # fmt: skip
-        choices = dict(model=model, preset=preset, config=config, steps=int(steps or 0), seed=int(seed or 0))
+        prompt, config, *values = given
+        whole = [value if isinstance(value, str) else int(value or 0) for value in values]
+        choices = {"config": config, **dict(zip(FIELDS, whole, strict=True))}
         session = str(request.session_hash)
         running[session] = event = threading.Event()
         try:
@@ -106,24 +108,30 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
         leave(request)
         return STOPPED if on else gradio.skip()
 
+    def field(name: str, kind: Callable[..., Any], **shown: Any) -> Any:
+        """Make the field of an option with the help and the default that a request gives it."""
+        text, default = help_and_default(name)
+        label = name.removeprefix("num_").replace("_", " ").capitalize()
+        return kind(**{"value": default, "label": label, "info": text, "elem_id": name, **shown})
+
     with gradio.Blocks(title="dit-accel", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown("# dit-accel\nOne prompt and seed, dense and with methods.")
         with gradio.Row():
             with gradio.Column(min_width=280):
                 prompt = gradio.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
                 gradio.Examples(EXAMPLES, prompt, label="Prompts that the embedded models know")
-                preset = gradio.Radio([*LEVELS, NONE], value="balanced", label="Preset", elem_id="preset")
+                preset = field("preset", gradio.Radio, choices=[*LEVELS, NONE], value="balanced")
                 with gradio.Accordion("Methods as TOML, beside the preset", open=False):
                     config = gradio.Textbox("", placeholder=TOML, lines=4, label="Methods", elem_id="methods")
             with gradio.Column(min_width=280):
-                chosen = gradio.Dropdown(list(models), value=model, label="Model", elem_id="model")
-                steps = gradio.Slider(1, 100, value=20, step=1, label="Denoising steps", elem_id="steps")
-                seed = gradio.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
+                chosen = field("model", gradio.Dropdown, choices=list(models), value=model)
+                steps = field("num_inference_steps", gradio.Slider, minimum=1, maximum=100, step=1, value=20)
+                seed = field("seed", gradio.Number, precision=0, minimum=0)
         with gradio.Row():
             go = gradio.Button("Compare", variant="primary", elem_id="compare")
             halt = gradio.Button("Stop", elem_id="stop")
         outputs = _outputs(gradio)
-        inputs = [prompt, chosen, preset, config, steps, seed]
+        inputs = [prompt, config, preset, chosen, steps, seed]
         show = {"show_progress_on": outputs[0], "concurrency_limit": 1, "api_visibility": "private"}
         event = gradio.on([go.click, prompt.submit], compare, inputs, outputs, **show)
         halt.click(stop, None, outputs[0], cancels=[event], queue=False, api_visibility="private")
