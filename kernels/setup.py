@@ -21,11 +21,11 @@ class WithLoop(build_py):
     def run(self):
         """Copy the package, and add the libraries."""
         super().run()
-        shipped, built = runpy.run_path(str(FOLDER / "shipped.py")), Path(self.build_lib) / FOLDER / "fused.cpp"
+        shipped, source = runpy.run_path(str(FOLDER / "shipped.py")), Path(self.build_lib) / FOLDER / "fused.cpp"
         for kind, (flags, _) in shipped["KINDS"].items():
-            made = shipped["path_of"](kind, built)
-            made.parent.mkdir(exist_ok=True)
-            command = [os.environ.get("CXX", "c++"), *shipped["FLAGS"], *flags, *ALONE, str(built), "-o", str(made)]
+            library = shipped["path_of"](kind, source)
+            library.parent.mkdir(exist_ok=True)
+            command = [os.environ.get("CXX", "c++"), *shipped["FLAGS"], *flags, *ALONE, str(source), "-o", str(library)]
             subprocess.run(command, check=True)
 
 
@@ -34,9 +34,9 @@ class ForLinux(bdist_wheel):
 
     def get_tag(self):
         """Return what the libraries need: any Python 3, no ABI of it, and a glibc."""
-        made = (Path(self.get_finalized_command("build").build_lib) / FOLDER / "shipped").glob("*.so")
-        asked = [int(minor) for path in made for minor in re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes())]
-        return "py3", "none", f"manylinux_2_{max(asked)}_x86_64"
+        libraries = (Path(self.get_finalized_command("build").build_lib) / FOLDER / "shipped").glob("*.so")
+        minors = [int(minor) for path in libraries for minor in re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes())]
+        return "py3", "none", f"manylinux_2_{max(minors)}_x86_64"
 
 
 class Compiled(Distribution):

@@ -209,8 +209,8 @@ def test_which_products_of_bfloat16_are_made_is_told(monkeypatch):
     cpu, pairs = torch.device("cpu"), compiled.library().has_pairs()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     product_dtype.cache_clear()
-    told = f"loop {compiled.compiled_loop().why}", "gathered tiles, since the loop has no products of bfloat16"
-    assert fused.way(cpu, torch.bfloat16) == told[not pairs]
+    ways = f"loop {compiled.compiled_loop().why}", "gathered tiles, since the loop has no products of bfloat16"
+    assert fused.way(cpu, torch.bfloat16) == ways[not pairs]
     product_dtype.cache_clear()
 
 

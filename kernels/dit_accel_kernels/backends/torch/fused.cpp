@@ -140,12 +140,13 @@ struct Pack : Sizes {
 
 // Attends from a query tile; what one thread needs for it
 struct Attend : Sizes {
-  const long step, ld;  // columns of a row of logits; floats to the next one: by a power of 2 all fall into few sets of a cache
+  // columns of a row of logits, and floats from one row to the next: by a power of 2 all fall into few sets of a cache
+  const long step, ld;
   Floats logits, out, queries;
   std::vector<float> peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, plain;
   const float* panels[CHUNK / PANEL];
   std::vector<uint8_t> seen;  // rows that have seen a key
-  const Tiles own;
+  const Tiles tiles_of_thread;
   long batch = 0, head = 0, key_head = 0, first_row = 0, live = 0;  // of the query tile; its rows that are queries
   long tiles_before = 0, tiles_of_head = 0;  // where its lists are, and the key head's first key tile
   double scale = 1;
@@ -153,12 +154,12 @@ struct Attend : Sizes {
   explicit Attend(const Call& c)
       : Sizes(c), step(std::max(CHUNK / wide * wide, wide)), ld(std::max(step, CHUNK) + 16), logits(padded * ld),
         out(padded * wide_dim), queries(padded * depth), peak(rows), sum(rows), bias(ld), masked(ld), decay(ld), seen(rows),
-        own(kind == TILES) {}
+        tiles_of_thread(kind == TILES) {}
 
   // A row's largest logit so far, of which all is relative: none so far counts as 0
   static float base_of(float largest) { return largest == NONE ? 0 : largest; }
 
-  // Takes in a row's next weights, which are relative to its largest logit `now`, by their sum: what was before is brought down
+  // Takes in a row's next weights, relative to its largest logit `now`, by their sum: what was before is brought down
   void raise(long r, bool first, float now, float added) {
     const float factor = first || peak[r] == NONE ? 0 : std::exp2(peak[r] - base_of(now));
     float* row = out.begin() + r * wide_dim;
@@ -182,10 +183,10 @@ struct Attend : Sizes {
       };
       Vec added = Vec{}, more = added;
       for (long c = 0; c < n; c += PANEL) {
-        const Vec one = weight(x + c), two = weight(x + c + WIDTH);
-        added += one, more += two;
-        if (P) store_halves(x, c, one, two);
-        else store(x + c, one), store(x + c + WIDTH, two);
+        const Vec a = weight(x + c), b = weight(x + c + WIDTH);
+        added += a, more += b;
+        if (P) store_halves(x, c, a, b);
+        else store(x + c, a), store(x + c + WIDTH, b);
       }
       raise(r, first, now, fold(added + more, Plus()));
     }

@@ -31,12 +31,12 @@ def sources(source: Path) -> str:
 
 def path_of(kind: str, source: Path) -> Path:
     """Return where the library of a kind lies, beside its source, of which its name holds a digest."""
-    made_of = hashlib.sha256(sources(source).encode()).hexdigest()[:DIGITS]
-    return source.parent / "shipped" / f"fused-{kind}-{made_of}.so"
+    digest = hashlib.sha256(sources(source).encode()).hexdigest()[:DIGITS]
+    return source.parent / "shipped" / f"fused-{kind}-{digest}.so"
 
 
 def shipped_library(source: Path, processor: str) -> Path | None:
     """Return the best library for a processor, by the lines of /proc/cpuinfo; None if none is of this source."""
-    there = {word for line in processor.splitlines() if line.startswith("flags") for word in line.split()}
-    fitting = (path_of(kind, source) for kind, (_, needed) in KINDS.items() if there.issuperset(needed))
+    features = {word for line in processor.splitlines() if line.startswith("flags") for word in line.split()}
+    fitting = (path_of(kind, source) for kind, (_, needed) in KINDS.items() if features.issuperset(needed))
     return next((path for path in fitting if path.is_file()), None)
