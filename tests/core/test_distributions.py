@@ -180,13 +180,15 @@ def test_the_wheel_for_linux_computes_by_its_own_loop_without_a_compiler(files, 
     assert re.fullmatch(r".*-py3-none-manylinux_2_\d\d_x86_64\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as opened:
         opened.extractall(tmp_path / "installed")
-    code = (
-        "import torch, dit_accel_kernels as k; q = torch.ones(1, 1, 9, 8); t = k.TileLists.full(9, 9);"
-        "print(k.torch_way(q.device, q.dtype), '|', float(k.block_sparse_attention(q, q, q, t, layout='bhsd').sum()))"
+    lines = (
+        "import torch, dit_accel_kernels as k",
+        "q, tiles = torch.ones(1, 1, 9, 8), k.TileLists.full(9, 9, block_q=8, block_k=8)",
+        "out = k.block_sparse_attention(q, q, q, tiles, layout='bhsd', backend='torch')",
+        "print(k.torch_way(q.device, q.dtype), '|', float(out.sum()))",
     )
     env = {"PATH": "", "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     ended = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd=tmp_path
+        [sys.executable, "-c", "\n".join(lines)], env=env, capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert re.fullmatch(r"loop of the package, for avx\w+ \| 72\.0", ended.stdout.strip())
     assert not (tmp_path / "cache").exists()
