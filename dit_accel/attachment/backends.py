@@ -86,7 +86,8 @@ def unplanned_reason(denoising: DenoisingState) -> str | None:
     engine, recorder = denoising.engine, denoising.engine.recorder
     layouts = {layout for layer in engine.layers for layout, _ in layer.state.layouts.values()}
     # guidance speaks for itself
-    attention = [one for one in engine.attention if one.phase is not Phase.GUIDANCE and _should_plan(one, layouts)]
+    handlers = (handler for handler in engine.attention if handler.phase is not Phase.GUIDANCE)
+    attention = [handler for handler in handlers if _should_plan(handler, layouts)]
     if not attention or not recorder.forwards_run or recorder.planned:
         return None
     names = ", ".join(handler.name for handler in attention)

@@ -233,13 +233,13 @@ def with_loop(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) 
 
 def _is_torchs(
     tokens_first: bool, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None,
-    enable_gqa: Any = None, **others: Any,
+    enable_gqa: Any = None, **options: Any,
 ) -> bool:  # fmt: skip
     """Whether diffusers would compute a call by torch's attention and nothing special."""
-    backend = others.get("backend")
+    backend = options.get("backend")
     if attn_mask is not None or dropout_p or is_causal:
         return False
-    if any(value for name, value in others.items() if name != "backend"):
+    if any(value for name, value in options.items() if name != "backend"):
         return False
     if backend is None and tokens_first:  # of `dispatch_attention_fn`: what is set for all models
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry

@@ -94,18 +94,18 @@ class DenoisingState:
             self._start()
             self.training = True
             return
-        given = inputs.get(state.adapter.timestep)
+        timestep = inputs.get(state.adapter.timestep)
         if "step_index" not in stated:
-            self._infer(state, given, stated, run)
+            self._infer(state, timestep, stated, run)
             if not state.branches:
                 number = state.calls_seen.number(self._number, text_in(state.adapter, inputs), self._timeline.repeats)
                 state.calls, lost = number
                 if lost:
                     self.engine.reset()
         elif run is None and ("num_inference_steps" not in stated or "sigma" not in stated):
-            if given is not None:
-                self._course.move(given)
-            self._follow_by_hand(given, stated)
+            if timestep is not None:
+                self._course.move(timestep)
+            self._follow_by_hand(timestep, stated)
         if run is None:
             self._look_for_another_begin(state, inputs)
 
@@ -183,8 +183,8 @@ class DenoisingState:
         """
         scheduler = scheduler_of(self.pipe)
         if self._number == 0 and self._schedule is None:
-            own = getattr(scheduler, "timesteps", None) is not self._taken()
-            self._schedule = Schedule(scheduler if own else None)
+            fresh = getattr(scheduler, "timesteps", None) is not self._taken()
+            self._schedule = Schedule(scheduler if fresh else None)
         value, dtype, positions = stated.get("timestep"), None, None
         values = self._course.noisiest if timestep is not None else ()
         if value is not None:

@@ -329,22 +329,22 @@ def is_full(tiles: TileLists) -> bool:
 
 
 @lru_cache(maxsize=16)
-def intersection(one: TileLists, other: TileLists) -> TileLists:
+def intersection(first: TileLists, other: TileLists) -> TileLists:
     """Return lists that are exact where both are, pooled where either pools, and skip the rest; kept for next time."""
-    heads = max(one.groups, other.groups)
-    if {one.groups, other.groups} - {1, heads}:
+    heads = max(first.groups, other.groups)
+    if {first.groups, other.groups} - {1, heads}:
         raise ConfigError(
-            f"lists of {one.groups} and {other.groups} groups can't be merged; share them between heads, or give one "
+            f"lists of {first.groups} and {other.groups} groups can't be merged; share them between heads, or give one "
             "list per head"
         )
-    a, b = one.states(), other.states()
+    a, b = first.states(), other.states()
     pooled = (a == POOLED) | (b == POOLED)
     states = torch.where((a == EXACT) & (b == EXACT), EXACT, torch.where(pooled, POOLED, SKIPPED)).to(torch.uint8)
     with torch.inference_mode(False):  # made in inference mode they could not serve a training run later
-        return TileLists.from_states(states.clone(), **one.sizes)
+        return TileLists.from_states(states.clone(), **first.sizes)
 
 
-def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one is other or torch.equal(one, other)
+def _same_order(order: Tensor | None, other: Tensor | None) -> bool:
+    if order is None or other is None:
+        return order is other
+    return order is other or torch.equal(order, other)

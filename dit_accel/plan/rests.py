@@ -138,9 +138,9 @@ class Ahead:
         self._copy: Copy | None = None
 
     def reading(
-        self, key: Key, own: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
+        self, key: Key, rest: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
     ) -> Stored | Copy | None:
-        """Return the rest that a call reads, ``own`` or its copy, and start to copy the one that is ``due`` next."""
+        """Return the rest that a call reads, ``rest`` or its copy, and start to copy the one that is ``due`` next."""
         copy, self._copy = self._copy, None
         if self._last is not None:
             self._next[self._last] = key, device
@@ -148,7 +148,7 @@ class Ahead:
         following, there = self._next.get(key, (None, device))
         if following is not None and (rows := due(following)) is not None:
             self._copy = self._start(rows, there)
-        return copy if copy is not None and copy.serves(own, device) else own
+        return copy if copy is not None and copy.serves(rest, device) else rest
 
 
 def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
@@ -232,15 +232,15 @@ class Rests:
 
     def reading(self, key: Key, device: torch.device) -> Stored | Copy | None:
         """Return the rest that a call on a device adds, or None; `turned` has counted the call."""
-        kept = self.kept.get(key)
-        own = None if kept is None else kept.rest
-        return self._ahead.reading(key, own, device, self._due) if self.offload else own
+        entry = self.kept.get(key)
+        rest = None if entry is None else entry.rest
+        return self._ahead.reading(key, rest, device, self._due) if self.offload else rest
 
     def _due(self, key: Key) -> Stored | None:
         """Return the rest that the next call of a key adds, as far as is known."""
         _, layer, *_ = key
-        kept = None if self.is_dense(self._calls[key], layer) else self.kept.get(key)
-        return None if kept is None else kept.rest
+        entry = None if self.is_dense(self._calls[key], layer) else self.kept.get(key)
+        return None if entry is None else entry.rest
 
     def keep(self, key: Key, rest: KeptRest) -> None:
         """Keep what a dense call left, as far as the memory allows."""
@@ -248,10 +248,10 @@ class Rests:
         if self.offload and rest.rest is not None:
             rest.rest = rest.rest.mapped(on_host)
         if self.memory is not None:
-            held = [one for one in self.kept.values() if one.rest is not None]
-            while sum(one.nbytes for one in held) > self.memory * 1e9:
-                least = min(held, key=lambda one: one.gain)
+            held = [entry for entry in self.kept.values() if entry.rest is not None]
+            while sum(entry.nbytes for entry in held) > self.memory * 1e9:
+                least = min(held, key=lambda entry: entry.gain)
                 least.rest = None
                 held.remove(least)
-        size = sum(one.exact.nbytes + (0 if self.offload else one.nbytes) for one in self.kept.values())
+        size = sum(entry.exact.nbytes + (0 if self.offload else entry.nbytes) for entry in self.kept.values())
         self.most_held = max(self.most_held, size)

@@ -132,8 +132,8 @@ class Recorder:
         tiles, selection = plan.tiles, plan.selection
         calls = self.forwards[context.transformer, context.step_index, context.branch].calls
         if exact is None or tiles is None or selection is None:
-            kept, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
-            calls.append(CallShares(context.layer, rows * kept, rows * pooled))
+            density, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
+            calls.append(CallShares(context.layer, rows * density, rows * pooled))
             return
         size = tiles.query_tiles * tiles.key_tiles
         by_head = count_bits(exact).sum(-1).float().mean(0) / size

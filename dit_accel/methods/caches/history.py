@@ -218,7 +218,7 @@ def tensor_shapes(tensors: Any) -> Any:
 
 
 @torch.no_grad()
-def own_copies(kept: Any, lent: Any) -> Any:
+def own_copies(value: Any, lent: Any) -> Any:
     """Copy, of what is kept from step to step, the tensors that share memory with lent ones.
 
     Schedulers and hand-written loops may write into the tensors of a step once it is over.
@@ -233,7 +233,7 @@ def own_copies(kept: Any, lent: Any) -> Any:
             return leaf
         return copies.setdefault(id(leaf), leaf.clone())
 
-    return tree_map(copied, kept)
+    return tree_map(copied, value)
 
 
 def _memory_of(tensor: Tensor) -> int | None:
