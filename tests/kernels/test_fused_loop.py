@@ -34,7 +34,7 @@ def test_chunks_panels_and_rows_of_every_length(dim, blocks, dtype, monkeypatch)
     hidden = replace(call, features="pooled inside mask decay heads", value_dim=7)
     for each in (call, hidden, replace(call, layout="bshd", features="pooled mask")):
         check_against_reference(*each.tensors(), each.lists(), **each.arguments())
-    assert taken or dtype == torch.bfloat16  # where the processor has no pairs of products
+    assert taken
 
 
 def test_long_rows_round_no_more_than_a_tile():
@@ -204,13 +204,17 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch, threads):
     child.join()
 
 
-def test_which_products_of_bfloat16_are_made_is_told(monkeypatch):
-    """Where a processor has such products and the compiler did not know of them, the loop leaves them to torch."""
-    cpu, pairs = torch.device("cpu"), compiled.library().has_pairs()
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+def test_without_pairs_bfloat16_is_multiplied_in_float32(monkeypatch):
+    """By a compiler that knows no products of pairs, whatever the processor has."""
+    cpu, tiles = torch.device("cpu"), random_lists(1, 100, 100, 16, 16)
+    for name, has in (("_is_avx512_bf16_supported", True), ("_is_amx_fp16_supported", False)):
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
     product_dtype.cache_clear()
-    ways = f"loop {compiled.compiled_loop().why}", "gathered tiles, since the loop has no products of bfloat16"
-    assert fused.way(cpu, torch.bfloat16) == ways[not pairs]
+    monkeypatch.setattr(compiled.library(), "has_pairs", lambda: 0)
+    q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.bfloat16)
+    out, wide = attend(q, k, v, tiles, backend="torch"), attend(q.float(), k.float(), v.float(), tiles, backend="torch")
+    assert torch.equal(out, wide.bfloat16())
+    assert fused.way(cpu, torch.bfloat16) == f"loop {compiled.compiled_loop().why}"
     product_dtype.cache_clear()
 
 

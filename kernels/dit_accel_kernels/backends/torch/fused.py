@@ -29,13 +29,12 @@ SLICE = 0.5  # seconds after which the loop comes back to Python, which looks fo
 
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the loop takes calls: on a CPU, in products that it has, where it could be compiled."""
-    built = library() if device.type == "cpu" else None
-    return built is not None and _has_products(built, dtype)
+    return device.type == "cpu" and library() is not None and _has_products(dtype)
 
 
-def _has_products(built: ctypes.CDLL, dtype: torch.dtype) -> bool:
-    """Whether the loop multiplies a dtype as fast as torch: in float32, or bfloat16 in pairs or by AMX."""
-    return product_dtype(dtype, "cpu") == torch.float32 or (dtype == torch.bfloat16 and bool(built.has_pairs()))
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether the loop multiplies a dtype: what is multiplied in float32, and bfloat16, whose logits torch rounds."""
+    return dtype == torch.bfloat16 or product_dtype(dtype, "cpu") == torch.float32
 
 
 def way(device: torch.device, dtype: torch.dtype) -> str:
@@ -45,7 +44,7 @@ def way(device: torch.device, dtype: torch.dtype) -> str:
     here = compiled_loop()
     if here.library is None:
         return f"gathered tiles, since {here.why}"
-    if _has_products(here.library, dtype):
+    if _has_products(dtype):
         return f"loop {here.why}"
     return f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
 
@@ -57,8 +56,8 @@ def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> 
     """
     built = library()
     assert built is not None
-    narrow = problem.q.dtype == torch.bfloat16
-    pairs = narrow and product_dtype(problem.q.dtype, "cpu") != torch.float32 and problem.q.shape[3] % 2 == 0
+    narrow, even = problem.q.dtype == torch.bfloat16, problem.q.shape[3] % 2 == 0
+    pairs = narrow and even and bool(built.has_pairs()) and product_dtype(problem.q.dtype, "cpu") != torch.float32
     q, k, v = (x if narrow else cast(x, torch.float32) for x in (problem.q, problem.k, problem.v))
     q, k, v = map(with_whole_rows, (q, k, v))
     (batch, heads, num_q, dim), (_, key_heads, num_k, value_dim) = q.shape, v.shape
