@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dit_accel_kernels import block_sparse_attention_eager
+from dit_accel_kernels import backend_of_last_call, block_sparse_attention_eager
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, Grid
@@ -288,7 +288,7 @@ class Engine:
                 raise ConfigError(f"{handler.name} together with {names}: {error}") from None
         if base is not None:
             return plan
-        asking = next((handler for handler in handlers if handler in self._precise), None)
+        asking = next((handler for handler in handlers if handler in self._precise), None) if self._precise else None
         if asking is not None:
             if context.differentiate:
                 raise ConfigError(
@@ -353,24 +353,20 @@ class Engine:
             launch = functools.partial(run_kernel, call=call, recorder=recorder, lse=True)
             result, plan, turn = run_turn(plan, call, context, rests, turn, launch)
         else:
-            result = run_kernel(plan, call, recorder, context.differentiate)
+            result = run_kernel(plan, call, recorder)
         recorder.planned_call(context, plan, result.exact)
         if self.observers and (self._corrects or facts.corrections):  # which may write to the output
             result = result._replace(planned=result.out.clone())
         return result, plan, call, turn
 
 
-def run_kernel(
-    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
-) -> KernelResult:
+def run_kernel(plan: AttentionPlan, call: Call, recorder: Recorder, lse: bool = False) -> KernelResult:
     """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
     tiles, arguments = plan.kernel_arguments(call)
-    name = plan.backend(call, tiles, differentiate or lse)
-    arguments = {**arguments, "backend": name} if differentiate else arguments
     q, k, v = call.as_held(call.q, call.k, call.v)
     selects = plan.selection is not None
     output = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
-    recorder.ran_by(name, call.q, plan.precision)
+    recorder.ran_by(backend_of_last_call(), call.q, plan.precision)
     out, *extras = (output,) if isinstance(output, Tensor) else output
     sums = extras.pop(0) if lse else None
     exact = extras.pop(0) if selects else None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, predicted_speedup, selected_tiles
+from dit_accel_kernels import FrameDecay, TileLists, selected_tiles, speed_over_dense
 from torch import Tensor
 
 from ..methods.base import AttentionHandler
@@ -18,6 +18,9 @@ from ..report.recorder import Recorder
 from .beside import Launch, Turn, with_others
 from .layers import AttentionLayer
 
+LEAST_SPEED = 0.97
+"""Speed over dense attention below which lists gain nothing; what is nearer to 1 may be the measurement's error."""
+
 RunKernel = Callable[[AttentionPlan, Call, Recorder], KernelResult]
 """Runs a plan's kernel call and counts it; the keys are centred already."""
 
@@ -25,20 +28,23 @@ RunKernel = Callable[[AttentionPlan, Call, Recorder], KernelResult]
 def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:
     """Return a plan whose lists only save time without them where dense attention takes less; the report says so.
 
-    Never where a backend was named, where the plan needs our kernels for more than its lists, or where the kernels'
-    table does not tell what they gain.
+    Never where a backend was named, where the plan needs our kernels for more than its lists, or where it was not
+    measured what they gain.
     """
     tiles, dense = plan.tiles, replace(plan, tiles=None, token_order=None)
-    if tiles is None or call.backend != "auto" or dense.needs_kernel or plan.reused is not None:
+    if tiles is None or call.backend != "auto" or dense.needs_kernel:
         return plan
-    speed = predicted_speedup(call.q.device, call.q.dtype, tiles)
-    if speed is None or speed >= 1:
+    if plan.reused is not None or call.rows is not None:
+        return plan
+    tiles, arguments = plan.kernel_arguments(call)
+    speed = speed_over_dense(*call.as_held(call.q, call.k, call.v), tiles, **arguments)
+    if speed is None or speed >= LEAST_SPEED:
         return plan
     recorder.backends.add("dense")
     recorder.stays_dense(context, "backend")
     recorder.note(
-        f"{context.transformer}: {tiles.density:.1%} of the tiles take {1 / speed:.2f} times as long as all of them by "
-        "the model's own attention on this processor, so calls of so many went there; a named backend would run them"
+        f"{context.transformer}: {tiles.density:.1%} of the tiles took {1 / speed:.2f} times as long as dense "
+        "attention here, so such calls went to the model's own; a named backend would run them"
     )
     return dense
 

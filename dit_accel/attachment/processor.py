@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dit_accel_kernels import TileLists, block_sparse_attention_eager, dense_speed
+from dit_accel_kernels import TileLists, block_sparse_attention_eager, speed_of_dense_by
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModel
@@ -257,8 +257,9 @@ def _speed(query: Tensor, key: Tensor, value: Tensor, tokens_first: bool) -> flo
         return None
     if 4.0 * query.numel() * key.shape[1 if tokens_first else 2] < LEAST_FLOPS:
         return None
-    speed = dense_speed(query.dtype, query.shape[3])
-    return speed if speed is not None and speed >= LEAST_GAIN else None
+    chosen = speed_of_dense_by(query.device, query.dtype, query.shape[3])
+    wins = chosen and chosen.name == "torch" and chosen.speed is not None and chosen.speed >= LEAST_GAIN
+    return chosen.speed if wins else None
 
 
 def _by_loop(query: Tensor, key: Tensor, value: Tensor, scale: float | None, tokens_first: bool) -> Tensor:

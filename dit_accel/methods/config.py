@@ -58,9 +58,9 @@ class MethodConfig:
                     f"{option} must be {spell_type(hint)}, got {value!r}{_how_to_list(option, plain, hint)}"
                 )
             if broken := find_broken(plain, declared[field.name], _fits):
-                must, culprit, advice = broken
-                culprit = list(culprit) if isinstance(culprit, tuple) else culprit
-                raise ConfigError(f"{option} must {must}, got {culprit!r}{self._advice(field, advice)}")
+                must, item, advice = broken
+                item = list(item) if isinstance(item, tuple) else item
+                raise ConfigError(f"{option} must {must}, got {item!r}{self._advice(field, advice)}")
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
 

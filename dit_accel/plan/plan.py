@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote, resolve_backend
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -74,14 +74,6 @@ class AttentionPlan:
             "precision": self.precision,
             "backend": call.backend,
         }
-
-    def backend(self, call: Call, tiles: TileLists, others: bool) -> str:
-        """Return the backend that runs the plan over tiles; ``others``: a gradient may follow, or its LSE is wanted."""
-        if self.precision is not None and call.backend == "auto":
-            return "triton"
-        votes = self.selection is not None and self.selection.vote is not None
-        lists = None if votes or self.frame_decay is not None or others else tiles
-        return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
 
     @property
     def is_dense(self) -> bool:

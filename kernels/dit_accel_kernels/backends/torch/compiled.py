@@ -164,14 +164,17 @@ def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.
     return loaded
 
 
+def is_own(path: Path) -> bool:
+    """Return whether a path is a file of this user's that nobody else can write to; OSError if it is not there."""
+    status = path.lstat()
+    shared = hasattr(os, "getuid") and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(status.st_mode) and _trusted_owner(status) and not shared
+
+
 def whole(path: Path) -> bool:
     """Return whether a library is what its name says and nobody else's: only then may it be loaded."""
     try:
-        status = path.lstat()
-        shared = hasattr(os, "getuid") and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if not stat.S_ISREG(status.st_mode) or not _trusted_owner(status) or shared:
-            return False
-        return path.stem.rpartition("-")[2] == _digest(path.read_bytes())
+        return is_own(path) and path.stem.rpartition("-")[2] == _digest(path.read_bytes())
     except OSError:
         return False
 
