@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from dit_accel_kernels import decisions
 from torch import nn
 
 from ..adapters.installed import adapter_for
@@ -158,7 +159,8 @@ class Attachment:
         held = {handler.name: handler.state_bytes() for handler in engine.handlers}
         problem = backends.problem_of(denoising) if self._attached else ""
         preset = self._preset.words(denoising.num_inference_steps) if self._preset else ""
-        notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *[problem] * bool(problem)]
+        chosen = decisions() if engine.backend == "auto" else []
+        notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *chosen, *[problem] * bool(problem)]
         return Report(
             methods={handler.name: handler.settings.to_dict() for handler in engine.handlers},
             backend=recorder.spell_backend(engine.backend),

@@ -148,7 +148,7 @@ class Engine:
         )
 
     def acts(self, layer: AttentionLayer, sizes: Grid, rows: int) -> bool:
-        """Tell whether any method changes a call of so many rows in a layer of the running forward."""
+        """Tell whether any method changes a call of ``rows`` batch rows in a layer of the running forward."""
         if sizes != self.forward.noted:
             self._note_unseen(layer.state, sizes, rows)
         return bool(self._acting(layer, self.forward.layout))

@@ -279,7 +279,7 @@ def with_rest(
 
 
 def _dense(rests: Rests, plan: AttentionPlan, call: Call, launch: Launch) -> tuple[KernelResult, KeptRest, Turn]:
-    """Return a dense call by two over its tiles and over all others, and what is kept of it."""
+    """Run a dense call as two, over its tiles and over all others; return the result and what is kept of it."""
     exact = _exact(plan, call)
     result, turn = launch(plan.only(exact, voting=True)), Turn(exact=exact)
     out, sparse = with_others(plan, exact, result, launch, call.q.shape[1]), result.out

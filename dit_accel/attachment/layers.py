@@ -140,7 +140,7 @@ class TransformerState:
         return layout
 
     def note_ran(self) -> None:
-        """Note that a forward of the branch that is open ran, if it is one of its own."""
+        """Note that a forward of the open branch ran, unless it ran beside another."""
         if self.beside[0] is None:
             self.ran[self.branch] = self.branches[-1].rows if self.nested else None
 

@@ -24,10 +24,10 @@ from .state import DenoisingState
 from .steps import current_run
 
 BEGINS = ("check_inputs", "encode_prompt")
-"""What a pipeline calls first: the first of these that it has."""
+"""Methods of which a pipeline calls the first that it has before anything else."""
 
 ENDS = "maybe_free_model_hooks"
-"""What it calls last, once the frames are decoded."""
+"""The method that a pipeline calls last, once the frames are decoded."""
 
 
 def watch_call(denoising: DenoisingState, transformer: nn.Module) -> list[Callable[[], None]]:
@@ -82,7 +82,7 @@ def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any])
     if small is None:
         return pipe(**arguments)
     as_latents = wanting.settings.enlarge == "latents"
-    first = {key: value for key, value in arguments.items() if key != "latents"}
+    first = {key: value for key, value in arguments.items() if key != "latents"}  # they are of the larger size
     first |= {"height": small[0] * token, "width": small[1] * token, "output_type": "latent" if as_latents else "pt"}
     with wanting.guide.small():
         output = _first_of(pipe(**first))

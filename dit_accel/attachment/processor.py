@@ -166,7 +166,7 @@ def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -
             _refuse(dropout_p, is_causal)
         heads = query.shape[2]
         if shards is not None:
-            attn_mask = shards.whole_mask(attn_mask)
+            attn_mask = shards.whole_mask(attn_mask)  # plans are of the whole sequence, whoever holds its parts
             query, key, value = shards.gather_call(query, key, value)
         out = _planned(query, key, value, attn_mask, scale, tokens_first, engine)
         return out if shards is None else shards.scatter(out, heads)

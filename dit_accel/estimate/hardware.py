@@ -196,6 +196,6 @@ def _kind(weight: Any) -> str:
 
 
 def weight_size(weight: Any) -> int:
-    """Return the bytes of a weight; of torchao's, whose own element size is that of 16 bits, of what it holds."""
+    """Return the bytes of a weight; torchao's report 16 bits an element, so theirs are of the tensor inside."""
     held = getattr(weight, "qdata", weight)
     return held.numel() * held.element_size()

@@ -224,7 +224,7 @@ class AttentionPlan:
         return replace(self, key_mean=key_mean)
 
     def override_rows(self, rows: RowOverride) -> "AttentionPlan":
-        """Return the plan with a rule of their own for some query rows."""
+        """Return the plan with another rule for some query rows."""
         self._require_free("row override", self.row_override)
         return replace(self, row_override=rows)
 
@@ -256,12 +256,12 @@ class AttentionPlan:
         return replace(self, **parts, reused=None, guidance=None)
 
     def query(self, queries: Tensor) -> "AttentionPlan":
-        """Return the plan with other queries, which see what was planned for the call's own, [B, H, S, D]."""
+        """Return the plan with other queries [B, H, S, D], which see the keys that were planned for the call's."""
         self._require_free("set of other queries", self.queries)
         return replace(self, queries=queries)
 
     def followed(self, exact: Tensor) -> "AttentionPlan":
-        """Return the plan of a call that chooses and votes no more: its exact tiles are given, int32 [B, H, NQ, W]."""
+        """Return the plan with its exact tiles fixed, int32 [B, H, NQ, W]: the call neither chooses nor votes."""
         selection = self.selection
         assert selection is not None
         routed = selection.routed if selection.routing is None else exact
@@ -273,7 +273,7 @@ class AttentionPlan:
         return replace(self, guidance=guidance)
 
     def centred(self, k: Tensor) -> Tensor:
-        """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""
+        """Return the keys less the plan's mean, in the keys' dtype; unchanged where the plan has no mean."""
         return k if self.key_mean is None else (k - self.key_mean).to(k.dtype)
 
     def gradient_before_centring(self, grad: Tensor, mask: Tensor | None) -> Tensor:

@@ -45,7 +45,7 @@ class Stored:
         return (self.values,) if self.scale is None else (self.values, self.scale)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Stored":
-        """Return the rows, held in other tensors that are made of each."""
+        """Return the rows with each of their tensors changed by a function."""
         return replace(self, values=change(self.values), scale=None if self.scale is None else change(self.scale))
 
     def read(self, device: torch.device) -> Tensor:
@@ -98,7 +98,7 @@ class Copy:
         return self.there.read(device)
 
     def __del__(self) -> None:
-        """Have the stream wait, read or not, before its memory is given to another."""
+        """Make the stream wait for the copy, which may be unread, before its memory is used again."""
         self.stream.wait_event(self.arrived)
 
 
@@ -221,12 +221,12 @@ class Rests:
         return calls == 0 or (calls + layer) % self.every == 0
 
     def dense_share(self, calls: int, layers: range) -> float:
-        """Return the share of the calls that are dense, of layers that make so many each."""
+        """Return the share of dense calls among the ``calls`` that each of some layers makes."""
         dense = sum(self.is_dense(call, layer) for call in range(calls) for layer in layers)
         return dense / max(1, calls * len(layers))
 
     def bytes_of(self, rows: int, head_dim: int) -> int:
-        """Return the bytes of so many rows of a head in 16 bits, or as they are kept."""
+        """Return the bytes of some rows of a head in the stored format, 16 bits where none is set."""
         each = {None: 2 * head_dim, "int8": head_dim + 4, "int4": head_dim // 2 + 4}[self.dtype]
         return rows * each
 

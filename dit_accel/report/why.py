@@ -131,7 +131,7 @@ def _of_dense(forward: TimedForward, key: Key, ran: RunCauses) -> Cause:
 
 
 def _of_reduced(forward: TimedForward, key: Key, taken: float, ran: RunCauses) -> Iterator[tuple[Cause, float]]:
-    """Yield what kept a forward that some method shortened as long as it was, and the seconds of each cause."""
+    """Yield each cause of the time that a reduced forward still took, and its seconds."""
     timing, lists = ran.timing, min(forward.lists, taken)
     yield _LISTS, lists
     share = timing.share("attention", forward.kind)

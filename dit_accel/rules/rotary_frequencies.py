@@ -128,7 +128,7 @@ def edited(
 
 
 def _turning(freqs: np.ndarray, places: Sequence[int], length: float, turn: float) -> np.ndarray:
-    """Let frequencies make so many turns over a length; those that make no more already stay as they are."""
+    """Slow the frequencies at some places to ``turn`` turns over a length; leave those below one turn."""
     new = freqs.copy()
     for place in places:
         if length > 2 * np.pi / freqs[place]:

@@ -267,6 +267,26 @@ def test_nothing_is_measured_where_it_must_not_be(monkeypatch):
     assert speed_over_dense(q, k, v, random_lists(2, 256, 256, 64, 64), layout="bhsd") is None
 
 
+def test_of_several_processes_all_do_what_the_first_finds(monkeypatch):
+    store, rank = torch.distributed.HashStore(), [0]
+    for name, value in (("is_initialized", lambda: True), ("get_world_size", lambda: 2), ("get_rank", lambda: rank[0])):
+        monkeypatch.setattr(race.dist, name, value)
+    monkeypatch.setattr(race.dist.distributed_c10d, "_get_default_store", lambda: store)
+    only(monkeypatch, right=RIGHT)
+    monkeypatch.setattr(race, "_raced", lambda *_: {"name": "gather", "share": 1.0, "why": "gather"})
+    run()
+    rank[0] = 1
+    race._decided.clear()
+    (key,) = (key for key in race._said if "tokens" in key)
+    race.measured(CPU)[key] = {"name": "right", "share": 1.0, "why": "what this process measured once"}
+    run()
+    assert backend_of_last_call() == "gather"
+    monkeypatch.setattr(race, "WAIT", 0.1)
+    attend(*qkv(1, 2, 2, 256, 256, 32, torch.float32), random_lists(2, 256, 256, 64, 64))
+    assert backend_of_last_call() == "right"
+    assert any("said nothing" in line for line in decisions())
+
+
 def test_speed_over_dense_is_that_of_the_winner_and_falls_with_density(monkeypatch):
     times = {"right": 2.0, "gather": 3.0, "dense": 1.0}
     monkeypatch.setattr(race, "timed", lambda calls, problem: {name: times[name] for name in calls})

@@ -17,7 +17,7 @@ from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import launch as launches
-from dit_accel_kernels.backends.triton import support
+from dit_accel_kernels.backends.triton import probe, support
 from dit_accel_kernels.backends.triton.launch import Key, Launch, key_of, key_of_row, launch_of, launch_table
 from kernel_cases import attend, frame_decay, full, lists_of, problem_from, qkv, random_lists
 from triton.runtime.errors import OutOfResources
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
 from targets import TARGETS
 
 ROWS = json.loads(launches.TABLE.read_text())
-HALF = torch.bfloat16
+HALF, FLOAT, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 
 
 def test_every_row_is_a_launch_with_a_source_and_any_architecture_has_one():
@@ -197,6 +197,10 @@ def test_dtypes_and_head_dims_are_refused():
 
 def test_what_the_machine_lacks_is_told(monkeypatch):
     call = (*qkv(1, 1, 1, 20, 20, 16, torch.float32), random_lists(1, 20, 20, 16, 16))
+    for dtype in (HALF, torch.float8_e4m3fn):  # of which the interpreter may not be right
+        monkeypatch.setattr(probe, "multiplies", lambda asked, dtype=dtype: asked != dtype)
+        refused = [bool(triton_requirement(CPU, *kind)) for kind in ((HALF, 64), (FLOAT, 64, "fp8"), (FLOAT,))]
+        assert refused == [dtype == HALF, dtype != HALF, False]
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(BackendUnavailableError, match=r"'triton'.*CUDA, ROCm.*XPU.*found cpu.*TRITON_INTERPRET=1"):
         attend(*call, backend="triton")

@@ -196,7 +196,7 @@ class DeltaHandler(AttentionHandler):
             self._measured.append((context, error))
             for other in self.restorers if settings.reactivate else ():
                 other.restore_tiles(plan, context, lambda: probe_gaps(plan, call, groups.rows), settings.margin)
-        if settings.reuse > 1:
+        if settings.reuse > 1:  # else it would hold memory that no call reads
             self.held[context.key] = (delta, calls + 1)
         out = how.added(out, delta, dense)
         return result._replace(out=out, corrections=(*result.corrections, how))

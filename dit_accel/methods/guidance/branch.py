@@ -152,7 +152,7 @@ class PerturbedHandler(WindowedHandler):
         return self._perturbed_forward(site, passes, context, run, rows_of_prompt(site, part, len(latents), "cond"))
 
     def _take_added(self, given: Any) -> Sample | None:
-        """Return the part that a guider adds to the step's result, once, given the conditional prediction."""
+        """Return what a guider adds to the step's result, once; ``given`` is the conditional prediction it gets."""
         if self._for_guider is None:
             return None
         (further, cond), self._for_guider = self._for_guider, None

@@ -91,7 +91,7 @@ def repeated(sample: Sample) -> Sample:
 
 
 def plus(sample: Sample, further: Sample) -> Sample:
-    """Return a sum in the first's own dtype; it is formed in the other's."""
+    """Return the sum in the first sample's dtype, computed in the second's."""
     return mapped(lambda first, other: (first.to(other.dtype) + other).to(first.dtype), sample, further)
 
 

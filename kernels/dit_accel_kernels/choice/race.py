@@ -39,7 +39,7 @@ LEAST_FLOPS = 5e9  # of the dense call, below which a race would take longer tha
 DENSE_TOKENS = 1024  # of the dense calls that are timed for those of a model
 SLICE_FLOPS = 5e9  # of the dense call that is timed on a CPU: as few heads as have so many
 TURNS, MOST = 3, 3
-WAIT = 60.0  # seconds that other processes wait for the first one's race
+WAIT = 30.0  # seconds that other processes wait for what the first one says
 TRIED = "self check begun by process"
 
 
@@ -92,12 +92,15 @@ def choose(problem: Problem, least: float | None = None) -> Chosen:
 def _decide(problem: Problem, kind: Kind, least: float) -> tuple[str, float | None]:
     """The kernel of a class of calls by a race, kept or run now, and its share of the ideal; or the first of ours."""
     key = _class_of(problem, kind)
-    with _lock:
+
+    def find() -> dict[str, Any] | None:
         kept = measured(kind.device)[key]
         if kept is None and _may_race(problem, least):
-            kept = _agreed(key, lambda: _raced(problem, kind))
-            if kept is not None:
-                measured(kind.device)[key] = kept
+            kept = measured(kind.device)[key] = _raced(problem, kind)
+        return kept
+
+    with _lock:
+        kept = _agreed(key, find) if _flops(problem) >= least else None
     if kept is None:
         return _first(problem, kind, check=not capturing(kind.device)), None
     _said[key] = f"{key}: {kept['why']}"
@@ -173,20 +176,20 @@ def _may_race(problem: Problem, least: float) -> bool:
     )
 
 
-def _agreed(key: str, race: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """What the first of several processes finds, or the only one; None where it does not say in time."""
+def _agreed(key: str, find: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What the only process finds, or the first of several, whom the others follow; None where it says nothing."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return race()
-    store = dist.distributed_c10d._get_default_store()
-    name = f"dit-accel {key}"
+        return find()
+    store, name = dist.distributed_c10d._get_default_store(), f"dit-accel {key}"
     if dist.get_rank() == 0:
-        kept = race()
+        kept = find()
         store.set(name, json.dumps(kept))
         return kept
     try:
         store.wait([name], timedelta(seconds=WAIT))
         return json.loads(store.get(name))
     except (RuntimeError, ValueError):
+        _said[key] = f"{key}: the first process said nothing in {WAIT:.0f} s, so the first of our kernels is taken"
         return None
 
 
