@@ -8,7 +8,7 @@ from hashlib import sha256
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import drawn_model
+import fake_model
 import numpy as np
 import pytest
 import torch
@@ -28,7 +28,7 @@ from dit_accel.errors import install
 
 
 def drawn(frames: int = 9) -> np.ndarray:
-    return drawn_model.drawn(frames=frames).astype(np.float32) / 255
+    return fake_model.drawn(frames=frames).astype(np.float32) / 255
 
 
 def noisy(clip: np.ndarray, sigma: float = 0.05) -> np.ndarray:

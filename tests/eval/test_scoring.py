@@ -12,8 +12,7 @@ import pytest
 import torch
 from dit_accel_eval.runs.results import keep, read_lines
 from dit_accel_pipelines.generation.media import write_media
-from drawn_model import drawn
-from fake_model import command
+from fake_model import command, drawn
 from PIL import Image
 from scipy.linalg import sqrtm
 
