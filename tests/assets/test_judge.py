@@ -135,13 +135,18 @@ def test_a_wrong_word_is_told_by_its_question():
     assert "turn" in failed(judged(one_thing(motion="still"), turning))
 
 
-def test_half_the_speed_fails_by_a_path_error_that_grows_with_the_length():
+def test_half_the_speed_and_a_wrong_shade_have_errors_that_grow():
     asked, shown = one_thing(), one_thing(speed="slowly")
     errors = [judged(shown, asked, frames).answers["path.0"].value for frames in (17, 33, 49)]
     assert 1.5 < errors[0] < errors[1] < errors[2]
+    scene, video = one_thing(), painter.draw(one_thing())
+    mask = painter.masks(scene, 17)[0][..., None]
+    shaded = [video * (1 - mask) + mask * np.array([232 - by, 36 + by, 36]) for by in (0, 25, 50)]
+    distances = [judge.judge_clips(x.astype(np.uint8), scene).answers["color.0"].value for x in shaded]
+    assert distances[0] < 2 < distances[1] < distances[2]
 
 
-def test_a_missing_thing_and_one_too_many_are_told():
+def test_a_missing_thing_one_too_many_and_a_relation_the_other_way_round_are_told():
     two = beside(one_thing(motion="still"), color="green")
     one = replace(two, things=two.things[:1])
     verdict = judged(one, two)
@@ -152,6 +157,10 @@ def test_a_missing_thing_and_one_too_many_are_told():
     pair = replace(beside(one_thing(motion="still")), grouped=True)
     assert not failed(judged(pair))
     assert failed(judged(one, pair)) >= {"count"}
+    right = replace(beside(one_thing(motion="still"), color="green"), relation="left of")
+    wrong = replace(right, things=right.things[::-1])
+    assert not failed(judged(right))
+    assert "relation" in failed(judged(right, wrong))
 
 
 def test_a_thing_that_appears_or_leaves_after_the_trained_length():
@@ -162,21 +171,6 @@ def test_a_thing_that_appears_or_leaves_after_the_trained_length():
     assert failed(more) == {"count"}
     quick = one_thing(speed="quickly")
     assert not failed(judged(quick, frames=61))  # it left the picture, as drawn
-
-
-def test_a_relation_the_other_way_round_is_told():
-    right = replace(beside(one_thing(motion="still"), color="green"), relation="left of")
-    wrong = replace(right, things=right.things[::-1])
-    assert not failed(judged(right))
-    assert "relation" in failed(judged(right, wrong))
-
-
-def test_a_wrong_shade_has_a_distance_that_grows():
-    scene, video = one_thing(), painter.draw(one_thing())
-    mask = painter.masks(scene, 17)[0][..., None]
-    shaded = [video * (1 - mask) + mask * np.array([232 - by, 36 + by, 36]) for by in (0, 25, 50)]
-    distances = [judge.judge_clips(x.astype(np.uint8), scene).answers["color.0"].value for x in shaded]
-    assert distances[0] < 2 < distances[1] < distances[2]
 
 
 def test_an_empty_clip_fails_all_that_is_asked_of_its_object():

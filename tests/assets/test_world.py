@@ -103,6 +103,10 @@ def test_training_never_sees_a_held_out_combination_and_every_word_is_used():
     assert not any(world.is_held_out(*words) for words in trained)
     used = {word for index in range(1500) for word in prompts.prompt_of(world.scene_of(9, index)).split()}
     assert set(prompts.world_vocabulary()) - {word.strip(",") for word in used} == {"going"}  # in paraphrases alone
+    plain = {clips.clip_of(seed, frames=1)[1].words for seed in range(300)}
+    held_out = {clips.clip_of(seed, frames=1, held_out=True)[1].words for seed in range(64)}
+    assert not plain & held_out
+    assert all(clips.is_held_out_plain(*words) for words in held_out)
 
 
 def test_prompts_name_what_is_drawn_in_known_words():
@@ -141,23 +145,22 @@ def test_the_worlds_of_all_words_are_drawn_differently():
         assert len({painter.draw(x, 5).tobytes() for x in scenes}) == len(names)
 
 
-def test_other_lengths_too_small_a_picture_and_an_unknown_texture_are_refused():
-    for frames in (0, 4, 16, -3):
-        with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
-            painter.draw(SCENES[0], frames)
+def test_other_lengths_sizes_shapes_textures_words_and_forms_are_refused():
+    for draw, scene in ((painter.draw, SCENES[0]), (clips.draw_plain, clips.clip_of(0)[1])):
+        for frames in (0, 4, 16, -3):
+            with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
+                draw(scene, frames)
     with pytest.raises(ValueError, match=r"16x64.*32x32"):
         world.scene_of(0, 0, height=16)
     with pytest.raises(ValueError, match=r"texture 'furry'.*plain, striped"):
         painter.texture("furry", np.zeros(1), np.zeros(1), 4.0, (0.0, 0.0), 1.0)
-    with pytest.raises(ValueError, match=r"word\(s\) furry"):
-        check_prompt("a furry circle")
-
-
-def test_the_same_seed_draws_the_same_clip():
-    first, second = clips.clip_of(7), clips.clip_of(7)
-    assert first[:2] == second[:2]
-    assert np.array_equal(first[2], second[2])
-    assert not np.array_equal(first[2], clips.clip_of(8)[2])
+    with pytest.raises(ValueError, match=r"shape 'blob'.*circle"):
+        clips.signed_distance("blob", np.zeros(1), np.zeros(1), 3.0)
+    with pytest.raises(ValueError, match=r"word\(s\) purple, elephant") as error:
+        check_prompt("a purple elephant moving right", "wan-plain")
+    assert all(word in str(error.value) for word in vocabulary("wan-plain"))
+    with pytest.raises(ValueError, match=r"\[frames, height, width, 3\].*found \(3, 64, 64\)"):
+        checker.check_clip(np.zeros((3, 64, 64)))
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17, 33])
@@ -187,26 +190,6 @@ def test_plain_prompts_name_what_is_drawn_in_known_words():
         assert (scene.speed in words) if scene.speed else not {"slowly", "quickly"} & set(words)
     found = check_prompt("A red Circle, moving UP-LEFT.", "wan-plain")
     assert found == ("a", "red", "circle", "moving", "up-left")  # case and punctuation do not matter
-
-
-def test_training_never_sees_a_held_out_combination():
-    trained = {clips.clip_of(seed, frames=1)[1].words for seed in range(300)}
-    held_out = {clips.clip_of(seed, frames=1, held_out=True)[1].words for seed in range(64)}
-    assert not trained & held_out
-    assert all(clips.is_held_out_plain(*words) for words in held_out)
-
-
-def test_other_lengths_shapes_words_and_forms_are_refused():
-    for frames in (0, 4, 16, -3):
-        with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
-            clips.draw_plain(clips.clip_of(0)[1], frames)
-    with pytest.raises(ValueError, match=r"shape 'blob'.*circle"):
-        clips.signed_distance("blob", np.zeros(1), np.zeros(1), 3.0)
-    with pytest.raises(ValueError, match=r"word\(s\) purple, elephant") as error:
-        check_prompt("a purple elephant moving right", "wan-plain")
-    assert all(word in str(error.value) for word in vocabulary("wan-plain"))
-    with pytest.raises(ValueError, match=r"\[frames, height, width, 3\].*found \(3, 64, 64\)"):
-        checker.check_clip(np.zeros((3, 64, 64)))
 
 
 def soften(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -169,11 +169,8 @@ def test_a_sequence_is_placed_by_the_latents_and_the_text(model, latents, tokens
     placing = placement_of(model, inputs)
     assert isinstance(placing, TokenPlacement)
     assert sizes(placing.layout(tokens)) == expected
-
-
-def test_further_pictures_stand_behind_the_one_that_is_made():
     inputs = {"x": torch.zeros(1, 16, 8, 8), "context": torch.zeros(1, 7, 8), "ref_latents": [torch.zeros(1, 16, 4, 4)]}
-    assert sizes(placement_of(FLUX, inputs).layout(16 + 7 + 4)) == (1, 4, 4, 7, 4)
+    assert sizes(placement_of(FLUX, inputs).layout(16 + 7 + 4)) == (1, 4, 4, 7, 4)  # further pictures stand behind
 
 
 def test_another_number_of_tokens_and_a_forward_that_can_not_be_placed_say_why():
@@ -206,17 +203,14 @@ def test_a_packed_sequence_is_placed_as_the_model_tells_it():
     assert layout_from_options({"minimax_h3_layout": told}, 165) is None
 
 
-def test_inputs_are_told_by_name_however_they_are_passed():
-    model = comfy.Wan()
-    found = inputs_of(model._forward, (1, 2, 3), {"transformer_options": {}, "reference_latent": 4})
-    assert found == {"x": 1, "timestep": 2, "context": 3, "transformer_options": {}, "reference_latent": 4}
-
-
-def test_a_noise_level_tells_the_step():
+def test_a_noise_level_tells_the_step_and_inputs_are_told_by_name():
     for sigma, step in ((1.0, 0), (0.8, 1), (0.80001, 1), (0.7, 1), (0.5, 2), (0.05, 2), (2.0, 0)):
         assert Steps((1.0, 0.8, 0.5, 0.0)).index(sigma) == step
     with pytest.raises(ConfigError, match="sample_sigmas"):
         Steps().index(1.0)
+    model = comfy.Wan()
+    found = inputs_of(model._forward, (1, 2, 3), {"transformer_options": {}, "reference_latent": 4})
+    assert found == {"x": 1, "timestep": 2, "context": 3, "transformer_options": {}, "reference_latent": 4}
 
 
 def test_forwards_of_other_prompts_windows_and_repeats_have_state_of_their_own():

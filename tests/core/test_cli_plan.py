@@ -13,7 +13,6 @@ from dit_accel.cli.app import app
 from dit_accel.errors import UnsupportedModel
 from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.presets import LEVELS, MEASURED_ON
-from dit_accel.methods.registry import methods
 
 WAN_69 = "wan2.1-14b --height 768 --width 1280 --num-frames 69"
 PUBLISHED = "--radial --set radial.boundary=published"
@@ -66,19 +65,6 @@ def test_plan_and_recommend_say_the_same_of_every_family_in_the_width_of_a_termi
             speedup = planned(name, "--preset", level)["predicted_speedup"]
             assert speedup == pytest.approx(rows[level].speedup, 1e-9), name
             assert (speedup > 1) == ("easycache" in rows[level].methods), name
-
-
-def test_every_method_can_be_planned_alone_and_beside_others():
-    together = {"delta", "lite", "radial", "sol", "sparsed", "ultravico"}
-    left = ("delta", "profilingcache", "ultraimage")  # it corrects another; has no list; is for images
-    unpublished = {"seg": "layers", "softpag": "heads", "pag": "layers"}  # nothing is published on Wan
-    alone = [{name} for name in methods() if name not in left]
-    for names in [*alone, {"radial", "delta"}, {"sparsed", "sol"}, together]:
-        options = [f"--{name}" for name in names]
-        options += [f"--set {name}.{unpublished[name]}=L8" for name in names & {*unpublished}]
-        plan = planned("wan2.1-1.3b --num-frames 161", *options)
-        assert set(plan["methods"]) == names
-        assert set(plan["uncounted_methods"]) & together == names & {"lite"}
 
 
 def test_a_third_forward_is_counted_less_what_its_prefix_saves():

@@ -137,14 +137,12 @@ def test_embedded_models_run_on_one_thread(here: Path, seen, arguments):
     assert not (here / "lora").exists()
 
 
-def test_timed_suites_and_those_that_say_so_have_their_own_threads(here: Path, seen):
+def test_timed_suites_others_models_and_what_is_chosen_have_their_own_threads(monkeypatch, here: Path, seen):
     (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
     start("eval", "run", "s.toml", "--out", "s.jsonl", "--time")
     start("eval", "run", "s.toml", "--out", "s.jsonl", "--threads", "4")
     assert seen == [2, 4]
-
-
-def test_what_the_environment_chooses_holds_and_so_do_other_models(monkeypatch, here: Path, seen):
+    seen.clear()
     with one_thread(embedded=False):
         assert torch.get_num_threads() == 3
     with threads(2), threads(None):

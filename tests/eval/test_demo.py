@@ -53,13 +53,10 @@ def test_a_pause_of_the_machine_does_not_decide_the_rival(monkeypatch):
     assert (name, fewer.num_inference_steps) == ("fewer steps", 18)
 
 
-def test_the_picture_is_of_the_seed_of_median_lead():
+def test_the_picture_is_of_the_seed_of_median_lead_and_the_middle_prompt_of_those_that_chose():
     ours, fewer = (SimpleNamespace(psnr=psnr) for psnr in ([40.0, 30.0, 35.0, 50.0], [30.0, 31.0, 30.0, 20.0]))
     assert demo.middle_seed(ours, fewer) == 2
-
-
-def test_the_prompt_is_the_middle_one_of_those_that_chose_the_setting():
-    """PSNRs of the preset's cache in 30 steps on clips 200 and 203: 42.5 and 45.7 dB."""
+    # PSNRs of the preset's cache in 30 steps on clips 200 and 203: 42.5 and 45.7 dB
     assert demo.shown_prompt("wan-tiny") == "two cyan grainy circles shrinking on a grainy black background"
 
 

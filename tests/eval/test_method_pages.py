@@ -120,6 +120,7 @@ def test_there_is_no_page_or_picture_of_anything_else():
     names = {*methods(), "index", "shared"}
     assert {path.stem for path in (ROOT / FOLDER).glob("*.md")} == names
     assert {path.stem for path in (ROOT / FOLDER).glob("*.png")} <= names
+    assert set(PICTURES) == set(methods()) - {"rope"}  # whose picture is there already
 
 
 @pytest.mark.parametrize("name", methods())
@@ -169,10 +170,6 @@ def colours(picture: Image.Image) -> set[str]:
     return {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in counted}
 
 
-def test_every_method_but_rope_whose_picture_is_there_already_has_one():
-    assert set(PICTURES) == set(methods()) - {"rope"}
-
-
 def test_what_a_cache_skips_is_what_did_not_run():
     cache = dit_accel.StaticCache(steps=(1, 0, 1, 0), warmup_steps=1, last_steps=0)
     blocks = dit_accel.ProfilingCache(blocks="0-5", every=2, warmup_steps=1, last_steps=0)
@@ -190,9 +187,6 @@ def test_tiles_are_told_by_lists_bits_and_routing():
     seen = run("wan-plain", (dit_accel.RadialAttention(decay_factor=0.2, near="half", sink=False, **sizes),), **call)
     assert set(np.unique(tile_states(seen.calls[-1]))) == {0, 2}
     assert colours(frames_seen(seen)) >= {GREY, DARK}
-
-
-SUITES = Path(__file__).parents[2] / "eval" / "suites"
 
 
 def figure(name: str, psnr: float, work: float, real: float | None = None, clips: int = 2) -> ArmFigures:
@@ -228,5 +222,8 @@ def test_leads_are_drawn_of_the_settings_that_have_one(tmp_path):
 
 
 def test_a_suite_without_results_says_so(tmp_path, capsys):
-    assert suite_picture.main([str(SUITES / "knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")]) == 2
+    assert (
+        suite_picture.main([str(ROOT / "eval/suites/knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")])
+        == 2
+    )
     assert "knee-wan-tiny: wan-tiny, 12 held-out clips has no results to draw" in capsys.readouterr().err

@@ -74,16 +74,13 @@ def test_psnr_of_changes_ignores_what_stays_and_sees_what_flickers():
         value("psnr-change", clip[:1], clip[:1])
 
 
-def test_ssim_is_that_of_scikit_image():
+def test_ssim_is_that_of_scikit_image_and_ms_ssim_that_of_the_closed_form():
     clip, other = drawn(), noisy(drawn())
     options = dict(data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     each = [structural_similarity(*pair, full=True, **options)[1].mean() for pair in zip(clip, other, strict=True)]
     found = metric("ssim")(Sample(frames=other, reference=clip))
     assert found.by_frame == pytest.approx(each, abs=3e-3)  # they mirror the border differently
     assert found.value == pytest.approx(np.mean(found.by_frame))
-
-
-def test_ms_ssim_is_that_of_the_closed_form():
     one, two = flat(0.4, size=176), flat(0.6, size=176)
     light = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
     assert value("ms-ssim", one, two) == pytest.approx(light**0.1333, abs=5e-4)  # only the last scale sees light

@@ -5,29 +5,19 @@ import errno
 import functools
 import json
 import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
-import PIL.Image
 import pytest
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.runs import loaded as given
 from dit_accel_eval.runs import results
 from dit_accel_eval.runs.conditions import Machine, OwnClips
-from dit_accel_eval.runs.loaded import (
-    EmbeddedModel,
-    GivenModel,
-    check_given,
-    embedded_call,
-    given_weights,
-    local_folder,
-)
 from dit_accel_eval.runs.model import OWN, SuiteModel, arm_scheduler, check_guided, guided
-from dit_accel_eval.runs.results import append_line, keep, read_kept, read_lines, run_of, write_lines
+from dit_accel_eval.runs.results import append_line, read_kept, read_lines, run_of, write_lines
 from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.suite import read_suite
@@ -103,7 +93,7 @@ def test_an_arm_with_a_scheduler_runs_and_is_told(tmp_path):
     (read,) = suite.arms
     job = Job(suite=suite, out=tmp_path, cache=tmp_path, timed=False, threads=1)
     assert job.arm_setting(read)["scheduler"] == {"solver_order": 3}
-    model = EmbeddedModel("wan-plain", SMALL)
+    model = given.EmbeddedModel("wan-plain", SMALL)
     third = model.run(0, **read.run_options())
     same = model.run(0, steps=6, solver="UniPCMultistepScheduler", scheduler={"solver_order": 2})
     usual = model.run(0, steps=6, solver="unipc")
@@ -147,7 +137,7 @@ def test_a_guider_takes_the_place_of_the_pipeline_s_own_for_its_arm():
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_disk_that_fills_up_while_a_line_is_appended_loses_no_other(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_while_lines_are_written_loses_no_other(tmp_path, monkeypatch):
     path = tmp_path / "s.jsonl"
     append_line(path, {"clip": 0})
     whole = path.read_bytes()
@@ -156,7 +146,7 @@ def test_a_disk_that_fills_up_while_a_line_is_appended_loses_no_other(tmp_path, 
     def half(handle, data):
         return write(handle, data[:5]) if data.startswith(b"{") else full(handle, data)
 
-    def full(handle, data):
+    def full(*_, **__):
         raise FULL
 
     for broken in (half, full):
@@ -167,26 +157,10 @@ def test_a_disk_that_fills_up_while_a_line_is_appended_loses_no_other(tmp_path, 
         assert path.read_bytes() == whole
     append_line(path, {"clip": 2})
     assert [line["clip"] for line in read_lines(path)] == [0, 2]
-
-
-def test_a_disk_that_is_full_leaves_what_stood_and_says_so(tmp_path, monkeypatch, fake):
-    clip = np.zeros((2, 16, 16, 3), np.float32)
-    write_lines(tmp_path / "s.jsonl", [{"clip": 0}])
-
-    def full(*_, **__):
-        raise FULL
-
-    for owner, name, file, work in (
-        (Path, "write_text", "s.jsonl", lambda: write_lines(tmp_path / "s.jsonl", [{"clip": 1}])),
-        (PIL.Image.Image, "save", "a.png", lambda: keep(tmp_path / "frames" / "a.png", clip, {})),
-        (reference.np, "savez", ".npz", lambda: reference.dense_run(CountedModel(), 0, 2, tmp_path / "cache")),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, full)
-            with pytest.raises(ConfigError, match=rf"{re.escape(file)}.*\(No space left"):
-                work()
-    assert [line["clip"] for line in read_lines(tmp_path / "s.jsonl")] == [0]
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["s.jsonl"]
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match=r"s\.jsonl.*\(No space left"):
+        write_lines(path, [{"clip": 1}])
+    assert [line["clip"] for line in read_lines(path)] == [0, 2]
 
 
 PROMPTS = ("a red circle moving right", "a blue square going up")
@@ -219,10 +193,12 @@ def whole(folder: Path) -> Path:
 
 def test_a_folder_makes_what_its_embedded_model_makes(folder):
     call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0, "negative_prompt": ""}
-    call |= {key: value for key, value in embedded_call("wan-plain", call).items() if key == "max_sequence_length"}
+    call |= {
+        key: value for key, value in given.embedded_call("wan-plain", call).items() if key == "max_sequence_length"
+    }
     own = OwnClips(prompts=PROMPTS)
-    ours = EmbeddedModel("wan-plain", call, own=own)
-    theirs = GivenModel("tiny", str(folder / "tiny"), ours.call, own, "float32", Machine(device="cpu"))
+    ours = given.EmbeddedModel("wan-plain", call, own=own)
+    theirs = given.GivenModel("tiny", str(folder / "tiny"), ours.call, own, "float32", Machine(device="cpu"))
     first, second = (model.run(1, steps=2, solver="unipc") for model in (ours, theirs))
     assert np.array_equal(first.frames, second.frames)
     assert first.counts == second.counts
@@ -234,7 +210,7 @@ def test_a_suite_of_a_folder_runs_goes_on_and_reports(whole):
     lines = read_lines(whole / "s.jsonl")
     assert {(line["clip"], line["prompt"], line["seed"]) for line in lines} == {(0, PROMPTS[0], 0), (1, PROMPTS[1], 1)}
     assert {line["model"] for line in lines} == {"tiny"}
-    assert {line["weights"] for line in lines} == {given_weights(str(whole / "tiny"))}
+    assert {line["weights"] for line in lines} == {given.given_weights(str(whole / "tiny"))}
     assert {line["dtype"] for line in lines} == {"float32"}
     assert all("score" not in line and "tiny has no judge" in line["skipped"]["score"] for line in lines)
     (tokens,) = {line["tokens"] for line in lines}
@@ -267,16 +243,16 @@ def test_what_a_model_can_not_run_is_told_before_it_is_loaded(folder, monkeypatc
 
 def test_a_model_that_is_nowhere_and_schedulers_that_can_not_be_matched_are_told(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"'tinny'.*pipeline"):
-        check_given("tinny")
+        given.check_given("tinny")
     model_folder(tmp_path / "m")
     config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     config.unlink()
     config.write_text('{"_class_name": "EDMEulerScheduler"}')
     with pytest.raises(UnsupportedModel, match=r"EDMEulerScheduler.*noise shift"):
-        check_given(str(tmp_path / "m"))
+        given.check_given(str(tmp_path / "m"))
     config.write_text('{"_class_name": "SomeScheduler"}')
     with pytest.raises(UnsupportedModel, match=r"'SomeScheduler'.*diffusers"):
-        check_given(str(tmp_path / "m"))
+        given.check_given(str(tmp_path / "m"))
 
 
 def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tmp_path):
@@ -286,25 +262,25 @@ def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tm
     download = lambda *got, **options: asked.append((*got, options)) or str(snapshot.parent)  # noqa: E731
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     monkeypatch.setattr(given.hashlib, "file_digest", lambda *_: pytest.fail("a blob was read"))
-    local_folder.cache_clear()
+    given.local_folder.cache_clear()
     found = []
     for name in ("a" * 64, "b" * 64):
         (tmp_path / "blobs" / name).write_bytes(name.encode())
         (snapshot / "model.safetensors").unlink(missing_ok=True)
         (snapshot / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
-        given_weights.cache_clear()
-        found.append(given_weights("owner/name"))
+        given.given_weights.cache_clear()
+        found.append(given.given_weights("owner/name"))
     assert found[0] != found[1]
-    assert (asked, local_folder("owner/name")) == ([("owner/name", {"use_safetensors": True})], snapshot.parent)
+    assert (asked, given.local_folder("owner/name")) == ([("owner/name", {"use_safetensors": True})], snapshot.parent)
 
     def gone(name, **options):
         raise OSError("no route to the hub\nand more")
 
-    local_folder.cache_clear()
+    given.local_folder.cache_clear()
     monkeypatch.setattr(DiffusionPipeline, "download", gone)
     with pytest.raises(UnsupportedModel, match=r"weights.*'owner/name'.*: no route"):
-        local_folder("owner/name")
-    for cached in (local_folder, given_weights):
+        given.local_folder("owner/name")
+    for cached in (given.local_folder, given.given_weights):
         cached.cache_clear()
 
 

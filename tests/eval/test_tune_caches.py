@@ -224,16 +224,13 @@ def test_attention_received_is_the_mean_of_the_columns(masked, monkeypatch):
     assert torch.equal(attention_received(q, k, key_mask=mask, rows=torch.arange(37)), found)
 
 
-def test_the_ratio_is_of_the_foreground_and_by_frame():
-    received = np.array([[4.0, 0.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    foreground = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-    assert foreground_ratio(received, foreground) == pytest.approx((0.5 + 1.0) / 2)
-    assert np.isnan(foreground_ratio(received, np.zeros_like(foreground)))
-
-
-def test_classes():
+def test_classes_and_the_ratio_of_the_foreground_by_frame():
     scores = [0.5, 0.1, 0.9, 0.2, float("nan"), 0.85]
     assert cached_blocks(scores) == ([0, 1, 3], pytest.approx((0.5 + 0.85) / 2))
     assert cached_blocks(scores, count=1) == ([1], pytest.approx(0.15))
     assert cached_blocks(scores, count=5)[0] == [0, 1, 2, 3, 5]
     assert (cached_blocks([]), cached_blocks([0.4, 0.8], count=0)) == (([], 0.0), ([], 0.4))
+    received = np.array([[4.0, 0.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    foreground = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    assert foreground_ratio(received, foreground) == pytest.approx((0.5 + 1.0) / 2)
+    assert np.isnan(foreground_ratio(received, np.zeros_like(foreground)))

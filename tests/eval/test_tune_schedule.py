@@ -114,7 +114,7 @@ def test_placements_are_chosen_by_prompts_of_their_own(tmp_path, pipe):
     assert first["psnr"] == pytest.approx(-10 * np.log10(((made[0] - made[1]) ** 2).mean()), abs=1e-3)
 
 
-def test_what_can_not_be_searched_is_refused(tmp_path):
+def test_what_can_not_be_searched_is_refused(tmp_path, pipe, monkeypatch):
     for methods, options, text in (
         ((), dict(computed=1), r"^tune schedule.*2 to.*7 steps.*computed = 1"),
         ((), dict(computed=8), r"^tune schedule.*2 to.*7 steps.*computed = 8"),
@@ -129,18 +129,15 @@ def test_what_can_not_be_searched_is_refused(tmp_path):
             tune_schedule(request(*methods), tmp_path / "own.toml", **options)
     with pytest.raises(ConfigError, match=r"2 prompts.*got 1"):
         tune_schedule(request(prompts=PROMPTS[:1]), tmp_path / "own.toml", computed=2, placement=("4", "5"))
-    assert not (tmp_path / "own.toml").exists()
     assert Placement.read("30@8") == Placement(30, 8.0, "30@8")
     assert Placement.read("24") == Placement(24, None, "24")
-
-
-def test_a_scheduler_that_tells_no_noise_levels_is_refused(tmp_path, pipe, monkeypatch):
     monkeypatch.setattr("dit_accel_pipelines.generation.traced.noise_level", lambda scheduler: None)
     with pytest.raises(ConfigError, match=r"scheduler.*noise levels.*--placement"):
         tune_schedule(request(), tmp_path / "own.toml", computed=3)
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(ConfigError, match=r"wan-plain.*DDIMScheduler.*staticcache\.compute_at"):
         tune_schedule(request(), tmp_path / "own.toml", computed=3)
+    assert not (tmp_path / "own.toml").exists()
 
 
 LENGTH = 9
@@ -284,6 +281,8 @@ def test_families_of_the_published_models():
     assert harmonics(frequencies(*HUNYUAN[0]), 3) == (0, 1, 2, 3)  # 50.3 and its halves
     assert harmonics(frequencies(*COGVIDEOX[0]), 1) == (0, 1)  # 3.16 counts as 3
     assert harmonics(frequencies(*WAN[0]), 3) == (3,)  # 22.1 alone
+    assert harmonics(np.array([0.1, 1.05, 2.15, 2.51]), 0) == (0, 3)  # 10.5 and 21.5 are out of step
+    assert harmonics(np.array([0.1, 0.316, 0.95]), 0) == (0, 1)
 
 
 def test_a_harmonic_model_repeats_and_an_inharmonic_one_does_not():
@@ -321,18 +320,10 @@ def test_what_is_too_slow_to_be_told_from_a_constant_is_no_part():
     assert found.amplitudes[5:] == (0.0,) * 7
 
 
-def test_a_multiple_is_near_a_whole_number_whatever_its_size():
-    assert harmonics(np.array([0.1, 1.05, 2.15, 2.51]), 0) == (0, 3)  # 10.5 and 21.5 are out of step
-    assert harmonics(np.array([0.1, 0.316, 0.95]), 0) == (0, 1)
-
-
-def test_a_constant_curve_has_no_period():
+def test_the_error_is_what_the_fit_leaves_and_a_constant_curve_has_no_period():
     found = spectrum(np.full(30, 0.7), frequencies(16, 256.0))
     assert found.period is None
     assert set(found.amplitudes) == {0.0}
-
-
-def test_the_error_is_what_the_fit_leaves():
     own = frequencies(16, 256.0)[:2]
     noise = np.random.default_rng(0).normal(size=200)
     found = spectrum(curve_of(own, np.array([0.0, 0.0]), 200) + noise, own)

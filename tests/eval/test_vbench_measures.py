@@ -336,11 +336,6 @@ def test_the_command_prints_them_of_plain_and_of_official_files_and_of_the_page(
         assert f"Total {total}" in vbench("--totals", tmp_path / "scores.json").stdout
 
 
-def test_a_part_has_no_totals_and_what_is_missing_is_named():
-    with pytest.raises(ConfigError, match=r"16 dimensions.*2.*color, scene"):
-        totals({name: 0.5 for name in DIMENSIONS if name not in ("scene", "color")})
-
-
 def test_wrong_names_scores_and_files_are_refused(tmp_path):
     for name, score, said in (
         ("motion_smothness", 0.5, r"dimension 'motion_smothness'.*'motion_smoothness'?"),
@@ -352,6 +347,8 @@ def test_wrong_names_scores_and_files_are_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             totals(LOWEST | {name: score})
+    with pytest.raises(ConfigError, match=r"16 dimensions.*2.*color, scene"):
+        totals({name: 0.5 for name in DIMENSIONS if name not in ("scene", "color")})
     for text, said in (
         (None, "can't be read: No such file"),
         ("{", "are not JSON"),

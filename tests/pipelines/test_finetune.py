@@ -278,10 +278,13 @@ BAD = [
 ]
 
 
-def test_values_out_of_range(tmp_path: Path):
+def test_values_out_of_range_and_other_pipelines_are_refused(tmp_path: Path):
     for changes, message in BAD:
         with pytest.raises(ConfigError, match=message):
             recipe(tmp_path, **changes)
+    with pytest.raises(UnsupportedModel, match=r"FluxPipeline.*trains WanPipeline"):
+        finetune(FineTuning(data=tmp_path, output=tmp_path / "out", model="flux-tiny", num_frames=1))
+    assert not (tmp_path / "out").exists()
 
 
 OTHERS = [
@@ -317,12 +320,6 @@ def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Pat
     checkpoint.unlink()
     with pytest.raises(ConfigError, match=r"holds pytorch_lora_weights.safetensors"):
         finetune(recipe(base, output=output))
-
-
-def test_other_pipelines_are_refused_by_name(tmp_path: Path):
-    with pytest.raises(UnsupportedModel, match=r"FluxPipeline.*trains WanPipeline"):
-        finetune(FineTuning(data=tmp_path, output=tmp_path / "out", model="flux-tiny", num_frames=1))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_lora_that_does_not_fit_is_refused(base: Path, one_step: Path, tmp_path: Path):
