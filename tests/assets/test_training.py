@@ -135,14 +135,6 @@ def test_a_reader_that_knows_the_answers_loses_what_shared_tokens_leave_open_alo
     assert least < even / 3
 
 
-def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
-    budget = loop.Budget(1.0)
-    assert (loop.Budget(0.0).left(), budget.left(), budget.due()) == (False, True, False)
-    budget.stop()
-    assert (budget.left(), loop.Budget(1.0, every=0.0).due()) == (False, True)
-    assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
-
-
 @pytest.mark.slow
 def test_several_processes_train_as_one_does_stop_together_and_write_once(tmp_path):
     alone = training_ranks.train(0, 1, str(tmp_path / "one"), (6,))

@@ -97,16 +97,13 @@ def test_padded_text_is_hidden_from_every_key_without_waiting_for_the_device():
     for call in calls:
         assert call.mask.shape == (1, 1, 1, 238)  # one row of [1, 1, 238, 238]
         assert call.mask.sum() == 224 + 3 + 4 + 5
-
-
-def test_text_of_cosmos3_attends_by_itself_and_stays_dense():
     calls, *_ = planned_calls(models.COSMOS3[0])
     assert [call.k.shape[2] for call in calls] == [230] * models.COSMOS3[0].config["num_hidden_layers"]
     assert all(call.q.shape[1] == 2 * call.k.shape[1] for call in calls)  # query heads share key heads
     assert all(not call.q[:, :, :6].any() for call in calls)  # made up: nobody asks for text
 
 
-def test_attention_modules_of_several_kinds():
+def test_attention_modules_of_several_kinds_and_the_second_of_sd3_which_sees_the_image_alone():
     places = [(name, depth) for name, _, depth in attention_modules(build(tiny_models.SD3[1]), SD3)]
     assert places == [
         *((f"transformer_blocks.{block}.attn", block) for block in range(3)),
@@ -116,9 +113,6 @@ def test_attention_modules_of_several_kinds():
     assert places == [f"{kind}transformer_blocks.{block}.attn" for kind in ("", "single_") for block in (0, 1)]
     shallow = diffusers.MotifVideoTransformer3DModel(**{**models.MOTIF[0].config, "num_decoder_layers": 0})
     assert len(attention_modules(shallow, MOTIF_VIDEO)) == 5
-
-
-def test_the_second_attention_of_sd3_sees_the_image_alone():
     transformer = build(tiny_models.SD3[1])
     with planned(transformer, SD3) as attachment, recorded(attachment) as calls:
         run(transformer, tiny_models.SD3[1].inputs(1))

@@ -216,17 +216,13 @@ SEARCH = [
 ]  # fmt: skip
 
 
-def test_one_process_does_all_jobs_in_order():
-    ranks, seen = Ranks(), []
+def test_one_process_does_all_jobs_in_order_and_a_failure_in_one_is_raised_in_all(monkeypatch):
+    """The others wait for its result, so it must reach them, and this one's reach the others."""
+    ranks, seen, sent = Ranks(), [], []
     ranks.spread([3, 1, 2], lambda job: 10 * job, lambda job, made: seen.append((job, made)))
     assert seen == [(3, 30), (1, 10), (2, 20)]
     assert ranks.shared(lambda: "lines") == "lines"
     assert (ranks.rank, ranks.count, ranks.first) == (0, 1, True)
-
-
-def test_a_failure_in_one_process_is_raised_in_all(monkeypatch):
-    """The others wait for its result, so it must reach them, and this one's reach the others."""
-    ranks, sent = Ranks(), []
     ranks.rank, ranks.count = 1, 2
     monkeypatch.setattr(ranks, "_gathered", lambda value: [(None, ConfigError("no number")), value])
     for work in (
