@@ -79,13 +79,16 @@ def test_metadata_say_which_pythons_and_which_licence(name):
     assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
-def test_each_extra_brings_what_it_is_for():
+def test_each_extra_brings_what_it_is_for_and_no_module_imports_the_assets_as_it_is_loaded():
     texts = {name: " ".join(needs) for name, needs in EXTRAS.items()}
     assert {"triton", "fa4", "finetune", "eval", "ui"} <= {*re.search(r"accel\[([\w,]+)\]", texts["all"])[1].split(",")}
     assert all("dit-accel-assets" in texts[name] for name in ("eval", "ui"))
     kernels = PARSED["dit-accel-kernels"]["project"]
     assert kernels["dependencies"] == ["torch>=2.9"]
     assert {"triton", "fa4"} <= set(kernels["optional-dependencies"])
+    for room in ("dit_accel", "pipelines/dit_accel_pipelines", "eval/dit_accel_eval"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert not re.search(r"^(from|import) dit_accel_assets", path.read_text(), re.MULTILINE), path
 
 
 def test_what_is_to_be_installed_is_there():
@@ -269,9 +272,3 @@ def test_folders_hub_ids_and_attaching_need_none_of_them(absent, tmp_path):
     with dit_accel.attach(transformer, dit_accel.RadialAttention(dense_steps=0)) as attachment:
         denoise(transformer, 1)
         assert "radial" in str(attachment.report())
-
-
-def test_no_module_imports_them_as_it_is_loaded():
-    for room in ("dit_accel", "pipelines/dit_accel_pipelines", "eval/dit_accel_eval"):
-        for path in (ROOT / room).rglob("*.py"):
-            assert not re.search(r"^(from|import) dit_accel_assets", path.read_text(), re.MULTILINE), path

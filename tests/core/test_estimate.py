@@ -74,16 +74,13 @@ def test_tokens_at_the_default_size():
         assert run.speedup == 1
 
 
-def test_dense_share_counts_steps_and_layers():
+def test_dense_share_counts_steps_and_layers_and_text_is_always_computed():
     for last, thinned in ((0, 38), (2, 36)):
         radial = RadialAttention(dense_steps=12, dense_layers=1, dense_last_steps=last)
         assert plan("wan2.1-14b", methods=[radial]).dense_share == pytest.approx(1 - (thinned / 50) * (39 / 40))
-
-
-def test_equal_steps_cost_the_same():
-    run = plan("wan2.1-14b", methods=[RadialAttention()])
-    fewer = plan("wan2.1-14b", num_inference_steps=round(run.equal_steps))
-    assert fewer.total_flops / run.total_flops == pytest.approx(1 / run.speedup, rel=0.03)
+    run = plan("hunyuan-video", methods=[RadialAttention()])
+    assert run.pair_density > run.tiles.density
+    assert run.to_dict()["text_tokens"] == 256
 
 
 def test_state_memory_is_that_of_the_lists():
@@ -95,17 +92,6 @@ def test_state_memory_is_that_of_the_lists():
     pooled = plan("wan2.1-1.3b", methods=[RadialAttention(rest="pooled")])
     assert pooled.tile_list_bytes > run.tile_list_bytes
     assert (pooled.pooled_bytes, run.pooled_bytes) == (2 * 256 * 12 * 128 * 2, 0)
-
-
-def test_text_is_always_computed():
-    run = plan("hunyuan-video", methods=[RadialAttention()])
-    assert run.pair_density > run.tiles.density
-    assert run.to_dict()["text_tokens"] == 256
-
-
-@pytest.mark.parametrize(("frames", "rounded"), [(81, 81), (80, 81), (82, 81), (79, 77), (1, 1), (3, 1), (5, 5)])
-def test_frames_are_rounded_like_the_pipeline(frames, rounded):
-    assert rounded_frames(family("wan2.1-14b"), frames) == rounded
 
 
 RADIAL = RadialAttention()
@@ -136,7 +122,9 @@ def test_refused():
 
 
 @pytest.mark.parametrize(("value", "nearest"), [(0, 16), (8, 16), (23, 16), (24, 32), (719, 720), (721, 720)])
-def test_the_nearest_legal_size_is_named(value, nearest):
+def test_the_nearest_legal_size_is_named_and_frames_are_rounded_like_the_pipeline(value, nearest):
+    rounded = {81: 81, 80: 81, 82: 81, 79: 77, 1: 1, 3: 1, 5: 5}
+    assert {frames: rounded_frames(family("wan2.1-14b"), frames) for frames in rounded} == rounded
     with pytest.raises(ConfigError, match=rf"got {value}.*{nearest}$"):
         check_multiple("height", value, 16, "a model")
     with pytest.raises(ConfigError, match=rf"width.*got {value}.*{nearest}$"):
@@ -163,9 +151,12 @@ def test_a_pattern_and_routing_leave_less_together_than_each_alone():
         assert both.pools
 
 
-def test_methods_below_min_tokens_save_nothing():
+def test_methods_below_min_tokens_save_nothing_and_equal_steps_cost_the_same():
     for least, faster in ((40_000, False), (30_000, True)):  # wan2.1-1.3b has 32,760 visual tokens
         assert (plan("wan2.1-1.3b", methods=[SolAttention(min_tokens=least)]).speedup > 1.1) == faster
+    run = plan("wan2.1-14b", methods=[RadialAttention()])
+    fewer = plan("wan2.1-14b", num_inference_steps=round(run.equal_steps))
+    assert fewer.total_flops / run.total_flops == pytest.approx(1 / run.speedup, rel=0.03)
 
 
 def test_family_recipes_fill_what_is_unset():

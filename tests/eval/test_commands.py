@@ -72,17 +72,16 @@ def test_a_misspelt_model_is_one_line_in_every_command(here: Path, arguments):
     assert [entry.name for entry in here.iterdir()] == ["s.toml"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "written", "what"),
-    [
-        (["generate", PROMPT, "-o", "a.mp4"], "a.mp4", "output"),
-        (["tune", "magcache", "-o", "m.toml"], "m.toml", "tune's output"),
-        (["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"], "lora", "the training's folder"),
-        (["eval", "run", "s.toml", "--out", "s.jsonl"], "s.jsonl", "the results file"),
-        (["demo", "--out", "demo"], "demo", "the demo's folder"),
-    ],
-    ids=["generate", "tune", "finetune", "eval run", "demo"],
-)
+RUNS = {
+    "generate": (["generate", PROMPT, "-o", "a.gif"], "a.gif", "output"),
+    "tune": (["tune", "magcache", "-o", "m.toml"], "m.toml", "tune's output"),
+    "finetune": (["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"], "lora", "the training's folder"),
+    "eval run": (["eval", "run", "s.toml", "--out", "s.jsonl"], "s.jsonl", "the results file"),
+    "demo": (["demo", "--out", "demo"], "demo", "the demo's folder"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "written", "what"), RUNS.values(), ids=RUNS)
 def test_a_second_run_on_one_output_is_refused_by_name(here: Path, arguments, written: str, what: str):
     (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
     with held(written):
@@ -120,16 +119,7 @@ def seen(monkeypatch) -> list[int]:
     torch.set_num_threads(before)
 
 
-COMMANDS = [
-    ["generate", PROMPT, "-o", "a.gif"],
-    ["tune", "magcache", "-o", "m.toml"],
-    ["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"],
-    ["eval", "run", "s.toml", "--out", "s.jsonl"],
-    ["demo", "--out", "demo"],
-]
-
-
-@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize("arguments", [run[0] for run in RUNS.values()], ids=RUNS)
 def test_embedded_models_run_on_one_thread(here: Path, seen, arguments):
     (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
     start(*arguments)

@@ -111,7 +111,7 @@ def test_flow_follows_a_texture_that_moves():
         value("dynamic@dis", flat(0.5, 0.5, size=8))
 
 
-def test_the_rule_of_motion_counts_as_it_is_written(monkeypatch):
+def test_the_rule_of_motion_counts_as_it_is_written_and_pixels_that_leave_are_no_error(monkeypatch):
     clip = flat(*[0.5] * 16, size=256)
 
     for lengths, fps, moves in (
@@ -126,10 +126,7 @@ def test_the_rule_of_motion_counts_as_it_is_written(monkeypatch):
         assert next(flows, None) is None
     with pytest.raises(NotMeasured, match=r"3 frames.* 2"):
         value("dynamic@dis", clip[:2], fps=16)
-
-
-def test_pixels_that_leave_the_frame_are_no_warp_error(monkeypatch):
-    clip = flat(0.2, 0.8, size=32)
+    clip = flat(0.2, 0.8, size=32)  # pixels that leave the frame are no warp error
     for by, error in ((40.0, 1.0), (0.0, 0.6)):  # of one that leaves, nothing is seen in both
         monkeypatch.setattr(flow, "dis_flow", lambda one, two, by=by: np.full((32, 32, 2), by, np.float32))
         assert value("warp-error@dis", clip) == pytest.approx(error, abs=1e-6)

@@ -256,7 +256,7 @@ def test_prompts_of_ones_own_go_to_the_package(videos, ready, tmp_path):
     assert (found.exit_code, "color can't be measured of videos of one's own" in text) == (2, True)
 
 
-def test_what_can_not_be_measured_is_refused_with_the_packages_last_line(videos, ready, tmp_path):
+def test_what_can_not_be_measured_is_refused_with_the_packages_last_line_and_another_version(videos, ready, tmp_path):
     found, _, text = start(videos, ready, "-d", "motion_smoothness")
     assert (found.exit_code, "motion_smoothness can't be measured: RuntimeError: AMT is not here" in text) == (2, True)
     (videos / "a red circle-3.mp4").unlink()
@@ -267,9 +267,6 @@ def test_what_can_not_be_measured_is_refused_with_the_packages_last_line(videos,
     for option in (["--samples", "3"], ["--generate"]):
         found, _, text = start(videos, ready, *option)
         assert (found.exit_code, f"which has no {option[0]}; leave one out" in text) == (2, True)
-
-
-def test_an_environment_of_another_version_is_refused(tmp_path):
     other = {name.replace("0.1.5", "0.1.4"): text.replace("Version: 0.1.5", "Version: 0.1.4")
              for name, text in FILES.items()}  # fmt: skip
     with pytest.raises(ConfigError, match=r"has vbench 0\.1\.4, and vbench==0\.1\.5"):

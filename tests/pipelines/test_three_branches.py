@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wan_tiny
+from parallel_ranks import weakened
 from tiny_stock import run_stock, stock_pipeline
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -171,15 +172,6 @@ def test_slg_is_the_formula_with_a_block_left_out(make_pipe):
     plain, expected, _ = formula(pipe, lambda: wan_tiny.generate(pipe), skipped, 2.8)
     with dit_accel.attach(pipe, SLG(layers="L1", start=0.0, stop=1.0, scale=2.8)):
         require_formula(wan_tiny.generate(pipe), expected, plain)
-
-
-def weakened(transformer):
-    """Return a copy of a transformer that predicts something else."""
-    weak = copy.deepcopy(transformer)
-    with torch.no_grad():
-        for parameter in weak.parameters():
-            parameter.mul_(0.9)
-    return weak
 
 
 @contextlib.contextmanager
