@@ -44,9 +44,6 @@ def test_a_setting_switches_its_method_on_and_later_ones_win(tmp_path):
     settings = ["radial.decay_factor=0.5", "radial.decay_factor=0.7", "radial.sink=true"]
     (radial,) = select_methods(["radial"], path, settings)
     assert radial == RadialAttention(decay_factor=0.7, near="full", sink=True)
-
-
-def test_bad_settings():
     for setting, message in (
         ("radial", "--set 'radial' is not METHOD.OPTION=VALUE; write, say, --set radial.decay_factor=0.5"),
         ("radail.near=full", "--set 'radail.near=full' names no method; did you mean 'radial'"),

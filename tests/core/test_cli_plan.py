@@ -186,18 +186,7 @@ def test_bad_input_is_one_line_and_exit_code_2():
         assert message in result.stderr
 
 
-def test_a_longer_clip_is_held_against_the_trained_length():
-    plan = planned("wan2.1-1.3b --num-frames 321 --lvsa")
-    times, speedup = plan["times_trained"], plan["predicted_speedup"]
-    assert times > speedup > 1
-    assert 0 < plan["density"] < 0.3
-    assert planned("wan2.1-1.3b --num-frames 81")["times_trained"] == 1.0
-    text = shown("wan2.1-1.3b --num-frames 321 --lvsa")
-    assert "3.86 times the trained 21" in text
-    assert f"{times:.2f} times that of the trained size, dense, {times / speedup:.2f} with the methods" in text
-
-
-def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it():
+def test_a_longer_clip_is_held_against_the_trained_length_and_warned_of_where_no_method_is_for_it():
     for words, advice in (
         ("wan2.1-1.3b --num-frames 321 --radial", "attach --ultravico or --lvsa"),
         ("wan2.1-1.3b --num-frames 321 --lvsa", ""),
@@ -209,6 +198,14 @@ def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it():
         text = notes(words)
         assert advice in text
         assert text.count("beyond which") == bool(advice)
+    plan = planned("wan2.1-1.3b --num-frames 321 --lvsa")
+    times, speedup = plan["times_trained"], plan["predicted_speedup"]
+    assert times > speedup > 1
+    assert 0 < plan["density"] < 0.3
+    assert planned("wan2.1-1.3b --num-frames 81")["times_trained"] == 1.0
+    text = shown("wan2.1-1.3b --num-frames 321 --lvsa")
+    assert "3.86 times the trained 21" in text
+    assert f"{times:.2f} times that of the trained size, dense, {times / speedup:.2f} with the methods" in text
 
 
 def test_a_preset_is_planned_and_named_methods_win():

@@ -289,7 +289,6 @@ def test_generate_takes_the_run_of_a_config(tmp_path):
     over = ["--num-inference-steps", "3", "--solver", "unipc"]
     (other,) = json.loads(CliRunner().invoke(app, [*arguments, *over, "-o", str(tmp_path / "b.gif"), *size]).stdout)
     assert (other["num_inference_steps"], other["solver"]) == (3, "unipc")
-    assert Path(tmp_path / "a.gif").read_bytes() != Path(tmp_path / "b.gif").read_bytes()
 
 
 def test_bad_runs_of_a_config_are_refused_and_other_commands_leave_the_run_out(tmp_path):

@@ -162,7 +162,7 @@ def test_wrong_arguments_are_refused(work):
         assert (found.exit_code, text in told(found)) == (2, True)
 
 
-def test_missing_videos_are_named_by_prompt(work, monkeypatch):
+def test_missing_and_unusable_videos_are_named_with_the_reason(work, monkeypatch):
     start, at = work
     monkeypatch.setitem(measures.WAYS, "background_consistency", measures.WAYS["temporal_flickering"])
     (at / "clips" / "alley-1.mp4").rename(at / "clips" / "aley-1.mp4")
@@ -172,10 +172,6 @@ def test_missing_videos_are_named_by_prompt(work, monkeypatch):
     (at / "clips" / "alley-1.gif").hardlink_to(at / "clips" / "alley-0.mp4")
     (at / "clips" / "alley-0.gif").hardlink_to(at / "clips" / "alley-0.mp4")
     assert "holds 'alley-0' twice, as .mp4 and .gif" in told(start("-d", "background_consistency"))
-
-
-def test_unusable_videos_are_named_with_the_reason(work):
-    start, at = work
     path = at / "clips" / "a still red circle-0.mp4"
     path.unlink()
     write_media(path, np.zeros((1, 64, 64, 3), np.uint8), fps=8)

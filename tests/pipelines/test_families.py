@@ -113,9 +113,6 @@ def test_sizes_are_read_over_both_block_lists_and_latents_may_be_packed():
     adapter, family = files_of("FluxTransformer2DModel", defaults("FluxTransformer2DModel")).identify()
     assert (family.name, family.patch) == ("flux.1-dev", (1, 2, 2))  # the config's own patch is of packed latents
     assert estimate(adapter, family).layout.visual_tokens == 64 * 64
-
-
-def test_experts_count_as_often_as_a_token_passes_one():
     config = defaults("NucleusMoEImageTransformer2DModel")
     routed, dense = 9 * 1344, 5376  # eight experts a token and the shared one; blocks without experts
     for strategy, blocks in (("leave_first_three_and_last_block_dense", 4), ("all_moe", 0), ("all_dense", 24)):

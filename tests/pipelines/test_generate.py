@@ -218,19 +218,16 @@ def test_what_was_taken_unnamed_does_nothing_or_is_replaced_is_noted(tmp_path, m
     )
 
 
-def test_prompt_files(tmp_path: Path):
+def test_prompt_files_are_read_and_every_output_must_be_writable_before_anything_runs(tmp_path: Path):
+    for taken, output, count in (("a.mp4.json", "a.mp4", 1), ("b.gif", "b.gif", 1), ("a-02.gif.json", "a.gif", 2)):
+        (tmp_path / taken).mkdir()
+        with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
+            request(tmp_path, prompts=(PROMPT,) * count, output=tmp_path / output)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt.*no prompt"):
         read_prompts(tmp_path / "empty.txt")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")  # a byte-order mark
     assert read_prompts(tmp_path / "marked.txt") == ("a red circle", "a blue square")
-
-
-def test_every_file_must_be_writable_before_anything_runs(tmp_path: Path):
-    for taken, output, count in (("a.mp4.json", "a.mp4", 1), ("b.gif", "b.gif", 1), ("a-02.gif.json", "a.gif", 2)):
-        (tmp_path / taken).mkdir()
-        with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
-            request(tmp_path, prompts=(PROMPT,) * count, output=tmp_path / output)
 
 
 def copy_model(folder: Path) -> Path:

@@ -98,9 +98,6 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
     assert all(one.kept for one in generating.generate(asked, resume=True))
     assert len(loads) == 2
     assert not any(one.kept for one in generating.generate(asked))
-
-
-def test_another_request_is_made_anew(tmp_path: Path, loads):
     asked = request(tmp_path, prompts=PROMPTS[:1])
     for changes in ({"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"negative_prompt": "a blue"}):
         generating.generate(asked)

@@ -10,22 +10,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from dit_accel_pipelines.generation.solvers import (
-    SOLVERS,
-    is_flow,
-    is_of_betas,
-    make_scheduler,
-    scheduler_like,
-    shift_of,
-)
+from dit_accel_pipelines.generation import solvers
 from matrix_runs import changed_step
 from tiny_stock import stock_pipeline
 
@@ -235,8 +221,8 @@ def test_every_scheduler(name, record_property):
 
 
 SHIPPED = {
-    "unipc": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
-    "euler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+    "unipc": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+    "euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
 }
 
 
@@ -249,23 +235,28 @@ def solved(scheduler, steps: int) -> float:
     return float(x.mean())
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
 @pytest.mark.parametrize("shipped", SHIPPED)
 def test_solvers_converge_to_one_solution_on_the_models_own_schedule(solver, shipped):
-    scheduler = make_scheduler(SHIPPED[shipped], solver)
-    assert shift_of(scheduler) == 5.0
+    scheduler = solvers.make_scheduler(SHIPPED[shipped], solver)
+    assert solvers.shift_of(scheduler) == 5.0
     exact = 1 + torch.e**-1
-    near, far = abs(solved(scheduler, 200) - exact), abs(solved(make_scheduler(SHIPPED[shipped], solver), 10) - exact)
+    near, far = (
+        abs(solved(scheduler, 200) - exact),
+        abs(solved(solvers.make_scheduler(SHIPPED[shipped], solver), 10) - exact),
+    )
     assert near < 3e-3
     assert near < far
-    assert shift_of(make_scheduler(SHIPPED[shipped], solver, 3.0)) == 3.0
+    assert solvers.shift_of(solvers.make_scheduler(SHIPPED[shipped], solver, 3.0)) == 3.0
 
 
 BETAS = {
-    "cogvideox": CogVideoXDDIMScheduler(
+    "cogvideox": diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing"
     ),
-    "pixart": DPMSolverMultistepScheduler(timestep_spacing="trailing"),  # whose config has a flow_shift it does not use
+    "pixart": diffusers.DPMSolverMultistepScheduler(
+        timestep_spacing="trailing"
+    ),  # whose config has a flow_shift it does not use
 }
 SPREAD = 0.5
 
@@ -286,42 +277,44 @@ def denoised(shipped, scheduler, steps: int) -> tuple[float, float]:
     return float(x.mean()), SPREAD / (first * SPREAD**2 + 1 - first) ** 0.5
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
 @pytest.mark.parametrize("shipped", BETAS)
 def test_solvers_converge_on_a_schedule_of_betas(solver, shipped):
     one = BETAS[shipped]
-    assert (is_flow(one.config), is_of_betas(one.config), shift_of(one)) == (False, True, None)
-    scheduler = make_scheduler(one, solver)
+    assert (solvers.is_flow(one.config), solvers.is_of_betas(one.config), solvers.shift_of(one)) == (False, True, None)
+    scheduler = solvers.make_scheduler(one, solver)
     kept = one.alphas_cumprod.double().clamp(min=2**-24)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), kept, rtol=2e-3, atol=1e-7)
-    (far, exact), (near, _) = (denoised(one, make_scheduler(one, solver), steps) for steps in (10, 200))
+    (far, exact), (near, _) = (denoised(one, solvers.make_scheduler(one, solver), steps) for steps in (10, 200))
     assert abs(near - exact) < 0.025  # the first step, out of pure noise, is of first order with every solver
     assert abs(near - exact) < abs(far - exact) / 8
     with pytest.raises(ConfigError, match=r"noise shift, got flow_shift 2.0"):
-        make_scheduler(one, solver, 2.0)
+        solvers.make_scheduler(one, solver, 2.0)
 
 
 def test_what_knows_neither_schedule_is_refused():
     with pytest.raises(ConfigError, match=r"solver 'eulr'.*'euler'"):
-        make_scheduler(SHIPPED["euler"], "eulr")
+        solvers.make_scheduler(SHIPPED["euler"], "eulr")
     with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler.*betas"):
-        scheduler_like(BETAS["cogvideox"], "FlowMatchEulerDiscreteScheduler")
+        solvers.scheduler_like(BETAS["cogvideox"], "FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ConfigError, match=r"DDIMScheduler.*flow"):
-        scheduler_like(SHIPPED["euler"], "DDIMScheduler")
+        solvers.scheduler_like(SHIPPED["euler"], "DDIMScheduler")
     with pytest.raises(ConfigError, match=r"EDMEulerScheduler.*noise shift.*UniPCMultistep"):
-        make_scheduler(EDMEulerScheduler(), "unipc")
+        solvers.make_scheduler(diffusers.EDMEulerScheduler(), "unipc")
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_a_shift_that_grows_with_the_tokens_keeps_its_bounds_or_is_one_for_all(solver):
-    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.3)
-    scheduler = make_scheduler(shipped, solver)
+    shipped = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.3
+    )
+    scheduler = solvers.make_scheduler(shipped, solver)
     assert (scheduler.config["base_shift"], scheduler.config["max_shift"]) == (0.7, 1.3)
     assert scheduler.config["use_dynamic_shifting"]
     scheduler.set_timesteps(4, mu=0.9)
-    scheduler = make_scheduler(shipped, solver, 2.0)
+    scheduler = solvers.make_scheduler(shipped, solver, 2.0)
     assert scheduler.config["base_shift"] == scheduler.config["max_shift"] == math.log(2)
     scheduler.set_timesteps(3, mu=math.log(2))  # as pipelines do along the line between the bounds
-    usual = make_scheduler(SHIPPED["euler"], solver, 2.0)
+    usual = solvers.make_scheduler(SHIPPED["euler"], solver, 2.0)
     usual.set_timesteps(3)
     assert float(scheduler.sigmas[1]) == pytest.approx(float(usual.sigmas[1]), abs=0.01)

@@ -29,22 +29,19 @@ from dit_accel.serving.requests import answer, attach_requested
 from dit_accel.serving.settings import VARIABLE, ServerSetting, read_setting, requested
 
 
-def test_a_word_is_a_preset_and_none_is_nothing():
-    for level in ("careful", "balanced", "fast"):
-        assert read_setting(level) == ServerSetting(preset=level)
-        assert not read_setting(level).empty
-    assert read_setting("none").empty
-    assert requested({}) == requested({"DIT_ACCEL": "  "}) == ""
-    assert requested({"DIT_ACCEL": " fast\n"}) == "fast"
-
-
-def test_a_file_gives_methods_and_what_it_says_of_a_run(tmp_path, monkeypatch):
+def test_a_word_is_a_preset_and_a_file_gives_methods_and_what_it_says_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.toml").write_text(
         "[easycache]\nthreshold = 0.1\n\n[run]\nnum_inference_steps = 8\nsolver = 'euler'\n"
     )
     setting = ServerSetting((EasyCache(threshold=0.1),), run=("num_inference_steps", "solver"))
     assert read_setting(str(tmp_path / "own.toml")) == read_setting("~/own.toml") == setting
+    for level in ("careful", "balanced", "fast"):
+        assert read_setting(level) == ServerSetting(preset=level)
+        assert not read_setting(level).empty
+    assert read_setting("none").empty
+    assert requested({}) == requested({"DIT_ACCEL": "  "}) == ""
+    assert requested({"DIT_ACCEL": " fast\n"}) == "fast"
 
 
 @pytest.mark.parametrize(
