@@ -176,7 +176,7 @@ def test_long_lists_give_near_names_only():
     assert did_you_mean("?", [*few, "other"]) == rest
 
 
-def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
+def test_a_failure_is_one_line_and_exit_code_1_and_a_warning_is_one_line(monkeypatch):
     def fail(name: str) -> None:
         raise RuntimeError("out of\nmemory")
 
@@ -189,8 +189,6 @@ def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
         assert result.stderr.endswith(expected)
         assert (result.stderr == expected) != traced
 
-
-def test_a_warning_is_one_line(monkeypatch):
     def warning(name: str) -> None:
         warnings.warn("nothing was\n  planned", stacklevel=1)
         raise ConfigError("so")

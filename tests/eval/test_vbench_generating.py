@@ -45,7 +45,7 @@ def making(info: Path, *arguments: str | Path):
     return found, videos, told(found)
 
 
-def test_every_video_has_a_seed_of_its_own_whatever_is_asked_for(info, tmp_path):
+def test_every_video_has_a_seed_of_its_own_whatever_is_asked_for_and_shares_are_the_whole_work_once(info, tmp_path):
     every = read_full_info(info)
     names = ["subject_consistency", "temporal_flickering"]
     whole = video_pieces(every, every, names, tmp_path, None, 100)
@@ -56,6 +56,15 @@ def test_every_video_has_a_seed_of_its_own_whatever_is_asked_for(info, tmp_path)
     assert part == whole[:2]
     last = video_pieces(every, [every[2]], ["subject_consistency"], tmp_path, None, 100)
     assert last == whole[-5:]
+    every = read_full_info(info)
+    work = video_pieces(every, every, ["subject_consistency"], tmp_path, None, 0)
+    shares = [share_of_work(work, f"{number}/4") for number in range(4)]
+    assert sorted(one.path for part in shares for one in part) == sorted(one.path for one in work)
+    for wrong in ("4/4", "1", "a/b", "-1/4"):
+        with pytest.raises(ConfigError, match=r"--shard.*i/n"):
+            share_of_work(work, wrong)
+    with pytest.raises(ConfigError, match=r"nothing.*2 videos"):
+        share_of_work(work[:2], "3/4")
 
 
 def test_augmented_prompts_are_shown_and_the_videos_called_by_vbenchs(info, tmp_path):
@@ -104,18 +113,6 @@ def test_prompts_of_ones_own_need_no_protocol(tmp_path):
     for prompt, why in (("cats/dogs", "holds a slash"), ("a cat " * 50, "more than 249 bytes")):
         with pytest.raises(ConfigError, match=why):
             own_pieces((prompt,), tmp_path, 1, 0)
-
-
-def test_shares_are_the_whole_work_once(info, tmp_path):
-    every = read_full_info(info)
-    work = video_pieces(every, every, ["subject_consistency"], tmp_path, None, 0)
-    shares = [share_of_work(work, f"{number}/4") for number in range(4)]
-    assert sorted(one.path for part in shares for one in part) == sorted(one.path for one in work)
-    for wrong in ("4/4", "1", "a/b", "-1/4"):
-        with pytest.raises(ConfigError, match=r"--shard.*i/n"):
-            share_of_work(work, wrong)
-    with pytest.raises(ConfigError, match=r"nothing.*2 videos"):
-        share_of_work(work[:2], "3/4")
 
 
 def test_videos_are_made_once_with_the_cost_told_first(info):

@@ -119,7 +119,7 @@ def test_attention_modules_of_several_kinds_and_the_second_of_sd3_which_sees_the
     assert [call.q.shape[2] for call in calls] == [86, 80, 86, 80, 86]
 
 
-def test_ltx_refuses_tokens_without_a_grid():
+def test_ltx_refuses_tokens_without_a_grid_and_reads_a_long_videos_window_off_its_coordinates():
     model = next(model for model in tiny_models.LTX if "video_coords" not in model.inputs(1))
     transformer, sizes = build(model), dict.fromkeys(("num_frames", "height", "width"))
     scattered = torch.rand(1, 3, 224)
@@ -132,9 +132,6 @@ def test_ltx_refuses_tokens_without_a_grid():
     assert why.startswith("LTX was given neither num_frames, height and width nor video_coords")
     spans = torch.stack([scattered, scattered + 1], -1)  # as LTX-2's pipeline for keyframes gives them
     assert "which of its tokens are the video's" in LTX.grid(transformer.config, {**inputs, "video_coords": spans})
-
-
-def test_ltx_reads_a_long_videos_window_off_its_coordinates():
     frames = torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(4)).float()
     coords = torch.cat([frames, frames[:8]]).mT[None]  # the window, then the frame that guides it
     sizes = dict.fromkeys(("num_frames", "height", "width"), 1)  # as diffusers' pipeline of long videos gives them

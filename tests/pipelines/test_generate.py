@@ -341,6 +341,7 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     changes = dict(num_inference_steps=4, num_frames=5, seed=3, check=True, methods=(StaticCache(every=2),))
     asked = resolve(request(tmp_path, **changes))[0]
     dense = run(pipe, PROMPT, asked).pictures
+    assert not np.array_equal(run(pipe, PROMPT, dataclasses.replace(asked, seed=4)).pictures, dense)
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
         cached = run(pipe, PROMPT, asked).pictures
     expected = -10 * np.log10(np.mean((dense - cached) ** 2))

@@ -110,15 +110,12 @@ def test_latents_are_enlarged_as_the_transformer_takes_them():
     assert torch.isfinite(latents).all()
 
 
-def test_low_frequencies_are_pulled_below_the_level():
+def test_low_frequencies_are_pulled_below_the_level_and_are_the_mean_of_what_a_small_token_covers():
     _, free, _, _ = run("FluxPipeline", (96, 96), guided=True, follow_above=0.9)
     _, pulled, made, report = run("FluxPipeline", (96, 96), guided=True, follow_above=0.9, pull=1.0)
     wanted = F.interpolate(made[0][1].images, size=(96, 96), mode="bicubic", antialias=True)
     assert (pulled - wanted).abs().mean() < (free - wanted).abs().mean()
     assert "pulled to its low frequencies" in str(report)
-
-
-def test_the_low_band_is_the_mean_of_what_a_small_token_covers():
     values = torch.randn(2, 24, 3)
     low = low_band(values, (4, 6), (2, 3))
     grid = values.unflatten(1, (4, 6))

@@ -107,7 +107,7 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
 GIVEN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
 
-def test_the_launchers_variables():
+def test_the_launchers_variables_and_that_each_process_takes_a_device_of_its_own():
     assert started_process({}) == Process()
     assert started_process({"RANK": "3"}) == Process()
     assert started_process(GIVEN) == Process(rank=5, count=8, local_rank=1, local_count=4)
@@ -123,9 +123,6 @@ def test_the_launchers_variables():
     shared = [Process(rank=rank, count=6, together=2) for rank in range(6)]
     assert [one.own(range(5)) for one in shared] == [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]
     assert [one.first for one in shared] == [True, False] * 3
-
-
-def test_each_process_takes_a_device_of_its_own():
     one = Process(rank=5, count=8, local_rank=1, local_count=4)
     cards = mock.Mock(device_count=lambda: 4)
     with mock.patch.object(torch, "get_device_module", return_value=cards):
