@@ -153,6 +153,7 @@ def test_what_is_half_written_or_being_made_can_be_deleted_from_outside(tmp_path
         assert len(names(tmp_path)) == 2
         remove_temporaries()
         assert names(tmp_path) == []
+    monkeypatch.setattr(files, "_making", threading.Lock())  # the last one was taken for good
     # as a signal arrives, too: a handler runs between two steps of the main thread, here right after the file is there
     made = os.open
 
