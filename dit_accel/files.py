@@ -44,10 +44,10 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        found = file.read(MOST_TEXT + 1)
-    if len(found) > MOST_TEXT:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
         raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT >> 20} MiB", str(path))
-    return found.decode(encoding).replace("\r\n", "\n")
+    return content.decode(encoding).replace("\r\n", "\n")
 
 
 def user_cache() -> Path:
@@ -124,7 +124,7 @@ def _no_room_left(folder: Path, error: Exception) -> bool:
 def new_folder(path: str | Path) -> Iterator[None]:
     """Make a folder, with those above it, for the block; if the block fails, what was made and is empty goes again."""
     path = Path(path)
-    made = [one for one in (path, *path.parents) if not one.exists()]
+    folders = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,8 +133,8 @@ def new_folder(path: str | Path) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # there is something in it
-            for one in made:
-                one.rmdir()
+            for folder in folders:
+                folder.rmdir()
         raise
 
 

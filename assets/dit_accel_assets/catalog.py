@@ -52,8 +52,8 @@ def _clip_prompt(index: int) -> str:
 def _clip_score(video: np.ndarray, index: int) -> float:
     from dit_accel_assets.checker import check_clip
 
-    found, (_, scene, _) = check_clip(video), clips.clip_of(index, frames=1, held_out=True)
-    return float(np.mean([getattr(found, name) == getattr(scene, name) for name in _CHECKED]))
+    finding, (_, scene, _) = check_clip(video), clips.clip_of(index, frames=1, held_out=True)
+    return float(np.mean([getattr(finding, name) == getattr(scene, name) for name in _CHECKED]))
 
 
 def _clip_closeness(video: np.ndarray, index: int, first: int, end: int | None) -> float:
@@ -99,9 +99,9 @@ def _world_closeness(video: np.ndarray, index: int, first: int, end: int | None)
 
 def _world_path(video: np.ndarray, index: int) -> float:
     answers = _judged(video, _world_scene(index)).answers
-    found = [answer.value for name, answer in answers.items() if name.startswith("path.")]
-    found = [value for value in found if np.isfinite(value)]
-    return float(np.mean(found)) if found else float("nan")
+    values = [answer.value for name, answer in answers.items() if name.startswith("path.")]
+    values = [value for value in values if np.isfinite(value)]
+    return float(np.mean(values)) if values else float("nan")
 
 
 @lru_cache(maxsize=1024)

@@ -29,14 +29,14 @@ def check_clip(video: np.ndarray) -> Finding:
     ground = _background(frames)
     background = _nearest(ground, clips.BACKGROUNDS)
     cover = _cover(frames, ground)
-    found = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
-    if not found:
+    indices = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
+    if not indices:
         return Finding(color=None, shape=None, direction=None, background=background, travel=0.0)
     solid = cover > 0.8
     color = _nearest(np.median(frames[solid], axis=0), clips.COLORS) if solid.any() else None
-    shapes = [_shape(cover[index]) for index in found[:: max(1, len(found) // 8)]]
+    shapes = [_shape(cover[index]) for index in indices[:: max(1, len(indices) // 8)]]
     shape = max(clips.SHAPES, key=shapes.count)
-    direction, travel = _direction(cover, found)
+    direction, travel = _direction(cover, indices)
     return Finding(color=color, shape=shape, direction=direction, background=background, travel=travel)
 
 
@@ -50,16 +50,16 @@ def closeness(video: np.ndarray, scene: clips.PlainScene) -> dict[str, float]:
     ground = _background(frames)
     near = {"background": _nearness(ground, clips.BACKGROUNDS[scene.background])}
     cover = _cover(frames, ground)
-    found = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
+    indices = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
     solid = cover > 0.8
-    if not found or not solid.any():
+    if not indices or not solid.any():
         return {**near, "color": 0.0, "shape": 0.0, "direction": 0.0}
-    overlaps = [_overlaps(cover[index]).get(scene.shape, 0.0) for index in found[:: max(1, len(found) // 8)]]
+    overlaps = [_overlaps(cover[index]).get(scene.shape, 0.0) for index in indices[:: max(1, len(indices) // 8)]]
     return {
         **near,
         "color": _nearness(np.median(frames[solid], axis=0), clips.COLORS[scene.color]),
         "shape": float(np.mean(overlaps)),
-        "direction": max(0.0, _along(cover, found, scene.direction)),
+        "direction": max(0.0, _along(cover, indices, scene.direction)),
     }
 
 
@@ -71,10 +71,10 @@ def path_distance(video: np.ndarray) -> float:
     """
     frames = video.astype(np.float64) if video.dtype == np.uint8 else video.astype(np.float64) * 255.0
     cover = _cover(frames, _background(frames))
-    found = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
-    if len(found) < 2:
+    indices = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
+    if len(indices) < 2:
         return float("nan")
-    track, time = np.stack([_centroid(cover[index]) for index in found]), np.asarray(found, dtype=np.float64)
+    track, time = np.stack([_centroid(cover[index]) for index in indices]), np.asarray(indices, dtype=np.float64)
     slope, start = np.polyfit(time, track, 1)
     return float(np.sqrt(np.square(track - (np.outer(time, slope) + start)).sum(1).mean()))
 
@@ -83,9 +83,9 @@ def _nearness(color: np.ndarray, named: tuple[int, int, int]) -> float:
     return max(0.0, 1.0 - float(np.linalg.norm(color - np.asarray(named))) / 128.0)
 
 
-def _along(cover: np.ndarray, found: list[int], direction: str) -> float:
+def _along(cover: np.ndarray, indices: list[int], direction: str) -> float:
     """Return the cosine of the fitted path with a direction, times its length up to 5 pixels."""
-    shift = _shift(cover, found)
+    shift = _shift(cover, indices)
     length, step = float(np.hypot(*shift)), clips.DIRECTIONS[direction]
     cosine = float(np.dot(shift, step)) / max(length * float(np.hypot(*step)), 1e-9)
     return cosine * min(1.0, length / 5.0)
@@ -128,11 +128,11 @@ def _centroid(cover: np.ndarray) -> np.ndarray:
     return np.array([(cover * grid_x).sum() / weight, (cover * grid_y).sum() / weight])
 
 
-def _direction(cover: np.ndarray, found: list[int]) -> tuple[str | None, float]:
+def _direction(cover: np.ndarray, indices: list[int]) -> tuple[str | None, float]:
     """Return the direction of the straight line fitted to the tracked centroid, and its length; None under 5 pixels."""
-    if len(found) < 2:
+    if len(indices) < 2:
         return None, 0.0
-    shift = _shift(cover, found)
+    shift = _shift(cover, indices)
     travel = float(np.hypot(*shift))
     if travel < 5.0:
         return None, travel
@@ -140,12 +140,12 @@ def _direction(cover: np.ndarray, found: list[int]) -> tuple[str | None, float]:
     return max(cosines, key=lambda name: cosines[name]), travel
 
 
-def _shift(cover: np.ndarray, found: list[int]) -> np.ndarray:
+def _shift(cover: np.ndarray, indices: list[int]) -> np.ndarray:
     """Return from where to where the straight line goes that is fitted to the tracked centroid, (x, y) pixels."""
-    if len(found) < 2:
+    if len(indices) < 2:
         return np.zeros(2)
-    track = np.stack([_centroid(cover[index]) for index in found])
-    time = np.asarray(found, dtype=np.float64)
+    track = np.stack([_centroid(cover[index]) for index in indices])
+    time = np.asarray(indices, dtype=np.float64)
     return np.polyfit(time, track, 1)[0] * (time[-1] - time[0])
 
 

@@ -78,11 +78,11 @@ def judge_clips(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | N
     things = scene.things[:1] if scene.grouped else scene.things
     tracks = [tracking.track(parts.masks[thing.color]) for thing in things]
     requested = []
-    for index, (thing, found) in enumerate(zip(things, tracks, strict=True)):
-        if first and _may_leave(scene, thing) and not found.whole.any():
+    for index, (thing, track) in enumerate(zip(things, tracks, strict=True)):
+        if first and _may_leave(scene, thing) and not track.whole.any():
             continue
         requested.append(thing)
-        values |= {f"{name}.{index}": value for name, value in _thing(parts, scene, thing, found, first).items()}
+        values |= {f"{name}.{index}": value for name, value in _thing(parts, scene, thing, track, first).items()}
     values["count"] = _count_error(parts, len(scene.things), first)
     if scene.relation and not first:
         values["relation"] = _relation(tracks[0], tracks[1], scene.relation)
@@ -121,23 +121,23 @@ def _may_leave(scene: Scene, thing: Thing) -> bool:
     return thing.motion.partition(" ")[0] in ("moving", "crossing") or bool(scene.pan)
 
 
-def _thing(parts: Parts, scene: Scene, thing: Thing, found: tracking.Track, first: int) -> dict[str, float]:
+def _thing(parts: Parts, scene: Scene, thing: Thing, track: tracking.Track, first: int) -> dict[str, float]:
     """Return the answers about one thing (or one group of things that share their words)."""
-    seen = np.nonzero(~np.isnan(found.areas))[0]
-    values = {"present": _presence(scene, thing, found, first)}
-    if len(found.areas) > 1:
-        values |= _moves(scene, thing, found, first)
+    seen = np.nonzero(~np.isnan(track.areas))[0]
+    values = {"present": _presence(scene, thing, track, first)}
+    if len(track.areas) > 1:
+        values |= _moves(scene, thing, track, first)
     if not seen.size:
         return values | {"color": float("inf"), "shape": 0.0, "texture": 0.0}
-    best = np.nonzero(found.whole)[0] if found.whole.any() else seen
+    best = np.nonzero(track.whole)[0] if track.whole.any() else seen
     picks = best[np.unique(np.linspace(0, len(best) - 1, 6).round().astype(int))]
     values |= _looks(parts, thing, picks, first)
-    if thing.motion == "turning" and thing.shape not in ("circle", "ring") and len(found.areas) > 4:
+    if thing.motion == "turning" and thing.shape not in ("circle", "ring") and len(track.areas) > 4:
         values["turn"] = _turn(parts, thing, picks)
     return values
 
 
-def _moves(scene: Scene, thing: Thing, found: tracking.Track, first: int) -> dict[str, float]:
+def _moves(scene: Scene, thing: Thing, track: tracking.Track, first: int) -> dict[str, float]:
     """Return the errors of a thing's path and of its size over time."""
     kind, _, direction = thing.motion.partition(" ")
     step = np.asarray(DIRECTIONS[direction], dtype=np.float64) if direction else np.zeros(2)
@@ -146,14 +146,14 @@ def _moves(scene: Scene, thing: Thing, found: tracking.Track, first: int) -> dic
     growth = {"growing": world.GROWTH, "shrinking": -world.GROWTH}.get(kind, 0.0)
     count = len(scene.things) if scene.grouped else 1
     return {
-        "path": tracking.path_error(found, paces, unit, tracking.drift(thing, found, scene.pan_velocity, first)),
-        "size": tracking.growth_error(found, growth, count, thing.shape),
+        "path": tracking.path_error(track, paces, unit, tracking.drift(thing, track, scene.pan_velocity, first)),
+        "size": tracking.growth_error(track, growth, count, thing.shape),
     }
 
 
-def _presence(scene: Scene, thing: Thing, found: tracking.Track, first: int) -> float:
+def _presence(scene: Scene, thing: Thing, track: tracking.Track, first: int) -> float:
     """Return the share of frames where the thing shows; what moves may have left, or not have come, at the ends."""
-    there = ~np.isnan(found.areas)
+    there = ~np.isnan(track.areas)
     if _may_leave(scene, thing) and there.any():
         seen = np.nonzero(there)[0]
         coming = 5 - first if thing.motion.startswith("crossing") else 0
@@ -224,17 +224,17 @@ def _count_error(parts: Parts, count: int, first: int) -> int:
     return max(abs(int(np.median(early)) - count) if early.size else 0, later)
 
 
-def _relation(one: tracking.Track, other: tracking.Track, relation: str) -> float:
+def _relation(first: tracking.Track, second: tracking.Track, relation: str) -> float:
     """Return the share of the trained frames in which the first thing stands to the second as requested."""
     x, y = world.RELATIONS[relation]
-    offset = (one.centers - other.centers)[: world.FRAMES]
+    offset = (first.centers - second.centers)[: world.FRAMES]
     along, across = offset @ np.array([x, y]), np.abs(offset @ np.array([y, x]))
     return float(((along > 3) & (along > across)).mean())
 
 
 def _ground_texture(parts: Parts, texture: str) -> float:
     frames = np.unique(np.linspace(0, len(parts.video) - 1, 4).round().astype(int))
-    features = [found for frame in frames for found in recognise.ground_features(parts, frame)]
+    features = [patch for frame in frames for patch in recognise.ground_features(parts, frame)]
     if not features:
         return 0.0
     return float(recognise.classify("ground", np.stack(features)).mean(0)[world.TEXTURES.index(texture)])
@@ -249,8 +249,8 @@ def _style(parts: Parts, things: Sequence[Thing], style: str) -> float | None:
         mask = parts.masks[thing.color]
         for frame in np.unique(np.linspace(0, len(mask) - 1, 5).round().astype(int)):
             for piece in components(firm(mask[frame]), tracking.LEAST)[:1]:
-                found = recognise.style_features(parts.video[frame], np.where(piece, mask[frame], 0), thing.color)
-                features += [] if found is None else [found]
+                values = recognise.style_features(parts.video[frame], np.where(piece, mask[frame], 0), thing.color)
+                features += [] if values is None else [values]
     if not features:
         return None
     return float(recognise.classify("style", np.stack(features)).mean(0)[recognise.KINDS["style"].index(style)])

@@ -42,17 +42,17 @@ def class_of_pipeline(name: str) -> type[DiffusionPipeline]:
     """Return the class of an embedded model's pipeline, always the same; ValueError for an unknown name."""
     import diffusers
 
-    own = model_defaults(name)
+    defaults = model_defaults(name)
     stock = getattr(diffusers, KNOWN[name].pipeline)
     signature = inspect.signature(stock.__call__)
-    places = [place.replace(default=own.get(place.name, place.default)) for place in signature.parameters.values()]
+    places = [place.replace(default=defaults.get(place.name, place.default)) for place in signature.parameters.values()]
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
-        for text in _texts(given):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        for text in _texts(arguments):
             check_prompt(text, name)
-        usual = {key: value for key, value in own.items() if f"{key}_embeds" not in given}
-        return stock.__call__(**{**usual, **given})
+        usual = {key: value for key, value in defaults.items() if f"{key}_embeds" not in arguments}
+        return stock.__call__(**{**usual, **arguments})
 
     call.__name__, call.__doc__ = "__call__", stock.__call__.__doc__
     call.__signature__ = signature.replace(parameters=places)  # type: ignore[attr-defined]
@@ -65,9 +65,9 @@ def class_of_pipeline(name: str) -> type[DiffusionPipeline]:
     return type(stock.__name__, (stock,), body)
 
 
-def _texts(given: dict[str, Any]) -> Iterable[str]:
+def _texts(arguments: dict[str, Any]) -> Iterable[str]:
     for name in PROMPTS:
-        value = given.get(name)
+        value = arguments.get(name)
         yield from [value] if isinstance(value, str) else value or ()
 
 

@@ -52,8 +52,8 @@ def ground_features(parts: Parts, frame: int) -> list[np.ndarray]:
         for left in sorted({0, width - 32}):
             patch = (slice(top, top + 32, 2), slice(left, left + 32, 2))
             if free[patch].mean() > 0.4:
-                found = _features(pixels[patch] / 42.0, free[patch].astype(np.float32))
-                out.append(np.append(found, 4 * slope))
+                features = _features(pixels[patch] / 42.0, free[patch].astype(np.float32))
+                out.append(np.append(features, 4 * slope))
     return out
 
 

@@ -44,17 +44,17 @@ def track(mask: np.ndarray) -> Track:
     return Track(centers=centers, areas=areas, counts=counts, whole=present & ~rim)
 
 
-def path_error(found: Track, paces: tuple[float, float], direction: np.ndarray, drift: np.ndarray) -> float:
+def path_error(track: Track, paces: tuple[float, float], direction: np.ndarray, drift: np.ndarray) -> float:
     """Return the root mean square distance in pixels from the nearest straight path that the words allow.
 
     The start is free; the velocity is `direction` (unit) times a pace in the range, plus `drift`, pixels a frame; drift
     may also be [F, 2], what the object's centre does besides. Infinite where it shows in fewer than two frames.
     """
-    use = found.whole if found.whole.sum() >= 3 else ~np.isnan(found.areas)
+    use = track.whole if track.whole.sum() >= 3 else ~np.isnan(track.areas)
     if use.sum() < 2:
         return float("inf")
     time = np.nonzero(use)[0].astype(np.float64)[:, None]
-    points = found.centers[use] - drift[use]
+    points = track.centers[use] - drift[use]
     errors = []
     for pace in np.linspace(*paces, 5):
         rest = points - time * direction * pace
@@ -62,31 +62,31 @@ def path_error(found: Track, paces: tuple[float, float], direction: np.ndarray, 
     return float(min(errors))
 
 
-def drift(thing: Thing, found: Track, camera: np.ndarray, first: int = 0) -> np.ndarray:
+def drift(thing: Thing, track: Track, camera: np.ndarray, first: int = 0) -> np.ndarray:
     """Return what moves a thing's centroid besides its own velocity, [F, 2]: the camera, and turning off its centre.
 
     `first` is the frame of a longer clip that the track begins at.
     """
-    time = np.arange(len(found.areas))
+    time = np.arange(len(track.areas))
     moved = -time[:, None] * camera
     if thing.motion == "turning" and thing.shape == "triangle":
-        area = found.areas[found.whole] if found.whole.any() else found.areas
+        area = track.areas[track.whole] if track.whole.any() else track.areas
         reach = np.sqrt(np.nanmedian(area) / _FILL["triangle"]) / 6 if not np.isnan(area).all() else 0.0
         angle = (first + time) * world.TURN
         moved = moved + reach * np.stack([-np.sin(angle), np.cos(angle)], axis=1)
     return moved
 
 
-def growth_error(found: Track, growth: float, count: int, shape: str) -> float:
+def growth_error(track: Track, growth: float, count: int, shape: str) -> float:
     """Return the root mean square error in pixels of the object's side over time, its first size free.
 
     It grows by `growth` pixels a frame, negative if it shrinks, but never below the world's smallest side.
     """
-    use = found.whole if found.whole.sum() >= 3 else ~np.isnan(found.areas)
+    use = track.whole if track.whole.sum() >= 3 else ~np.isnan(track.areas)
     if use.sum() < 2:
         return float("inf")
     change = np.nonzero(use)[0] * growth
-    side = np.sqrt(found.areas[use] / (_FILL[shape] * count))
+    side = np.sqrt(track.areas[use] / (_FILL[shape] * count))
     first = np.linspace(side.min() - abs(change).max(), side.max() + abs(change).max(), 81)[:, None]
     errors = side - np.maximum(first + change, world.SMALLEST if growth < 0 else 0.0)
     return float(np.sqrt(np.square(errors).mean(1)).min())

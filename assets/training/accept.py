@@ -36,9 +36,9 @@ MASS, SHARE = 0.80, 0.25
 """The heaviest share of key tiles must hold this much of the attention's mass in half of the heads."""
 
 
-def clip_psnr(one: np.ndarray, other: np.ndarray) -> float:
+def clip_psnr(first: np.ndarray, second: np.ndarray) -> float:
     """Return the PSNR in dB of two clips with values in 0..1."""
-    return float(-10 * np.log10(np.square(one - other).mean() + 1e-12))
+    return float(-10 * np.log10(np.square(first - second).mean() + 1e-12))
 
 
 def steps_gate(subject: Subject, pipe: Any, scenes: list[world.Scene], guidance: float, most: int) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def steps_gate(subject: Subject, pipe: Any, scenes: list[world.Scene], guidance:
     while True:
         steps *= 2
         present = list(subject.generate(pipe, scenes, subject.frames, steps, guidance))
-        agree = [clip_psnr(one, other) for one, other in zip(last, present, strict=True)]
+        agree = [clip_psnr(clip, other) for clip, other in zip(last, present, strict=True)]
         if np.mean(agree) >= CONVERGED or steps >= most:
             break
         last = present
-    values = [clip_psnr(one, other) for one, other in zip(few, present, strict=True)]
+    values = [clip_psnr(clip, other) for clip, other in zip(few, present, strict=True)]
     return {
         "few_steps": FEW_STEPS, "reference_steps": steps, "reference_agrees_db": round(float(np.mean(agree)), 2),
         "converged": bool(np.mean(agree) >= CONVERGED), "psnr_db": [round(value, 2) for value in values],
@@ -95,11 +95,11 @@ def reconstruction(subject: Subject, pipe: Any, scenes: list[world.Scene]) -> di
 
 def digest(pipe: Any) -> str:
     """Return the first 16 hex digits of the hash of all weights, fp16."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for part in (part for _, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module)):
         for weight in part.state_dict().values():
-            found.update(weight.to(torch.float16).contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+            sha.update(weight.to(torch.float16).contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def subject_of(name: str, pipe: Any, size: int, steps: int, guidance: float) -> dict[str, Any]:

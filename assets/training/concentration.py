@@ -27,8 +27,8 @@ def tile_mass(query: Tensor, key: Tensor) -> Tensor:
 
 def heaviest(mass: Tensor, share: float) -> float:
     """Return which mass the heaviest `share` of the key tiles holds, mean over query tiles."""
-    kept = max(1, round(share * mass.shape[1]))
-    return float(mass.topk(kept, dim=1).values.sum(1).mean())
+    count = max(1, round(share * mass.shape[1]))
+    return float(mass.topk(count, dim=1).values.sum(1).mean())
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def heaviest_mass(
 ) -> tuple[np.ndarray, int]:
     """Return the mass of the heaviest tiles, [steps, layers, heads], in the prompt's branch, and the token count."""
     size, frames = subject.crowded
-    found: list[list[list[float]]] = []
+    masses: list[list[list[float]]] = []
     tokens = 0
 
     def record(query: Tensor, key: Tensor) -> None:
@@ -61,13 +61,13 @@ def heaviest_mass(
         tokens = query.shape[1]
         if not branch:  # the prompt's branch runs first, the empty prompt's after it
             heads = range(query.shape[2])
-            found[-1].append([heaviest(tile_mass(query[0, :, head], key[0, :, head]), share) for head in heads])
+            masses[-1].append([heaviest(tile_mass(query[0, :, head], key[0, :, head]), share) for head in heads])
 
     def count(*_: Any) -> None:
         nonlocal branch
         branch = not branch
         if not branch:
-            found.append([])
+            masses.append([])
 
     branch = True
     hook = pipe.transformer.register_forward_pre_hook(count)
@@ -76,4 +76,4 @@ def heaviest_mass(
             list(subject.generate(pipe, subject.scenes(1, size), frames, steps, guidance, output_type="latent"))
     finally:
         hook.remove()
-    return np.asarray(found), tokens
+    return np.asarray(masses), tokens

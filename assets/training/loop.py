@@ -117,13 +117,13 @@ def process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_of(told: bool) -> bool:
-    """Say whether all processes were told so, to each the same."""
+def all_of(flag: bool) -> bool:
+    """Return whether the flag is set on all processes; each gets the same answer."""
     if process()[1] == 1:
-        return told
-    told_all = torch.tensor(int(told))
-    dist.all_reduce(told_all, dist.ReduceOp.MIN)
-    return bool(told_all)
+        return flag
+    lowest = torch.tensor(int(flag))
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    return bool(lowest)
 
 
 def average_gradients(modules: dict[str, nn.Module]) -> None:

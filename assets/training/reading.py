@@ -52,10 +52,10 @@ class Reader(nn.Module):
         for (name, words), logits in zip(
             QUESTIONS.items(), self.answer(self.norm(states.float())).split(WIDTHS, -1), strict=True
         ):
-            told = np.zeros((len(scenes), MOST, len(words)), dtype=np.float32)
+            answers = np.zeros((len(scenes), MOST, len(words)), dtype=np.float32)
             for place, scene in enumerate(scenes):
                 for index, thing in enumerate(scene.things):
-                    told[place, index, words.index(getattr(thing, name))] = 1.0
-            wanted = torch.cat([shares.mT @ torch.from_numpy(told), rest.mT], -1)
+                    answers[place, index, words.index(getattr(thing, name))] = 1.0
+            wanted = torch.cat([shares.mT @ torch.from_numpy(answers), rest.mT], -1)
             losses.append(-(wanted * logits.log_softmax(-1)).sum(-1).mean())
         return torch.stack(losses).mean()

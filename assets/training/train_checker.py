@@ -27,28 +27,28 @@ def degrade(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def collect(seed: int, count: int, held_out: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return features [N, D] and classes [N] of every classifier from `count` drawn clips."""
     rng = np.random.default_rng(seed)
-    found: dict[str, tuple[list[np.ndarray], list[int]]] = {kind: ([], []) for kind in recognise.KINDS}
+    samples: dict[str, tuple[list[np.ndarray], list[int]]] = {kind: ([], []) for kind in recognise.KINDS}
     for index in range(count):
         side = int(rng.choice([40, 48, 64, 96]))
         scene = world.scene_of(seed, index, height=side, width=side, held_out=held_out)
         first = int(rng.integers(0, world.FRAMES))
         parts = unmix.unmix(degrade(painter.draw(scene)[first : first + 1], rng))
         for features in recognise.ground_features(parts, 0):
-            found["ground"][0].append(features)
-            found["ground"][1].append(world.TEXTURES.index(scene.ground_texture))
+            samples["ground"][0].append(features)
+            samples["ground"][1].append(world.TEXTURES.index(scene.ground_texture))
         for thing in scene.things[:1]:
             mask = parts.masks[thing.color][0]
             for part in unmix.components(unmix.firm(mask), 12)[:1]:
                 near = np.where(part, mask, 0)
                 features = recognise.object_features(parts.video[0], near, thing.color)
                 if features is not None:
-                    found["texture"][0].append(features)
-                    found["texture"][1].append(world.TEXTURES.index(thing.texture))
+                    samples["texture"][0].append(features)
+                    samples["texture"][1].append(world.TEXTURES.index(thing.texture))
                 features = recognise.style_features(parts.video[0], near, thing.color)
                 if features is not None and scene.style != "dim":
-                    found["style"][0].append(features)
-                    found["style"][1].append(recognise.KINDS["style"].index(scene.style))
-    return {kind: (np.stack(x), np.asarray(y)) for kind, (x, y) in found.items()}
+                    samples["style"][0].append(features)
+                    samples["style"][1].append(recognise.KINDS["style"].index(scene.style))
+    return {kind: (np.stack(x), np.asarray(y)) for kind, (x, y) in samples.items()}
 
 
 def fit(x: np.ndarray, y: np.ndarray, classes: int, epochs: int, width: int = 64) -> dict[str, np.ndarray]:

@@ -152,8 +152,10 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
 
 def trained_flux(runs: Path) -> tuple[FluxPipeline, int]:
     """Return the pipeline with the averaged weights of the training in `runs`, fp32, and its step."""
-    own = runs / "image-vae" / "vae"
-    vae = AutoencoderKL.from_pretrained(own if own.exists() else model_path("flux-tiny") / "vae", dtype=torch.float32)
+    folder = runs / "image-vae" / "vae"
+    vae = AutoencoderKL.from_pretrained(
+        folder if folder.exists() else model_path("flux-tiny") / "vae", dtype=torch.float32
+    )
     pipe = build_flux_pipeline(vae)
     state = last_checkpoint(runs / "flux")
     for name in TRAINED:

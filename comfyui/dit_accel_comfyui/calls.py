@@ -132,11 +132,11 @@ class Override:
         self.calls += 1
         arguments = AttentionArguments(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, kwargs)
 
-        def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_reshape: bool, **others: Any) -> Tensor:
+        def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_reshape: bool, **options: Any) -> Tensor:
             function = func if self._previous is None else partial(self._previous, func)
             return function(
                 q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
-                skip_output_reshape=not output_reshape, **{**kwargs, **others},
+                skip_output_reshape=not output_reshape, **{**kwargs, **options},
             )  # fmt: skip
 
         def dense(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, scale: float | None) -> Tensor:

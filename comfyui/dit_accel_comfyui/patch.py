@@ -57,7 +57,7 @@ def patch_of(model: Any) -> ModelPatch:
     return model.model_options["transformer_options"].get(KEY) or ModelPatch()
 
 
-def with_method(model: Any, name: str, options: str, backend: str | None = None, **given: Any) -> Any:
+def with_method(model: Any, name: str, options: str, backend: str | None = None, **settings: Any) -> Any:
     """Return a clone of a model with one method more; settings that are refused leave it as it was, with a line why.
 
     Args:
@@ -65,11 +65,11 @@ def with_method(model: Any, name: str, options: str, backend: str | None = None,
         name: the method's.
         options: further options of it, as lines of TOML.
         backend: the kernel backend; None: as it was.
-        given: options of the node; None leaves one to the method, ``options`` goes before them.
+        settings: options of the node; None leaves one to the method, ``options`` goes before them.
     """
     patch = replace(patch_of(model), last=LastRun())
     try:
-        config = method_config(name, options, given)
+        config = method_config(name, options, settings)
         patch = replace(patch, configs=(*patch.configs, config))
     except ConfigError as error:
         line = " ".join(str(error).split())
@@ -85,13 +85,13 @@ def with_method(model: Any, name: str, options: str, backend: str | None = None,
     return model
 
 
-def method_config(name: str, options: str, given: dict[str, Any]) -> MethodConfig:
+def method_config(name: str, options: str, settings: dict[str, Any]) -> MethodConfig:
     """Return a method's config; `ConfigError` for an unknown method or option, or a value out of range."""
-    config, *others = from_toml(f"[{method(name).name}]\n{options}\n", f"the options of {name}")
-    if others:
-        tables = ", ".join(f"[{one.name}]" for one in others)
+    config, *extras = from_toml(f"[{method(name).name}]\n{options}\n", f"the options of {name}")
+    if extras:
+        tables = ", ".join(f"[{extra.name}]" for extra in extras)
         raise ConfigError(f"the options of {name} hold tables of their own, {tables}; give lines such as a = 1 alone")
-    chosen = {key: value for key, value in given.items() if value is not None and key not in config.to_dict()}
+    chosen = {key: value for key, value in settings.items() if value is not None and key not in config.to_dict()}
     return type(config)(**{**chosen, **config.to_dict()})
 
 

@@ -112,7 +112,7 @@ def placement_of(model: Any, inputs: Mapping[str, Any]) -> TokenPlacement | str:
     for name in EXTRA:
         if inputs.get(name) is not None:
             return f"{name} puts tokens among those of the latents"
-    names = [one.__name__ for one in type(model).__mro__]
+    names = [cls.__name__ for cls in type(model).__mro__]
     patch = next((PATCHES[name] for name in names if name in PATCHES), None) or _patch(model)
     if patch is None:
         return f"{names[0]} tells no patch_size, so that its tokens can't be placed on a grid"
@@ -120,14 +120,14 @@ def placement_of(model: Any, inputs: Mapping[str, Any]) -> TokenPlacement | str:
     sizes = [-(-size // part) for size, part in zip((frames, *latents.shape[-2:]), patch, strict=True)]
     known: list[Text] = [TEXT[name] for name in names if name in TEXT]
     text: Text = known[0] if known else "none"
-    given = {name: one.shape[1] for name, one in inputs.items() if isinstance(one, Tensor) and one.ndim == 3}
-    if text != "none" and "context" not in given:
+    tokens = {name: value.shape[1] for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 3}
+    if text != "none" and "context" not in tokens:
         return "the forward was given no context, so that its text tokens can't be counted"
-    lengths = (given["context"] + given.get("txt_byt5", 0),) if text != "none" else (0,)
+    lengths = (tokens["context"] + tokens.get("txt_byt5", 0),) if text != "none" else (0,)
     return TokenPlacement(
         frames=sizes[0], height=sizes[1], width=sizes[2], text=text, lengths=lengths,
         pictures=text == "before" and bool(inputs.get("ref_latents")),
-        beside=(*given.values(), sum(given.values())),
+        beside=(*tokens.values(), sum(tokens.values())),
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class RunReport:
         return nothing if self.forwards else ""
 
     def __str__(self) -> str:
-        problems = (f"! {one}" for one in self.problems)
+        problems = (f"! {problem}" for problem in self.problems)
         return "\n".join(filter(None, [self.title, *problems, *map(str, self.forwards), *self.notes, self._speed]))
 
 

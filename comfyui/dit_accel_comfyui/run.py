@@ -185,15 +185,15 @@ class Run:
 
     def _handlers(self, model: Model) -> list[Handler]:
         """Return the methods' handlers on a model; one that can't act there, or beside those before it, is left out."""
-        kept: list[MethodConfig] = []
+        configs: list[MethodConfig] = []
         for config in self.configs:
             try:
-                make_handlers((*kept, config), model)
+                make_handlers((*configs, config), model)
             except ConfigError as error:
                 self.problem(f"{config.name} is left out: {_one_line(error)}")
             else:
-                kept.append(config)
-        return make_handlers(kept, model)
+                configs.append(config)
+        return make_handlers(configs, model)
 
     def _begin(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """Return where the denoising stands at a forward that begins, as `HostedModel.denoising` takes it."""
@@ -217,14 +217,14 @@ class Run:
         """
         window = options.get("context_window")
         part = tuple(getattr(window, "index_list", ()) or ())
-        uuids = tuple(str(one) for one in options.get("uuids") or ())
+        uuids = tuple(str(uuid) for uuid in options.get("uuids") or ())
         if self._repeats[0] != level:
             self._repeats = (-1.0 if level is None else level, Counter())
         repeat = self._repeats[1][uuids, part]
         self._repeats[1][uuids, part] += 1
         key = (uuids, part, repeat)
         if key not in self._names:
-            kinds = ("cond" if one == 0 else "uncond" for one in options.get("cond_or_uncond") or ())
+            kinds = ("cond" if entry == 0 else "uncond" for entry in options.get("cond_or_uncond") or ())
             base = "_".join(kinds) or "call"
             same = sum(name.split(" ")[0] == base for name in self._names.values())
             self._names[key] = f"{base} {same + 1}" if same else base
@@ -300,15 +300,15 @@ class Run:
 
 
 def _heads(model: Any) -> int:
-    found = next((getattr(model, name) for name in ("num_heads", "num_attention_heads") if hasattr(model, name)), 1)
-    return found if isinstance(found, int) else 1
+    heads = next((getattr(model, name) for name in ("num_heads", "num_attention_heads") if hasattr(model, name)), 1)
+    return heads if isinstance(heads, int) else 1
 
 
 def _layers(model: Any) -> int:
     """Return about how many self-attention layers a model has: the blocks of its block lists."""
     lists = ("blocks", "double_blocks", "single_blocks", "transformer_blocks", "layers")
-    found = (getattr(model, name, None) for name in lists)
-    return sum(len(one) for one in found if isinstance(one, torch.nn.ModuleList))
+    blocks = (getattr(model, name, None) for name in lists)
+    return sum(len(entry) for entry in blocks if isinstance(entry, torch.nn.ModuleList))
 
 
 def _last_first(streams: Any) -> Any:

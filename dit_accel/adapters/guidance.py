@@ -86,9 +86,9 @@ class Guidance:
             ("uncond_tokens", self.uncond_tokens, "all", "last"),
         ]
         choices += [(f"branch_of[{name!r}]", prompt, "cond", "uncond") for name, prompt in self.branch_of.items()]
-        for option, value, one, other in choices:
-            if value not in (one, other):
-                raise ConfigError(f"{option} must be {one!r} or {other!r}, got {value!r}; use one of them")
+        for option, value, first, second in choices:
+            if value not in (first, second):
+                raise ConfigError(f"{option} must be {first!r} or {second!r}, got {value!r}; use one of them")
         for name, axis in self.rows.items():
             if axis not in (None, "each") and not (isinstance(axis, int) and axis >= 0):
                 raise ConfigError(

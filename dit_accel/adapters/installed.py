@@ -36,8 +36,8 @@ def adapters() -> dict[str, Adapter]:
                     )
                 classes[name] = adapter.name
             by_name[adapter.name] = adapter
-    others = {name: adapter for name, adapter in by_name.items() if name not in _registered}
-    return others | _registered
+    unregistered = {name: adapter for name, adapter in by_name.items() if name not in _registered}
+    return unregistered | _registered
 
 
 def register(adapter: Adapter, *, override: bool = False) -> Adapter:
@@ -95,12 +95,12 @@ def not_supported() -> dict[str, str]:
     """Return why classes of models have no adapter, as entry points of ``dit_accel.not_supported`` say."""
     reasons: dict[str, str] = {}
     for entry in entry_points(group=REASON_GROUP):
-        given, entry_point = load_entry(entry, "a dict of reasons"), describe_entry(entry)
-        if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
+        added, entry_point = load_entry(entry, "a dict of reasons"), describe_entry(entry)
+        if not isinstance(added, Mapping) or not all(isinstance(text, str) for pair in added.items() for text in pair):
             raise ConfigError(
-                f"{entry_point} must give reasons, got {type(given).__name__}; name a dict, class name -> why not"
+                f"{entry_point} must give reasons, got {type(added).__name__}; name a dict, class name -> why not"
             )
-        reasons |= given
+        reasons |= added
     return reasons
 
 

@@ -67,7 +67,7 @@ class ModelFiles:
             ) from None
         time, space = base.vae
         vae = self.vae.get("scale_factor_temporal") or time, self.vae.get("scale_factor_spatial") or space
-        if family is None:
+        if family is None:  # what the first family was trained on says nothing of this model
             sizes |= {"name": adapter.name, "recipes": adapter.recipes, "experts": experts}
             sizes |= {"trained_frames": None, "trained_size": None}
         return replace(base, repo=self.name, vae=vae, **sizes)

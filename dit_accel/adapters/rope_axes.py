@@ -66,8 +66,8 @@ def interleaved(sections: Sequence[int], dim: int, theta: float) -> tuple[Axis, 
         turn = place % 3
         places[turn if place < 3 * sections[turn] else 0].append(place)
     return tuple(
-        Axis(name=name, channels=2 * len(own), theta=theta, exponents=tuple(2 * place / dim for place in own))
-        for name, own in zip(VISUAL_AXES, places, strict=True)
+        Axis(name=name, channels=2 * len(indices), theta=theta, exponents=tuple(2 * place / dim for place in indices))
+        for name, indices in zip(VISUAL_AXES, places, strict=True)
     )
 
 

@@ -89,21 +89,21 @@ def input_hook(
 def _resolver(axes: tuple[Axis, ...], changes: tuple[Any, ...], keep: bool) -> Resolve:
     resolved: dict[Any, Tensor] = {}  # where the model's own are always the same: a function may wait for the device
 
-    def resolve(index: int, own: Tensor) -> Tensor:
+    def resolve(index: int, freqs: Tensor) -> Tensor:
         change = changes[index]
         if change is None:
-            return own
-        key = (index, own.dtype, own.device)
+            return freqs
+        key = (index, freqs.dtype, freqs.device)
         if keep and key in resolved:
             return resolved[key]
-        wide = own.detach().to("cpu", torch.float64)
+        wide = freqs.detach().to("cpu", torch.float64)
         new = torch.as_tensor(change(wide) if callable(change) else change, dtype=torch.float64)
-        if new.shape != own.shape or not bool(new.isfinite().all()):
+        if new.shape != freqs.shape or not bool(new.isfinite().all()):
             raise ConfigError(
-                f"{axes[index].name} has frequencies of shape {tuple(own.shape)}, got a shape of {tuple(new.shape)} "
+                f"{axes[index].name} has frequencies of shape {tuple(freqs.shape)}, got a shape of {tuple(new.shape)} "
                 f"with values {new.flatten()[:4].tolist()} ...; give a finite one for each"
             )
-        resolved[key] = new.to(own)
+        resolved[key] = new.to(freqs)
         return resolved[key]
 
     return resolve
@@ -125,8 +125,8 @@ class _Quotient:
     def __init__(self, frequencies: Tensor) -> None:
         self.frequencies = frequencies
 
-    def __rtruediv__(self, one: float) -> Tensor:
-        return one * self.frequencies
+    def __rtruediv__(self, number: float) -> Tensor:
+        return number * self.frequencies
 
 
 class _Theta:
@@ -359,9 +359,9 @@ def _join(text: Any, plain: Tensor, new: Tensor) -> Tensor:
 
 
 def _note_text(rope: Rope, text: list[Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    def inputs(given: Mapping[str, Any]) -> dict[str, Any]:
+    def inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
         assert rope.text is not None
-        text[:] = [rope.text(given)]
-        return dict(given)
+        text[:] = [rope.text(arguments)]
+        return dict(arguments)
 
     return inputs

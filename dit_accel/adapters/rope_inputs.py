@@ -32,8 +32,8 @@ def change_input(
     make = {"pairs": _pairs, "tables of axes": _tables_of_axes, "plane": _plane}[rope.form]
     last: list[Any] = []  # pipelines give the same tensors at every step
 
-    def inputs(given: Mapping[str, Any]) -> dict[str, Any]:
-        value = given.get(rope.input)
+    def inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        value = arguments.get(rope.input)
         if value is None:
             raise ConfigError(
                 f"{type(transformer).__name__} was given no {rope.input}, whose frequencies are to change; give it, or "
@@ -41,7 +41,7 @@ def change_input(
             )
         if not last or last[0] is not value:
             last[:] = [value, make(value, axes, resolve)]
-        return {**given, rope.input: last[1]}
+        return {**arguments, rope.input: last[1]}
 
     return inputs
 
@@ -52,18 +52,18 @@ def _own(axis: Axis, device: torch.device) -> Tensor:
 
 def _turned(values: Tensor, axis: Axis, index: int, resolve: Resolve) -> Tensor:
     """Return cos + i sin [n, frequencies] of other frequencies, complex128; equal where the frequencies are."""
-    own = _own(axis, values.device)
-    places = _read_positions(values, own, axis)
-    return values * torch.polar(torch.ones(()).to(own), places[:, None] * (resolve(index, own) - own))
+    freqs = _own(axis, values.device)
+    places = _read_positions(values, freqs, axis)
+    return values * torch.polar(torch.ones(()).to(freqs), places[:, None] * (resolve(index, freqs) - freqs))
 
 
-def _read_positions(values: Tensor, own: Tensor, axis: Axis) -> Tensor:
+def _read_positions(values: Tensor, freqs: Tensor, axis: Axis) -> Tensor:
     """Return the positions [n] that cos + i sin [n, frequencies] are made from, from the slowest frequency on."""
     angles, turn = values.angle(), 2 * torch.pi
-    places = angles[:, -1] / own[-1]
-    for j in reversed(range(len(own) - 1)):
-        places = (angles[:, j] + turn * ((places * own[j] - angles[:, j]) / turn).round()) / own[j]
-    error = (torch.polar(torch.ones(()).to(own), places[:, None] * own) - values).abs().max()
+    places = angles[:, -1] / freqs[-1]
+    for j in reversed(range(len(freqs) - 1)):
+        places = (angles[:, j] + turn * ((places * freqs[j] - angles[:, j]) / turn).round()) / freqs[j]
+    error = (torch.polar(torch.ones(()).to(freqs), places[:, None] * freqs) - values).abs().max()
     if not error < UNREADABLE:
         raise ConfigError(
             f"the given cos and sin along {axis.name} are {float(error):.2g} away from those of any positions with "
@@ -99,12 +99,12 @@ def _plane(value: Tensor, axes: tuple[Axis, ...], resolve: Resolve) -> Tensor:
     changed = value.to(torch.complex128)
     for index in range(len(axes)):
         line = changed.select(1 - index, 0)[:, index::2]
-        own, place = line[1].angle(), 1
+        freqs, place = line[1].angle(), 1
         while 2 * place < len(line):
             place *= 2
             angle, turn = line[place].angle(), 2 * torch.pi
-            own = (angle + turn * ((place * own - angle) / turn).round()) / place
-        places = torch.arange(len(line), dtype=own.dtype, device=own.device)
-        turned = torch.polar(torch.ones(()).to(own), torch.outer(places, resolve(index, own) - own))
+            freqs = (angle + turn * ((place * freqs - angle) / turn).round()) / place
+        places = torch.arange(len(line), dtype=freqs.dtype, device=freqs.device)
+        turned = torch.polar(torch.ones(()).to(freqs), torch.outer(places, resolve(index, freqs) - freqs))
         changed[..., index::2] *= turned[:, None] if index == 0 else turned[None]
     return changed.to(value.dtype)

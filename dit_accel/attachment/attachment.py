@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from dit_accel_kernels import decisions
 from torch import nn
 
 from ..adapters.installed import adapter_for
@@ -111,8 +112,8 @@ class Attachment:
             ConfigError: if a small picture is wanted of a pipeline for which that is not described.
         """
         self._require_attached()
-        given = call if prompt is None else {"prompt": prompt, **call}
-        return called(self.denoising.pipe, self.engine.handlers, given)
+        arguments = call if prompt is None else {"prompt": prompt, **call}
+        return called(self.denoising.pipe, self.engine.handlers, arguments)
 
     def check(self, prompt: Any = None, seed: int = 0, **call: Any) -> Check:
         """Generate with one seed dense and with the methods, twice each if that is short, and compare the results.
@@ -126,8 +127,8 @@ class Attachment:
             AttachError: if there is no pipeline to call, or the methods are detached already.
             ConfigError: if the pipeline's result holds no frames or picture.
         """
-        given = call if prompt is None else {"prompt": prompt, **call}
-        return check(self.denoising.pipe, self.suspended, self.call, seed, given)
+        arguments = call if prompt is None else {"prompt": prompt, **call}
+        return check(self.denoising.pipe, self.suspended, self.call, seed, arguments)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.
@@ -158,7 +159,8 @@ class Attachment:
         held = {handler.name: handler.state_bytes() for handler in engine.handlers}
         problem = backends.problem_of(denoising) if self._attached else ""
         preset = self._preset.words(denoising.num_inference_steps) if self._preset else ""
-        notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *[problem] * bool(problem)]
+        chosen = decisions() if engine.backend == "auto" else []
+        notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *chosen, *[problem] * bool(problem)]
         return Report(
             methods={handler.name: handler.settings.to_dict() for handler in engine.handlers},
             backend=recorder.spell_backend(engine.backend),
@@ -176,7 +178,7 @@ class Attachment:
     def _predicted(self) -> PredictedSpeedup | None:
         """Predict the last generation; None before its size and steps are known."""
         engine, steps = self.engine, self.denoising.num_inference_steps
-        state = next((one for one in engine.transformers.values() if one.layouts), None)
+        state = next((state for state in engine.transformers.values() if state.layouts), None)
         if state is None or not steps:
             return None
         layout, _ = next(iter(state.layouts.values()))

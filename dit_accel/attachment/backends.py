@@ -8,15 +8,23 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, triton_requirement
+from dit_accel_kernels import (
+    BACKENDS,
+    cudnn_requirement,
+    fa4_requirement,
+    flashinfer_requirement,
+    flex_requirement,
+    triton_requirement,
+)
 
 from ..errors import ConfigError, MissingBackend, did_you_mean
 from ..methods.base import AttentionHandler, Handler, Phase
 from ..plan.layout import TokenLayout
 from .state import DenoisingState
 
-Backend = Literal["auto", "triton", "fa4", "torch", "flex", "reference"]
+Backend = Literal["auto", "triton", "cudnn", "fa4", "flashinfer", "torch", "gather", "flex", "reference"]
 Dense = Literal["auto", "user"]
+WITHOUT_VOTES = ("cudnn", "fa4", "flashinfer", "flex")
 
 
 def check_backend(backend: Any, dense: Any, handlers: Sequence[Handler]) -> None:
@@ -28,7 +36,10 @@ def check_backend(backend: Any, dense: Any, handlers: Sequence[Handler]) -> None
     # the model may still wait in main memory: ask the device it will run on; a torch built for one may find none
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
-    requirements = {"triton": triton_requirement, "fa4": fa4_requirement, "flex": lambda on: flex_requirement(on.type)}
+    requirements = {
+        "triton": triton_requirement, "cudnn": cudnn_requirement, "fa4": fa4_requirement,
+        "flashinfer": flashinfer_requirement, "flex": lambda on: flex_requirement(on.type),
+    }  # fmt: skip
     if backend in requirements and (missing := requirements[backend](device)):
         raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
     attention = [handler for handler in handlers if isinstance(handler, AttentionHandler)]
@@ -42,7 +53,7 @@ def check_backend(backend: Any, dense: Any, handlers: Sequence[Handler]) -> None
         if missing := triton_requirement(device, precision=precision):
             raise MissingBackend(f"{needs}, which needs {missing}; leave the precision out")
     voting = [handler.name for handler in attention if handler.votes]
-    if backend in ("flex", "fa4") and voting:
+    if backend in WITHOUT_VOTES and voting:
         raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
 
 
@@ -86,7 +97,8 @@ def unplanned_reason(denoising: DenoisingState) -> str | None:
     engine, recorder = denoising.engine, denoising.engine.recorder
     layouts = {layout for layer in engine.layers for layout, _ in layer.state.layouts.values()}
     # guidance speaks for itself
-    attention = [one for one in engine.attention if one.phase is not Phase.GUIDANCE and _should_plan(one, layouts)]
+    handlers = (handler for handler in engine.attention if handler.phase is not Phase.GUIDANCE)
+    attention = [handler for handler in handlers if _should_plan(handler, layouts)]
     if not attention or not recorder.forwards_run or recorder.planned:
         return None
     names = ", ".join(handler.name for handler in attention)

@@ -72,15 +72,15 @@ class BackwardStore:
         if plan.queries is not None:
             raise ConfigError("attention of other queries than the model's has no gradient; detach seg to train")
         call = call_of(q, k, v, mask, forward.scale, backend, forward.tokens_first)
-        call, own = call.completed(forward.sizes, layer.state.adapter.outer_masks)
+        call, rows = call.completed(forward.sizes, layer.state.adapter.outer_masks)
         grad = call.heads_first(grad)
-        if own is not None:
-            grad = F.pad(grad, (0, 0, own.start, call.tokens - own.stop))
+        if rows is not None:
+            grad = F.pad(grad, (0, 0, rows.start, call.tokens - rows.stop))
         if plan.needs_kernel:
             dq, dk, dv = kernel_gradients(plan, call, grad)
         else:
             dq, dk, dv = dense_gradients(plan, call, layer, grad)
-        dq, dk, dv = call.as_held(dq if own is None else dq[:, :, own], dk, dv)
+        dq, dk, dv = call.as_held(dq if rows is None else dq[:, :, rows], dk, dv)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
     def _sweep(self) -> None:
@@ -108,10 +108,10 @@ def kernel_gradients(plan: AttentionPlan, call: Call, grad: Tensor) -> tuple[Ten
     call = call.with_keys(plan.centred(call.k))
     tiles, arguments = plan.kernel_arguments(call)
     rows = plan.row_override
-    others = grad if rows is None else grad.index_fill(2, rows.rows, 0)
-    others, q, k, v = call.as_held(others, call.q, call.k, call.v)
-    grads = tuple(map(call.heads_first, block_sparse_attention_backward(others, q, k, v, tiles, **arguments)))
+    outer = grad if rows is None else grad.index_fill(2, rows.rows, 0)
+    outer, q, k, v = call.as_held(outer, call.q, call.k, call.v)
+    grads = tuple(map(call.heads_first, block_sparse_attention_backward(outer, q, k, v, tiles, **arguments)))
     if rows is not None:
         of_rows = gradients_of_rows(plan, call, grad, rows.rows, rows.keys)
-        grads = tuple(one + other for one, other in zip(grads, of_rows, strict=True))
+        grads = tuple(part + other for part, other in zip(grads, of_rows, strict=True))
     return grads[0], plan.gradient_before_centring(grads[1], call.key_mask()), grads[2]

@@ -32,8 +32,8 @@ class Turn:
         if self.exact is None:
             out = launch(plan).out
             return out if self.rest is None else out + self.rest.read(out.device)
-        given = launch(plan.only(self.exact))
-        return with_others(plan, self.exact, given, launch, heads)
+        result = launch(plan.only(self.exact))
+        return with_others(plan, self.exact, result, launch, heads)
 
     def of_rows(self, rows: Sequence[int]) -> "Turn":
         """Return the turn of some rows of the batch."""
@@ -42,12 +42,12 @@ class Turn:
         return Turn(exact=exact, rest=None if self.rest is None else self.rest.mapped(lambda x: x[index]))
 
 
-def with_others(plan: AttentionPlan, exact: Tensor, given: KernelResult, launch: Launch, heads: int) -> Tensor:
+def with_others(plan: AttentionPlan, exact: Tensor, result: KernelResult, launch: Launch, heads: int) -> Tensor:
     """Merge a call over some tiles with one over all others, where there are any."""
     if plan.is_dense:
-        return given.out
-    others = launch(plan.only(exact_bits(plan.all_tiles(), heads) & ~exact))
-    return merged(given.out, given.lse, others.out, others.lse)
+        return result.out
+    rest = launch(plan.only(exact_bits(plan.all_tiles(), heads) & ~exact))
+    return merged(result.out, result.lse, rest.out, rest.lse)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,18 +67,18 @@ class RunFacts:
 
         ``exact``: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
         """
-        own = self.plan
+        base = self.plan
         if turn is None or turn.exact is None:
-            own = replace(own, tiles=plan.tiles, token_order=plan.token_order, selection=plan.selection)
-        if own.selection is not None:
-            chosen = own.selection
-            own = replace(own, selection=replace(chosen, vote=None)) if exact is None else own.followed(exact)
-        return replace(self, plan=own, turn=turn, corrections=corrections)
+            base = replace(base, tiles=plan.tiles, token_order=plan.token_order, selection=plan.selection)
+        if base.selection is not None:
+            chosen = base.selection
+            base = replace(base, selection=replace(chosen, vote=None)) if exact is None else base.followed(exact)
+        return replace(self, plan=base, turn=turn, corrections=corrections)
 
     def of_rows(self, rows: Sequence[int], heads: int) -> "RunFacts":
         """Return the facts of some rows of the batch."""
         turn = None if self.turn is None else self.turn.of_rows(rows)
-        corrections = tuple(one.of_rows(rows) for one in self.corrections)
+        corrections = tuple(correction.of_rows(rows) for correction in self.corrections)
         plan = self.plan.of_rows(list(rows), self.batch, heads)
         if self.plan.reused is not None:
             plan = replace(plan, reused=self.plan.reused.of_rows(rows))

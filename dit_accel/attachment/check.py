@@ -117,11 +117,11 @@ def _generated(run: Callable[..., Any], seed: int, call: Mapping[str, Any]) -> t
     """Return the frames of a run of a pipeline, and its seconds."""
     begun = clock.now()
     result = run(generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **call)
-    found = getattr(result, "frames", None)
-    found = getattr(result, "images", None) if found is None else found
-    if found is None:
+    media = getattr(result, "frames", None)
+    media = getattr(result, "images", None) if media is None else media
+    if media is None:
         raise ConfigError(f"check compares frames or images, but {type(run).__name__} gives {type(result).__name__}")
-    frames = np.asarray(found[0], np.float32)
+    frames = np.asarray(media[0], np.float32)
     return (frames if frames.ndim == 4 else frames[None]), clock.now() - begun
 
 

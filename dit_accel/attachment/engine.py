@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dit_accel_kernels import block_sparse_attention_eager
+from dit_accel_kernels import backend_of_last_call, block_sparse_attention_eager
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, Grid
@@ -56,16 +56,16 @@ class Engine:
     def use(self, handlers: Sequence[Handler]) -> None:
         """Let these be the methods from now on."""
         self.handlers = tuple(handlers)
-        self.attention = tuple(one for one in handlers if isinstance(one, AttentionHandler))
-        self._takes_turns = any(one.rests is not None for one in self.attention)
-        self._precise = frozenset(one for one in self.attention if one.precision is not None)
+        self.attention = tuple(handler for handler in handlers if isinstance(handler, AttentionHandler))
+        self._takes_turns = any(handler.rests is not None for handler in self.attention)
+        self._precise = frozenset(handler for handler in self.attention if handler.precision is not None)
         # rows under a rule of their own replace corrected ones; what is kept for later steps has both
-        steps = [one for one in handlers if isinstance(one, OutputStep)]
+        steps = [handler for handler in handlers if isinstance(handler, OutputStep)]
         early, late = (
-            [one.after for one in steps if (one.phase > Phase.CORRECTIONS) is late] for late in (False, True)
+            [step.after for step in steps if (step.phase > Phase.CORRECTIONS) is late] for late in (False, True)
         )
         self._steps = (*early, overridden, *late, guided)
-        self._corrects = any(one.phase is Phase.CORRECTIONS for one in steps)
+        self._corrects = any(step.phase is Phase.CORRECTIONS for step in steps)
 
     def add_transformer(self, name: str, module: nn.Module, adapter: Adapter) -> TransformerState:
         """Let the methods act on a transformer."""
@@ -148,7 +148,7 @@ class Engine:
         )
 
     def acts(self, layer: AttentionLayer, sizes: Grid, rows: int) -> bool:
-        """Tell whether any method changes a call of so many rows in a layer of the running forward."""
+        """Tell whether any method changes a call of ``rows`` batch rows in a layer of the running forward."""
         if sizes != self.forward.noted:
             self._note_unseen(layer.state, sizes, rows)
         return bool(self._acting(layer, self.forward.layout))
@@ -166,7 +166,7 @@ class Engine:
             self._note_unseen(layer.state, sizes, len(call.q))
         if forward.shards is not None:
             call = forward.shards.own_queries(call, differentiate)
-        call, own = call.completed(sizes, layer.state.adapter.outer_masks)
+        call, rows = call.completed(sizes, layer.state.adapter.outer_masks)
         layout, (frames, height, width, before, after) = forward.layout, sizes
         if (keys := call.k.shape[2]) != before + frames * height * width + after:
             layout = shortened(layer, layout, keys)
@@ -175,7 +175,7 @@ class Engine:
         ticket = None
         if differentiate:
             ticket = self.backward.put(Differentiated(plan, layer, sizes, call.tokens_first, call.scale))
-        out = out if own is None else out[:, :, own]
+        out = out if rows is None else out[:, :, rows]
         if begin is not None:
             clock.add_part("attention", begin, call.q.device)
         return (out.transpose(1, 2) if call.tokens_first else out).contiguous(), ticket
@@ -250,22 +250,22 @@ class Engine:
         self, layer: AttentionLayer, call: Call, context: CallContext, handlers: tuple[AttentionHandler, ...]
     ) -> tuple[Tensor, AttentionPlan]:
         """Return the output of a call [B, H, S, D], and the plan that a backward follows."""
-        made, rows = layer.state.made, self.forward.rows
-        followed = None if context.beside is None else made.find(context, rows(context.batch), call.q.shape[1])
+        calls, rows = layer.state.made, self.forward.rows
+        followed = None if context.beside is None else calls.find(context, rows(context.batch), call.q.shape[1])
         facts, rests = followed, None
         if facts is None and call.mask is not None and stays_dense(handlers, call, context, self.recorder):
             facts = RunFacts(plan=AttentionPlan(), batch=context.batch, handlers=handlers)
-            made.note(context, rows(context.batch), facts)
+            calls.note(context, rows(context.batch), facts)
             return run_dense(facts.plan, call, layer), facts.plan
         planning = time.perf_counter()
         if facts is None:
-            planners = tuple(one for one in handlers if one.phase is not Phase.GUIDANCE)
+            planners = tuple(handler for handler in handlers if handler.phase is not Phase.GUIDANCE)
             if self._takes_turns:
                 rests, context = turned(planners, context)
             facts = RunFacts(plan=self._plan(planners, call, context), batch=context.batch, handlers=planners)
-        plan, others = facts.plan, [one for one in handlers if one not in facts.handlers]
-        if others:
-            plan = self._plan(others, call, context, facts)
+        plan, additions = facts.plan, [handler for handler in handlers if handler not in facts.handlers]
+        if additions:
+            plan = self._plan(additions, call, context, facts)
         self.recorder.clock.lists += time.perf_counter() - planning
         return self._run(plan, call, context, layer, rests, facts, followed is not None)
 
@@ -284,11 +284,12 @@ class Engine:
                 before = (*(() if base is None else base.handlers), *handlers[:index])
                 if not before:  # else the plan that it was given may be what it can't take
                     raise
-                others = ", ".join(other.name for other in before)
-                raise ConfigError(f"{handler.name} together with {others}: {error}") from None
+                names = ", ".join(other.name for other in before)
+                raise ConfigError(f"{handler.name} together with {names}: {error}") from None
         if base is not None:
             return plan
-        if self._precise and (asking := next((one for one in handlers if one in self._precise), None)) is not None:
+        asking = next((handler for handler in handlers if handler in self._precise), None) if self._precise else None
+        if asking is not None:
             if context.differentiate:
                 raise ConfigError(
                     f"{asking.name}.precision = {asking.precision!r} has no gradient; leave it out to train"
@@ -313,7 +314,7 @@ class Engine:
             plan = replace(plan, tiles=None, token_order=None, selection=None)
         launched = call if plan.queries is None else replace(call, q=plan.queries)
         result, plan, launched, turn = self._launch(plan, launched, context, layer, rests, facts)
-        steps = (*(one.after for one in facts.corrections), overridden, guided) if beside else self._steps
+        steps = (*(correction.after for correction in facts.corrections), overridden, guided) if beside else self._steps
         for step in steps:
             result = step(plan, launched, context, result)
         if layer.state.made.wanted and not beside:
@@ -352,29 +353,25 @@ class Engine:
             launch = functools.partial(run_kernel, call=call, recorder=recorder, lse=True)
             result, plan, turn = run_turn(plan, call, context, rests, turn, launch)
         else:
-            result = run_kernel(plan, call, recorder, context.differentiate)
+            result = run_kernel(plan, call, recorder)
         recorder.planned_call(context, plan, result.exact)
         if self.observers and (self._corrects or facts.corrections):  # which may write to the output
             result = result._replace(planned=result.out.clone())
         return result, plan, call, turn
 
 
-def run_kernel(
-    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
-) -> KernelResult:
+def run_kernel(plan: AttentionPlan, call: Call, recorder: Recorder, lse: bool = False) -> KernelResult:
     """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
     tiles, arguments = plan.kernel_arguments(call)
-    name = plan.backend(call, tiles, differentiate or lse)
-    arguments = {**arguments, "backend": name} if differentiate else arguments
     q, k, v = call.as_held(call.q, call.k, call.v)
     selects = plan.selection is not None
-    found = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
-    recorder.ran_by(name, call.q, plan.precision)
-    out, *others = (found,) if isinstance(found, Tensor) else found
-    sums = others.pop(0) if lse else None
-    exact = others.pop(0) if selects else None
+    output = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
+    recorder.ran_by(backend_of_last_call(), call.q, plan.precision)
+    out, *extras = (output,) if isinstance(output, Tensor) else output
+    sums = extras.pop(0) if lse else None
+    exact = extras.pop(0) if selects else None
     out = out.transpose(1, 2) if call.tokens_first else out
-    return KernelResult(out, exact, others.pop(0) if others else None, sums)
+    return KernelResult(out, exact, extras.pop(0) if extras else None, sums)
 
 
 def overridden(plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:

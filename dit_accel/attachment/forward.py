@@ -57,8 +57,8 @@ class ForwardWrapper:
         self._functions = tuple(functions)
         self.traceable = not functions and not on_modules
         state.made.wanted = any(
-            one.places & {Place.FORWARD, Place.BLOCKS} and "cache" not in one.exclusive
-            for one in denoising.engine.handlers
+            handler.places & {Place.FORWARD, Place.BLOCKS} and "cache" not in handler.exclusive
+            for handler in denoising.engine.handlers
         )
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
         self._parallel: Any = None
@@ -119,8 +119,8 @@ class ForwardWrapper:
             if not changed:
                 fresh = {name: _own_list(value) for name, value in kwargs.items()}
                 return self._observed(run, tuple(map(_own_list, args)), fresh, grid, inputs)
-            given = {name: _own_list(value) for name, value in {**inputs, **changed}.items()}
-            return self._observed(run, (), given, self._look(given), given)
+            arguments = {name: _own_list(value) for name, value in {**inputs, **changed}.items()}
+            return self._observed(run, (), arguments, self._look(arguments), arguments)
 
         around = innermost
         for function in self._functions:
@@ -152,7 +152,7 @@ class ForwardWrapper:
         denoising, state = self._denoising, self._state
         key = latents.shape if denoising.training else self._engine.recorder
         if key not in self._agreed:
-            self._agreed = {one for one in self._agreed if isinstance(one, torch.Size)} | {key}
+            self._agreed = {entry for entry in self._agreed if isinstance(entry, torch.Size)} | {key}
             with naming_lost(state, parallel):
                 require_agreement(denoising, state, parallel, latents)
 
@@ -202,8 +202,8 @@ class ForwardWrapper:
         """Return the processes' shares of the forward; the same object as long as nothing changes."""
         adapter, config = self._state.adapter, self._parallel
         joined, device = adapter.joined_text, target_sample(inputs[adapter.latents]).device
-        given = inputs.get(joined.text) if isinstance(joined, JoinedText) else None
-        text = given.shape[1] if isinstance(given, torch.Tensor) else None
+        prompt = inputs.get(joined.text) if isinstance(joined, JoinedText) else None
+        text = prompt.shape[1] if isinstance(prompt, torch.Tensor) else None
         key, shards = self._shards
         if shards is None or key != (grid, text, device, config):
             shards = shards_of(config, adapter, grid, text, device)

@@ -56,9 +56,9 @@ class ForwardState:
         self.calls: Counter[AttentionLayer] = Counter()  # attention calls that each has made
         self.reached: set[int] = set()  # numbers of the layers that ran, but for those of compiled blocks
 
-    def rows(self, own: int) -> int:
-        """Return the rows of the forward; where they are not known, a call's ``own``."""
-        return own if self.batch is None else self.batch
+    def rows(self, batch: int) -> int:
+        """Return the rows of the forward; where they are not known, a call's ``batch``."""
+        return batch if self.batch is None else self.batch
 
     def stand(self, step: StepContext) -> None:
         """Note where the denoising stands."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, predicted_speedup, selected_tiles
+from dit_accel_kernels import FrameDecay, TileLists, selected_tiles, speed_over_dense
 from torch import Tensor
 
 from ..methods.base import AttentionHandler
@@ -18,6 +18,9 @@ from ..report.recorder import Recorder
 from .beside import Launch, Turn, with_others
 from .layers import AttentionLayer
 
+LEAST_SPEED = 0.97
+"""Speed over dense attention below which lists gain nothing; what is nearer to 1 may be the measurement's error."""
+
 RunKernel = Callable[[AttentionPlan, Call, Recorder], KernelResult]
 """Runs a plan's kernel call and counts it; the keys are centred already."""
 
@@ -25,20 +28,23 @@ RunKernel = Callable[[AttentionPlan, Call, Recorder], KernelResult]
 def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:
     """Return a plan whose lists only save time without them where dense attention takes less; the report says so.
 
-    Never where a backend was named, where the plan needs our kernels for more than its lists, or where the kernels'
-    table does not tell what they gain.
+    Never where a backend was named, where the plan needs our kernels for more than its lists, or where it was not
+    measured what they gain.
     """
     tiles, dense = plan.tiles, replace(plan, tiles=None, token_order=None)
-    if tiles is None or call.backend != "auto" or dense.needs_kernel or plan.reused is not None:
+    if tiles is None or call.backend != "auto" or dense.needs_kernel:
         return plan
-    speed = predicted_speedup(call.q.device, call.q.dtype, tiles)
-    if speed is None or speed >= 1:
+    if plan.reused is not None or call.rows is not None:
+        return plan
+    tiles, arguments = plan.kernel_arguments(call)
+    speed = speed_over_dense(*call.as_held(call.q, call.k, call.v), tiles, **arguments)
+    if speed is None or speed >= LEAST_SPEED:
         return plan
     recorder.backends.add("dense")
     recorder.stays_dense(context, "backend")
     recorder.note(
-        f"{context.transformer}: {tiles.density:.1%} of the tiles take {1 / speed:.2f} times as long as all of them by "
-        "the model's own attention on this processor, so calls of so many went there; a named backend would run them"
+        f"{context.transformer}: {tiles.density:.1%} of the tiles took {1 / speed:.2f} times as long as dense "
+        "attention here, so such calls went to the model's own; a named backend would run them"
     )
     return dense
 
@@ -205,8 +211,8 @@ def run_rows(
         small = small.with_keys(cut.centred(small.k))
         out, exact, *_ = run(cut, small, recorder)
     recorder.planned_call(context, cut, exact, share)
-    own = replace(call, q=call.queries(rows), rows=rows)
-    out = own.values() if out is None else with_values(plan, own, out)
+    part = replace(call, q=call.queries(rows), rows=rows)
+    out = part.values() if out is None else with_values(plan, part, out)
     reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
 
 
@@ -227,12 +233,12 @@ def stays_dense(handlers: Sequence[AttentionHandler], call: Call, context: CallC
 
 def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[Rests | None, CallContext]:
     """Return the rests of the method whose layers take turns, or None, and the context with the call's turn."""
-    asking = [one for one in handlers if one.rests is not None]
+    asking = [handler for handler in handlers if handler.rests is not None]
     if not asking:
         return None, context
-    one = next((one for one in asking if one.rests is not None and one.rests.cached), asking[0])
-    assert one.rests is not None
-    return one.rests, one.rests.turned(context, one.name)
+    handler = next((handler for handler in asking if handler.rests is not None and handler.rests.cached), asking[0])
+    assert handler.rests is not None
+    return handler.rests, handler.rests.turned(context, handler.name)
 
 
 def run_turn(
@@ -260,30 +266,30 @@ def with_rest(
     bare = plan.without_values()
     rest = rests.reading(context.key, call.q.device)
     if context.turn == "frozen":
-        kept = rests.kept[context.key]
-        bare = bare.only(kept.exact)
-        given = launch(bare)
+        entry = rests.kept[context.key]
+        bare = bare.only(entry.exact)
+        result = launch(bare)
         if rest is not None:
-            given = given._replace(out=given.out + rest.read(given.out.device))
-        plan, turn = replace(plan, tiles=bare.tiles, selection=bare.selection), Turn(rest=kept.rest)
-        return given._replace(out=with_values(plan, call, given.out)), plan, turn
-    given, kept, turn = _dense(rests, bare, call, launch)
-    rests.keep(context.key, kept)
-    return given._replace(out=with_values(plan, call, given.out)), plan.whole(), turn
+            result = result._replace(out=result.out + rest.read(result.out.device))
+        plan, turn = replace(plan, tiles=bare.tiles, selection=bare.selection), Turn(rest=entry.rest)
+        return result._replace(out=with_values(plan, call, result.out)), plan, turn
+    result, entry, turn = _dense(rests, bare, call, launch)
+    rests.keep(context.key, entry)
+    return result._replace(out=with_values(plan, call, result.out)), plan.whole(), turn
 
 
 def _dense(rests: Rests, plan: AttentionPlan, call: Call, launch: Launch) -> tuple[KernelResult, KeptRest, Turn]:
-    """Return a dense call by two over its tiles and over all others, and what is kept of it."""
+    """Run a dense call as two, over its tiles and over all others; return the result and what is kept of it."""
     exact = _exact(plan, call)
-    given, turn = launch(plan.only(exact, voting=True)), Turn(exact=exact)
-    out, sparse = with_others(plan, exact, given, launch, call.q.shape[1]), given.out
-    if given.kept is not None:  # the calls to come have the tiles that the votes keep
-        exact = exact & given.kept
+    result, turn = launch(plan.only(exact, voting=True)), Turn(exact=exact)
+    out, sparse = with_others(plan, exact, result, launch, call.q.shape[1]), result.out
+    if result.kept is not None:  # the calls to come have the tiles that the votes keep
+        exact = exact & result.kept
         sparse = launch(plan.only(exact)).out
     rest = out - sparse
     gain = 0.0 if rests.memory is None else float(rest.float().norm() / out.float().norm().clamp(min=1e-12))
-    kept = KeptRest(exact=exact, rest=stored(rest, rests.dtype), gain=gain)
-    return given._replace(out=out, exact=None), kept, turn
+    entry = KeptRest(exact=exact, rest=stored(rest, rests.dtype), gain=gain)
+    return result._replace(out=out, exact=None), entry, turn
 
 
 def _exact(plan: AttentionPlan, call: Call) -> Tensor:

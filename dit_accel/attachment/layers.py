@@ -127,11 +127,11 @@ class TransformerState:
             return None, None
         first, *inner = self.branch.split("/")
         for count in range(len(inner) - 1, -1, -1):
-            for kept in itertools.combinations(inner, count):
-                if (name := "/".join((first, *kept))) in self.ran:
-                    own, theirs = self.branches[-1].rows, self.ran[name]
-                    rows = None if own == theirs else places(own, theirs)
-                    return (name, rows) if rows is not None or own == theirs else (None, None)
+            for names in itertools.combinations(inner, count):
+                if (name := "/".join((first, *names))) in self.ran:
+                    ours, theirs = self.branches[-1].rows, self.ran[name]
+                    rows = None if ours == theirs else places(ours, theirs)
+                    return (name, rows) if rows is not None or ours == theirs else (None, None)
         return None, None
 
     def last_layout(self, branch: str) -> TokenLayout | None:
@@ -140,7 +140,7 @@ class TransformerState:
         return layout
 
     def note_ran(self) -> None:
-        """Note that a forward of the branch that is open ran, if it is one of its own."""
+        """Note that a forward of the open branch ran, unless it ran beside another."""
         if self.beside[0] is None:
             self.ran[self.branch] = self.branches[-1].rows if self.nested else None
 
@@ -151,20 +151,20 @@ class TransformerState:
         self.calls_seen = Calls()  # what distinguishes these
 
 
-def places(own: Sequence[int] | None, theirs: Sequence[int] | None) -> tuple[int, ...] | None:
+def places(rows: Sequence[int] | None, theirs: Sequence[int] | None) -> tuple[int, ...] | None:
     """Find the place of each row among others, of which each serves once; None where one is not there.
 
     Rows that are None are all those of a forward, in their order.
     """
-    if own is None or theirs is None:
-        return None if own is None else tuple(own)
-    left, found = list(theirs), []
-    for row in own:
+    if rows is None or theirs is None:
+        return None if rows is None else tuple(rows)
+    left, indices = list(theirs), []
+    for row in rows:
         if row not in left:
             return None
-        found.append(left.index(row))
-        left[found[-1]] = -1
-    return tuple(found)
+        indices.append(left.index(row))
+        left[indices[-1]] = -1
+    return tuple(indices)
 
 
 def shortened(layer: AttentionLayer, layout: TokenLayout | None, tokens: int) -> TokenLayout:
@@ -223,10 +223,10 @@ class RememberedTensors:
             self._is_intact()
             and len(self._tensors) == len(tensors)
             and all(
-                one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-                for one, other in zip(self._tensors, tensors, strict=True)
+                held.shape == other.shape and held.dtype == other.dtype and held.device == other.device
+                for held, other in zip(self._tensors, tensors, strict=True)
             )
-            and all(torch.equal(one, other) for one, other in zip(self._tensors, tensors, strict=True))
+            and all(torch.equal(held, other) for held, other in zip(self._tensors, tensors, strict=True))
         )
 
     def _is_intact(self) -> bool:
@@ -252,8 +252,8 @@ def text_in(adapter: Adapter, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     for name in (*named, "encoder_hidden_states"):
         if name is not None and (texts := tensors_in(inputs.get(name))):
             return texts
-    others = (value for name, value in inputs.items() if name not in (adapter.latents, adapter.timestep))
-    return tuple(x for value in others for x in tensors_in(value))
+    values = (value for name, value in inputs.items() if name not in (adapter.latents, adapter.timestep))
+    return tuple(x for value in values for x in tensors_in(value))
 
 
 def tensors_in(value: Any) -> tuple[Tensor, ...]:
@@ -293,13 +293,13 @@ class Calls:
         time = self._times[which]
         self._times[which] += 1
         if repeats and self._since != step:
-            time %= max(1, sum(one == which for one, _ in self._known))
+            time %= max(1, sum(number == which for number, _ in self._known))
         call = which, time
         if call not in self._known and time == 0 and self._since != step and len(self._known) > len(self._here):
             # a text never seen, while one that was is still to come: it may be that one, changed
             lost, self._known = True, list(self._here)
-            left = {which, *(one for one, _ in self._known)}
-            self._texts = {one: objects for one, objects in self._texts.items() if one in left}
+            left = {which, *(number for number, _ in self._known)}
+            self._texts = {number: objects for number, objects in self._texts.items() if number in left}
             self._since = step
         if not self._known:
             self._since = step

@@ -54,9 +54,9 @@ def timed_fetches(transformer: nn.Module, clock: Clock, device: torch.device) ->
 def _timed(fetch: Callable[..., Any], clock: Clock, device: torch.device) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         begin = clock.stamp(device)
-        found = fetch(*args, **kwargs)
+        result = fetch(*args, **kwargs)
         clock.add_part("fetching", begin, device)
-        return found
+        return result
 
     return run
 
@@ -69,6 +69,6 @@ def _group_of(block: nn.Module) -> Any:
 
 
 def _is_away(group: Any) -> bool:
-    parameters = (one for module in group.modules for one in module.parameters())
+    parameters = (parameter for module in group.modules for parameter in module.parameters())
     first = next(parameters, None)
     return first is not None and first.device == group.offload_device

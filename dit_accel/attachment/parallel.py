@@ -87,17 +87,17 @@ def require_agreement(denoising: DenoisingState, state: TransformerState, config
     }
     picks = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
     noise = latents.flatten()[picks].float().cpu()
-    others: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(others, (mine, noise.tolist()), group=group)
-    for rank, (other, numbers) in enumerate(others):
-        for what, value in others[0][0].items():
+    facts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(facts, (mine, noise.tolist()), group=group)
+    for rank, (other, numbers) in enumerate(facts):
+        for what, value in facts[0][0].items():
             if other[what] != value:
                 raise ConfigError(
                     f"the processes that run {state.name} together disagree: {what} is {value} on rank 0 and "
                     f"{other[what]} on rank {rank}; attach the same methods and call the pipeline alike on all of them"
                 )
-        difference = (torch.tensor(numbers) - torch.tensor(others[0][1])).abs().max()
-        if difference > 0.1 * (1e-3 + torch.tensor(others[0][1]).abs().max()):
+        difference = (torch.tensor(numbers) - torch.tensor(facts[0][1])).abs().max()
+        if difference > 0.1 * (1e-3 + torch.tensor(facts[0][1]).abs().max()):
             raise ConfigError(
                 f"the processes that run {state.name} together begin with other latents on rank {rank} than on rank 0; "
                 "give the pipeline a generator of the same seed on all of them"
@@ -117,12 +117,12 @@ def split_before(
     for hook in splits:
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
 
-    def run_split(*given: Any, **named: Any) -> Any:
+    def run_split(*positional: Any, **named: Any) -> Any:
         plans = [hook.metadata for hook in splits]
         try:
             for hook in splits:
                 hook.metadata = {}
-            return run(*given, **named)
+            return run(*positional, **named)
         finally:
             for hook, plan in zip(splits, plans, strict=True):
                 hook.metadata = plan

@@ -24,10 +24,10 @@ from .state import DenoisingState
 from .steps import current_run
 
 BEGINS = ("check_inputs", "encode_prompt")
-"""What a pipeline calls first: the first of these that it has."""
+"""Methods of which a pipeline calls the first that it has before anything else."""
 
 ENDS = "maybe_free_model_hooks"
-"""What it calls last, once the frames are decoded."""
+"""The method that a pipeline calls last, once the frames are decoded."""
 
 
 def watch_call(denoising: DenoisingState, transformer: nn.Module) -> list[Callable[[], None]]:
@@ -67,7 +67,7 @@ def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any])
         raise AttachError(
             "call runs the pipeline, but the methods are attached to a transformer; attach to the pipeline"
         )
-    wanting = next((one for one in handlers if isinstance(one, UltraImageHandler) and one.two_stages), None)
+    wanting = next((method for method in handlers if isinstance(method, UltraImageHandler) and method.two_stages), None)
     height, width = arguments.get("height"), arguments.get("width")
     if wanting is None or height is None or width is None:
         return pipe(**arguments)
@@ -82,12 +82,12 @@ def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any])
     if small is None:
         return pipe(**arguments)
     as_latents = wanting.settings.enlarge == "latents"
-    first = {key: value for key, value in arguments.items() if key != "latents"}
+    first = {key: value for key, value in arguments.items() if key != "latents"}  # they are of the larger size
     first |= {"height": small[0] * token, "width": small[1] * token, "output_type": "latent" if as_latents else "pt"}
     with wanting.guide.small():
-        made = _first_of(pipe(**first))
+        output = _first_of(pipe(**first))
     with torch.no_grad():
-        latents = _unpacked(pipe, made, small, token) if as_latents else made
+        latents = _unpacked(pipe, output, small, token) if as_latents else output
         placed = _centred if wanting.settings.view else _enlarged
         clean, inside = placed(pipe, latents.float(), small, grid, as_latents)
     picture = SmallPicture(clean=clean, inside=inside, grid=small)
@@ -101,8 +101,8 @@ def _token_pixels(pipe: Any) -> int:
 
 
 def _first_of(output: Any) -> Tensor:
-    made = output[0] if isinstance(output, tuple) else output.images
-    return made if isinstance(made, Tensor) else torch.stack(list(made))
+    pictures = output[0] if isinstance(output, tuple) else output.images
+    return pictures if isinstance(pictures, Tensor) else torch.stack(list(pictures))
 
 
 def _enlarged(
@@ -115,12 +115,12 @@ def _enlarged(
 
 
 def _centred(
-    pipe: Any, small: Tensor, own: tuple[int, int], grid: tuple[int, int], as_latents: bool
+    pipe: Any, small: Tensor, tokens: tuple[int, int], grid: tuple[int, int], as_latents: bool
 ) -> tuple[Tensor, Tensor]:
     """Return packed latents of a grid of tokens that hold a small picture in the middle, and where that is."""
     latents, per = small if as_latents else _encoded(pipe, small), _latents_per_token(pipe)
-    top, left = ((whole - less) // 2 * per for whole, less in zip(grid, own, strict=True))
-    place = ..., slice(top, top + own[0] * per), slice(left, left + own[1] * per)
+    top, left = ((whole - less) // 2 * per for whole, less in zip(grid, tokens, strict=True))
+    place = ..., slice(top, top + tokens[0] * per), slice(left, left + tokens[1] * per)
     clean = latents.new_zeros(*latents.shape[:2], grid[0] * per, grid[1] * per)
     inside = torch.zeros_like(clean)
     clean[place], inside[place] = latents, 1.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dit_accel_kernels import TileLists, block_sparse_attention_eager, dense_speed
+from dit_accel_kernels import TileLists, block_sparse_attention_eager, speed_of_dense_by
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModel
@@ -166,7 +166,7 @@ def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -
             _refuse(dropout_p, is_causal)
         heads = query.shape[2]
         if shards is not None:
-            attn_mask = shards.whole_mask(attn_mask)
+            attn_mask = shards.whole_mask(attn_mask)  # plans are of the whole sequence, whoever holds its parts
             query, key, value = shards.gather_call(query, key, value)
         out = _planned(query, key, value, attn_mask, scale, tokens_first, engine)
         return out if shards is None else shards.scatter(out, heads)
@@ -233,13 +233,13 @@ def with_loop(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) 
 
 def _is_torchs(
     tokens_first: bool, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None,
-    enable_gqa: Any = None, **others: Any,
+    enable_gqa: Any = None, **options: Any,
 ) -> bool:  # fmt: skip
     """Whether diffusers would compute a call by torch's attention and nothing special."""
-    backend = others.get("backend")
+    backend = options.get("backend")
     if attn_mask is not None or dropout_p or is_causal:
         return False
-    if any(value for name, value in others.items() if name != "backend"):
+    if any(value for name, value in options.items() if name != "backend"):
         return False
     if backend is None and tokens_first:  # of `dispatch_attention_fn`: what is set for all models
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -257,8 +257,9 @@ def _speed(query: Tensor, key: Tensor, value: Tensor, tokens_first: bool) -> flo
         return None
     if 4.0 * query.numel() * key.shape[1 if tokens_first else 2] < LEAST_FLOPS:
         return None
-    speed = dense_speed(query.dtype, query.shape[3])
-    return speed if speed is not None and speed >= LEAST_GAIN else None
+    chosen = speed_of_dense_by(query.device, query.dtype, query.shape[3])
+    wins = chosen and chosen.name == "torch" and chosen.speed is not None and chosen.speed >= LEAST_GAIN
+    return chosen.speed if wins else None
 
 
 def _by_loop(query: Tensor, key: Tensor, value: Tensor, scale: float | None, tokens_first: bool) -> Tensor:

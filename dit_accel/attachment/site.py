@@ -174,8 +174,8 @@ class TransformerSite(Site):
                 nonlocal skipped
                 skipped = False
                 fetch(block.module)
-                given, named = signature.write_call(streams, args, kwargs)
-                result = run(*given, **named)
+                positional, named = signature.write_call(streams, args, kwargs)
+                result = run(*positional, **named)
                 if not block.list.gives_streams_only:
                     last[0] = result
                 return signature.read_result(result)

@@ -87,25 +87,25 @@ class DenoisingState:
         self, state: TransformerState, inputs: Mapping[str, Any], training: bool, run: PipelineRun | None
     ) -> None:
         """Note that a forward begins, in ``training`` of no generation, and infer of its step what no context says."""
-        if state.nested:
+        if state.nested:  # a further forward of a method belongs to the step around it
             return
         stated = state.branches[-1].stated if state.branches else {}
         if "step_index" not in stated and training:
             self._start()
             self.training = True
             return
-        given = inputs.get(state.adapter.timestep)
+        timestep = inputs.get(state.adapter.timestep)
         if "step_index" not in stated:
-            self._infer(state, given, stated, run)
+            self._infer(state, timestep, stated, run)
             if not state.branches:
                 number = state.calls_seen.number(self._number, text_in(state.adapter, inputs), self._timeline.repeats)
                 state.calls, lost = number
-                if lost:
+                if lost:  # what methods keep may be of another prompt
                     self.engine.reset()
         elif run is None and ("num_inference_steps" not in stated or "sigma" not in stated):
-            if given is not None:
-                self._course.move(given)
-            self._follow_by_hand(given, stated)
+            if timestep is not None:
+                self._course.move(timestep)
+            self._follow_by_hand(timestep, stated)
         if run is None:
             self._look_for_another_begin(state, inputs)
 
@@ -183,8 +183,8 @@ class DenoisingState:
         """
         scheduler = scheduler_of(self.pipe)
         if self._number == 0 and self._schedule is None:
-            own = getattr(scheduler, "timesteps", None) is not self._taken()
-            self._schedule = Schedule(scheduler if own else None)
+            fresh = getattr(scheduler, "timesteps", None) is not self._taken()  # not left there by a pipeline's run
+            self._schedule = Schedule(scheduler if fresh else None)
         value, dtype, positions = stated.get("timestep"), None, None
         values = self._course.noisiest if timestep is not None else ()
         if value is not None:

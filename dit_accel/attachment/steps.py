@@ -92,7 +92,7 @@ class Schedule:
         self._scheduler, self._start = scheduler, start
         timesteps = getattr(scheduler, "timesteps", None)
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
-        self._values = [float(one) for one in values] if values is not None else []
+        self._values = [float(value) for value in values] if values is not None else []
         self._numbers = _numbered(self._values)
         config = getattr(scheduler, "config", None)
         self._trained = float(getattr(config, "num_train_timesteps", None) or 1000)
@@ -147,7 +147,7 @@ class Schedule:
         # how a pipeline hands timesteps on shows in the first one; those after it must follow in the same way
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
-            far = [min(abs(offset + factor * one - timestep) for timestep in timesteps) for one in self._values]
+            far = [min(abs(offset + factor * value - timestep) for timestep in timesteps) for value in self._values]
             # only the first may begin anywhere, as image to image does
             start = far.index(min(far)) if number == 0 and far else self._starts.get((offset, factor), 0)
             position = self._later(start, number)
@@ -184,7 +184,7 @@ def timeline_of(pipe: Any) -> Timeline:
 
 def _numbered(values: Sequence[float]) -> list[int]:
     """Return which of the different timesteps each of a list is, from 0."""
-    gaps = [abs(one - other) for one, other in zip(values[1:], values[:-1], strict=True)]
+    gaps = [abs(value - other) for value, other in zip(values[1:], values[:-1], strict=True)]
     least = EQUAL * sum(gaps) / max(len(gaps), 1)
     numbers = [0] if values else []
     for gap in gaps:

@@ -95,8 +95,8 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             note(f"the [run] table of {config} is for generate, and is left out here")
         return command(**arguments, **{place: methods}, **dict.fromkeys(asking, table))
 
-    others = [parameter for name, parameter in signature.parameters.items() if name not in (place, *asking)]
-    run.__signature__ = signature.replace(parameters=[*others, *_parameters(names, several)])  # type: ignore[attr-defined]
+    parameters = [parameter for name, parameter in signature.parameters.items() if name not in (place, *asking)]
+    run.__signature__ = signature.replace(parameters=[*parameters, *_parameters(names, several)])  # type: ignore[attr-defined]
     return run
 
 

@@ -25,7 +25,7 @@ ModelName = Annotated[
 
 
 def one_model(command: str, family: str | None, model: str | None) -> str:
-    """Return which of a family and a model a command was given; `ConfigError` if both or neither are."""
+    """Return the family or the model that a command got; raise `ConfigError` if it got both or neither."""
     if family and model:
         raise ConfigError(f"{command} takes --family or --model, got both ({family} and {model}); leave one out")
     if not (family or model):
@@ -36,7 +36,7 @@ def one_model(command: str, family: str | None, model: str | None) -> str:
 
 
 def named_model(command: str, family: str | None, model: str | None) -> tuple[Adapter, Family, Mapping[str, Any]]:
-    """Return the adapter and sizes of a model that a command was given, and what its transformer's config holds."""
+    """Return a command's model as its adapter, its sizes and its transformer's config."""
     name = one_model(command, family, model)
     if model:
         files = read_model_files(model_source(model))

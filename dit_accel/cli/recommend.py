@@ -36,11 +36,11 @@ def recommend(
     """
     if family and not model:
         installed.family(family)
-    found = recommendation(
+    advice = recommendation(
         one_model("recommend", family, model),
         height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, hardware=hardware,
     )  # fmt: skip
     if json:
-        print_json(found.to_dict())
+        print_json(advice.to_dict())
     else:
-        OUT.print(found)
+        OUT.print(advice)

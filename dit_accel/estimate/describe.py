@@ -118,7 +118,7 @@ def _describe(name: str, transformers: dict[str, Any], scheduler: Any) -> Transf
         family=model.family.name if model.family else None,
         layers=model.layers,
         heads=model.heads,
-        methods={of: one.handler.settings.to_dict() for of, one in verdicts.items() if one.handler is not None},
-        needs={of: one.needs for of, one in verdicts.items() if one.word == "needs"},
-        refused={of: one.why for of, one in verdicts.items() if one.word == "refused"},
+        methods={of: verdict.handler.settings.to_dict() for of, verdict in verdicts.items() if verdict.handler},
+        needs={of: verdict.needs for of, verdict in verdicts.items() if verdict.word == "needs"},
+        refused={of: verdict.why for of, verdict in verdicts.items() if verdict.word == "refused"},
     )

@@ -38,8 +38,8 @@ class Hardware:
 
 
 HARDWARE: Mapping[str, Hardware] = {
-    one.name: one
-    for one in (
+    card.name: card
+    for card in (
         Hardware(name="a100-40gb", gib=40, tflops=312, attention=0.73, int8=624, bandwidth=1555),
         Hardware(name="a100-80gb", gib=80, tflops=312, attention=0.73, int8=624, bandwidth=2039),
         Hardware(name="b200", gib=180, tflops=2250, attention=0.71, int8=4500, fp8=4500, bandwidth=8000),
@@ -117,11 +117,11 @@ class Linears:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the layers."""
-        told = [f"{self.share:.0%} of the linear weights are {self}, by {self.origin}"] if self.origin else []
+        notes = [f"{self.share:.0%} of the linear weights are {self}, by {self.origin}"] if self.origin else []
         if self.kind == "weight-only":
-            return [*told, "weight-only layers save memory and no time: their products are in 16 bits"]
+            return [*notes, "weight-only layers save memory and no time: their products are in 16 bits"]
         return [
-            *told,
+            *notes,
             "8-bit linear layers are quick in compiled blocks alone: without torch.compile FLUX.1-dev took 20 times as "
             "long in int8 and 1.3 times in fp8 as in 16 bits (diffusers-torchao, H100)",
         ]
@@ -151,7 +151,7 @@ def linears_called(
     if kind != "weight-only" and not card.eight_bits(kind):
         if card.tflops is None:
             raise ConfigError(f"linears = {kind!r} needs a card whose speed is known, got {card.name}; name a card")
-        able = ", ".join(name for name, one in HARDWARE.items() if one.eight_bits(kind))
+        able = ", ".join(name for name, entry in HARDWARE.items() if entry.eight_bits(kind))
         other = "; int8 works on it" if card.eight_bits("int8") else ""
         raise ConfigError(
             f"linears = {kind!r} needs a card that multiplies in it, {card.name} does not{other}; {able} do"
@@ -171,15 +171,15 @@ def linears_of(transformer: nn.Module, hardware: Hardware | None = None) -> Line
     Read off torchao's tensors, which hold 8-bit ``qdata`` and, where inputs are quantised too, ``act_quant_kwargs``.
     Without ``hardware`` it is the card that holds the weights, or `CARD` where that is not known or has no such unit.
     """
-    found: dict[str, int] = {}
+    weights: dict[str, int] = {}
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear) and "lora_" not in name:
             kind = _kind(module.weight)
-            found[kind] = found.get(kind, 0) + module.weight.numel()
-    kind = max((one for one in found if one), key=lambda one: found[one], default="")
+            weights[kind] = weights.get(kind, 0) + module.weight.numel()
+    kind = max(filter(None, weights), key=weights.__getitem__, default="")
     if not kind:
         return None
-    share, weight = found[kind] / sum(found.values()), next(transformer.parameters())
+    share, weight = weights[kind] / sum(weights.values()), next(transformer.parameters())
     if hardware is None and weight.is_cuda:
         card = card_called(weight.device)
         hardware = card if card and card.eight_bits(kind) else None
@@ -196,6 +196,6 @@ def _kind(weight: Any) -> str:
 
 
 def weight_size(weight: Any) -> int:
-    """Return the bytes of a weight; of torchao's, whose own element size is that of 16 bits, of what it holds."""
+    """Return the bytes of a weight; torchao's report 16 bits an element, so theirs are of the tensor inside."""
     held = getattr(weight, "qdata", weight)
     return held.numel() * held.element_size()

@@ -81,8 +81,8 @@ def keep_tuned(name: str, text: str, model: str) -> Path:
 
 def find_tuned(model: str) -> list[TunedSetting]:
     """Read the settings that were tuned for a model, the fastest first; `ConfigError` if a file can't be read."""
-    found = [read_tuned(path) for path in sorted(tuned_folder(model).glob("*.toml"))]
-    return sorted(found, key=lambda one: -one.measured.speedup)
+    settings = [read_tuned(path) for path in sorted(tuned_folder(model).glob("*.toml"))]
+    return sorted(settings, key=lambda setting: -setting.measured.speedup)
 
 
 def read_tuned(path: Path) -> TunedSetting:

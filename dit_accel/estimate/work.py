@@ -54,14 +54,14 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         for layer in range(layers):
             calls[tuple(part.active(step, layer) for part in parts.values())] += share
     size = next(iter(sizes.values()), usual)
-    kept, planned = 0.0, 0.0
+    exact, planned = 0.0, 0.0
     for active, count in calls.items():
         if not any(active):
             continue
         acting = [part for part, acts in zip(parts.values(), active, strict=True) if acts]
-        kept, planned = kept + count * _exact(acting, size), planned + count
+        exact, planned = exact + count * _exact(acting, size), planned + count
     return TilesLeft(
-        kept=round(kept / planned) if planned else size * size,
+        kept=round(exact / planned) if planned else size * size,
         total=size * size,
         dense_share=1 - planned / (sum(computed) * layers),
         pools=any(part.pools for part in parts.values()),

@@ -83,7 +83,7 @@ def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
             precisions[config.name] = precision
         if (turn := getattr(config, "refresh", None)) is not None:
             turns[config.name] = turn
-    for what, values, one in (
+    for what, values, action in (
         ("block_size", requested, "cut it into the same tiles"),
         ("order", orders, "cut it into the same tiles"),
         ("precision", precisions, "let it multiply in one precision"),
@@ -92,8 +92,8 @@ def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
         if len(set(values.values())) > 1:
             parts = " and ".join(f"{name}.{what} = {value!r}" for name, value in values.items())
             raise ConfigError(
-                f"{parts} can't be attached together: all methods of an attention call {one}; set them alike, or leave "
-                "all but one unset"
+                f"{parts} can't be attached together: all methods of an attention call {action}; set them alike, or "
+                "leave all but one unset"
             )
     size = next(iter(requested.values()), None) or next(iter(usual), TILE)
     return Tiling(size, next(iter(orders.values()), "raster"))  # type: ignore[arg-type] - configs check their order

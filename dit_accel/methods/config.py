@@ -58,9 +58,9 @@ class MethodConfig:
                     f"{option} must be {spell_type(hint)}, got {value!r}{_how_to_list(option, plain, hint)}"
                 )
             if broken := find_broken(plain, declared[field.name], _fits):
-                must, found, advice = broken
-                found = list(found) if isinstance(found, tuple) else found
-                raise ConfigError(f"{option} must {must}, got {found!r}{self._advice(field, advice)}")
+                must, item, advice = broken
+                item = list(item) if isinstance(item, tuple) else item
+                raise ConfigError(f"{option} must {must}, got {item!r}{self._advice(field, advice)}")
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
 
@@ -89,9 +89,9 @@ class MethodConfig:
 
     def require_one_of(self, *options: str, of: str) -> None:
         """Raise `ConfigError` if two of some options are set that say the same, such as ``how much is kept``."""
-        if len(given := [name for name in options if getattr(self, name) is not None]) > 1:
-            one, other = (f"{self.name}.{name} = {getattr(self, name)!r}" for name in given[:2])
-            raise ConfigError(f"{one} and {other} both say {of}; give one of them")
+        if len(names := [name for name in options if getattr(self, name) is not None]) > 1:
+            first, second = (f"{self.name}.{name} = {getattr(self, name)!r}" for name in names[:2])
+            raise ConfigError(f"{first} and {second} both say {of}; give one of them")
 
     def recipe_options(self) -> set[str]:
         """Return the options that a model's recipe may set."""
@@ -138,12 +138,12 @@ def _naming_the_unknown(init: Callable[..., None]) -> Callable[..., None]:
     """Return a config's ``__init__`` that says which option was meant, instead of Python's TypeError."""
 
     @functools.wraps(init)
-    def checked(self: MethodConfig, *args: Any, **given: Any) -> None:
+    def checked(self: MethodConfig, *args: Any, **options: Any) -> None:
         known = [field.name for field in dataclasses.fields(self)]
-        for key in given:
+        for key in options:
             if key not in known:
                 raise ConfigError(f"{self.name} has no option {key!r}; {did_you_mean(key, known)}")
-        init(self, *args, **given)
+        init(self, *args, **options)
 
     return checked
 

@@ -48,7 +48,7 @@ class Promise:
 def figures(level: str) -> tuple[Figure, ...]:
     """Return a level's figures; none for one that was not measured."""
     text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
-    return tuple(Figure(**one) for one in json.loads(text).get(level, ()))
+    return tuple(Figure(**entry) for entry in json.loads(text).get(level, ()))
 
 
 def promise(level: str, steps: int, model: str | None = None) -> Promise | None:

@@ -85,7 +85,7 @@ def running_call(pipe: Any) -> PipelineCall:
 
 def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> Part:
     """Tell whether a forward holds both prompts or, while a pipeline does not guide, the conditional one alone."""
-    pipe, made = call.pipe, call.variables.get("latents")
+    pipe, latents = call.pipe, call.variables.get("latents")
     if pipe is None:
         if rows % 2:
             raise ConfigError(
@@ -93,7 +93,7 @@ def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> P
                 f"of the other, and {site.name} got {rows} rows; give it both, or open cache_context('cond')"
             )
         return "both"
-    if made is None:
+    if latents is None:
         guides = getattr(pipe, "do_classifier_free_guidance", None)
         if not isinstance(guides, bool):
             raise ConfigError(
@@ -101,12 +101,12 @@ def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> P
                 f"latents nor do_classifier_free_guidance; {_OPEN}"
             )
         return "both" if guides else "cond"
-    if rows not in (len(made), 2 * len(made)):
+    if rows not in (len(latents), 2 * len(latents)):
         raise ConfigError(
             f"{method} takes a forward of {type(pipe).__name__} to hold one prompt or two for each of its "
-            f"{len(made)} latents, and {site.name} got {rows} rows; detach {method}"
+            f"{len(latents)} latents, and {site.name} got {rows} rows; detach {method}"
         )
-    return "cond" if rows == len(made) else "both"
+    return "cond" if rows == len(latents) else "both"
 
 
 def _in_own_loop(method: str, site: Site, number: int) -> Part:
@@ -117,12 +117,12 @@ def _in_own_loop(method: str, site: Site, number: int) -> Part:
     raise _unknown(method, f"a loop written by hand around {site.name} does not tell")
 
 
-def _unknown(method: str, found: str, or_else: str = "") -> ConfigError:
-    return ConfigError(f"{method} must know which prompt each forward holds, and {found}; {_OPEN}{or_else}")
+def _unknown(method: str, problem: str, or_else: str = "") -> ConfigError:
+    return ConfigError(f"{method} must know which prompt each forward holds, and {problem}; {_OPEN}{or_else}")
 
 
 def _component(site: Site) -> str:
     """Return the name of a transformer in the pipeline that runs, else in the one that it was attached in."""
     parts = {} if site.running is None else vars(site.running)
-    found = (name for name, part in parts.items() if getattr(part, "_orig_mod", part) is site.transformer)
-    return next(found, site.name)
+    names = (name for name, part in parts.items() if getattr(part, "_orig_mod", part) is site.transformer)
+    return next(names, site.name)

@@ -43,17 +43,17 @@ def refused_by(adapter: Adapter) -> Mapping[str, str]:
     sizes: list[dict[str, Any]] = [
         dict(family=family, heads=family.heads, layers=family.layers) for family in adapter.families
     ]
-    models = [Model(adapter=adapter, **one) for one in sizes or [dict(family=None, heads=1, layers=1)]]
-    found = {}
+    models = [Model(adapter=adapter, **size) for size in sizes or [dict(family=None, heads=1, layers=1)]]
+    reasons = {}
     for name, config_type in methods().items():
         config = config_type()
         verdict = verdict_of(config, models[0])
         if verdict.word == "refused" and all(verdict_of(config, model).word == "refused" for model in models[1:]):
-            found[name] = verdict.why
-    return found
+            reasons[name] = verdict.why
+    return reasons
 
 
 def spell_refusal(why: str, adapter: Adapter) -> str:
     """Return a reason as families that share it read it; ``degenerate`` is what would change nothing."""
-    own = re.compile(rf"(?<![\w.-]){re.escape(adapter.name)}(?![\w.-])")
-    return f"{'degenerate' if why == ONE_FRAME else 'refused'}: {own.sub('the model', why)}"
+    pattern = re.compile(rf"(?<![\w.-]){re.escape(adapter.name)}(?![\w.-])")
+    return f"{'degenerate' if why == ONE_FRAME else 'refused'}: {pattern.sub('the model', why)}"

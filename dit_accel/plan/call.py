@@ -93,16 +93,16 @@ class Call:
         return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], mask=mask)
 
     def as_held(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return [B, H, S, D] tensors as the model holds its own: views."""
+        """Return tensors [B, H, S, D] with their axes in the order of the model's, as views."""
         return tuple(x.transpose(1, 2) for x in tensors) if self.tokens_first else tensors
 
     def heads_first(self, x: Tensor) -> Tensor:
-        """Return as [B, H, S, D] a tensor that lies as the model holds its own: a view."""
+        """Return a tensor whose axes are in the model's order as [B, H, S, D], a view."""
         return x.transpose(1, 2) if self.tokens_first else x
 
     @property
     def kernel_layout(self) -> dict[str, Any]:
-        """How the kernels name the layout of tensors that lie as the model holds its own."""
+        """The kernels' name for the order of axes in the model's tensors."""
         return {"layout": "bshd" if self.tokens_first else "bhsd"}
 
 

@@ -40,7 +40,7 @@ class StepContext:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Field -> value, out of which contexts of a narrower place are made."""
+        """Field -> value, from which the contexts of layers and blocks are made."""
         return {name: getattr(self, name) for name in StepContext.__slots__}
 
     @property

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote, resolve_backend
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -74,14 +74,6 @@ class AttentionPlan:
             "precision": self.precision,
             "backend": call.backend,
         }
-
-    def backend(self, call: Call, tiles: TileLists, others: bool) -> str:
-        """Return the backend that runs the plan over tiles; ``others``: a gradient may follow, or its LSE is wanted."""
-        if self.precision is not None and call.backend == "auto":
-            return "triton"
-        votes = self.selection is not None and self.selection.vote is not None
-        lists = None if votes or self.frame_decay is not None or others else tiles
-        return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
 
     @property
     def is_dense(self) -> bool:
@@ -232,7 +224,7 @@ class AttentionPlan:
         return replace(self, key_mean=key_mean)
 
     def override_rows(self, rows: RowOverride) -> "AttentionPlan":
-        """Return the plan with a rule of their own for some query rows."""
+        """Return the plan with another rule for some query rows."""
         self._require_free("row override", self.row_override)
         return replace(self, row_override=rows)
 
@@ -264,12 +256,12 @@ class AttentionPlan:
         return replace(self, **parts, reused=None, guidance=None)
 
     def query(self, queries: Tensor) -> "AttentionPlan":
-        """Return the plan with other queries, which see what was planned for the call's own, [B, H, S, D]."""
+        """Return the plan with other queries [B, H, S, D], which see the keys that were planned for the call's."""
         self._require_free("set of other queries", self.queries)
         return replace(self, queries=queries)
 
     def followed(self, exact: Tensor) -> "AttentionPlan":
-        """Return the plan of a call that chooses and votes no more: its exact tiles are given, int32 [B, H, NQ, W]."""
+        """Return the plan with its exact tiles fixed, int32 [B, H, NQ, W]: the call neither chooses nor votes."""
         selection = self.selection
         assert selection is not None
         routed = selection.routed if selection.routing is None else exact
@@ -281,7 +273,7 @@ class AttentionPlan:
         return replace(self, guidance=guidance)
 
     def centred(self, k: Tensor) -> Tensor:
-        """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""
+        """Return the keys less the plan's mean, in the keys' dtype; unchanged where the plan has no mean."""
         return k if self.key_mean is None else (k - self.key_mean).to(k.dtype)
 
     def gradient_before_centring(self, grad: Tensor, mask: Tensor | None) -> Tensor:
@@ -329,22 +321,22 @@ def is_full(tiles: TileLists) -> bool:
 
 
 @lru_cache(maxsize=16)
-def intersection(one: TileLists, other: TileLists) -> TileLists:
+def intersection(first: TileLists, other: TileLists) -> TileLists:
     """Return lists that are exact where both are, pooled where either pools, and skip the rest; kept for next time."""
-    heads = max(one.groups, other.groups)
-    if {one.groups, other.groups} - {1, heads}:
+    heads = max(first.groups, other.groups)
+    if {first.groups, other.groups} - {1, heads}:
         raise ConfigError(
-            f"lists of {one.groups} and {other.groups} groups can't be merged; share them between heads, or give one "
+            f"lists of {first.groups} and {other.groups} groups can't be merged; share them between heads, or give one "
             "list per head"
         )
-    a, b = one.states(), other.states()
+    a, b = first.states(), other.states()
     pooled = (a == POOLED) | (b == POOLED)
     states = torch.where((a == EXACT) & (b == EXACT), EXACT, torch.where(pooled, POOLED, SKIPPED)).to(torch.uint8)
     with torch.inference_mode(False):  # made in inference mode they could not serve a training run later
-        return TileLists.from_states(states.clone(), **one.sizes)
+        return TileLists.from_states(states.clone(), **first.sizes)
 
 
-def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one is other or torch.equal(one, other)
+def _same_order(order: Tensor | None, other: Tensor | None) -> bool:
+    if order is None or other is None:
+        return order is other
+    return order is other or torch.equal(order, other)

@@ -45,7 +45,7 @@ class Stored:
         return (self.values,) if self.scale is None else (self.values, self.scale)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Stored":
-        """Return the rows, held in other tensors that are made of each."""
+        """Return the rows with each of their tensors changed by a function."""
         return replace(self, values=change(self.values), scale=None if self.scale is None else change(self.scale))
 
     def read(self, device: torch.device) -> Tensor:
@@ -98,7 +98,7 @@ class Copy:
         return self.there.read(device)
 
     def __del__(self) -> None:
-        """Have the stream wait, read or not, before its memory is given to another."""
+        """Make the stream wait for the copy, which may be unread, before its memory is used again."""
         self.stream.wait_event(self.arrived)
 
 
@@ -138,9 +138,9 @@ class Ahead:
         self._copy: Copy | None = None
 
     def reading(
-        self, key: Key, own: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
+        self, key: Key, rest: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
     ) -> Stored | Copy | None:
-        """Return the rest that a call reads, ``own`` or its copy, and start to copy the one that is ``due`` next."""
+        """Return the rest that a call reads, ``rest`` or its copy, and start to copy the one that is ``due`` next."""
         copy, self._copy = self._copy, None
         if self._last is not None:
             self._next[self._last] = key, device
@@ -148,7 +148,7 @@ class Ahead:
         following, there = self._next.get(key, (None, device))
         if following is not None and (rows := due(following)) is not None:
             self._copy = self._start(rows, there)
-        return copy if copy is not None and copy.serves(own, device) else own
+        return copy if copy is not None and copy.serves(rest, device) else rest
 
 
 def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
@@ -221,26 +221,26 @@ class Rests:
         return calls == 0 or (calls + layer) % self.every == 0
 
     def dense_share(self, calls: int, layers: range) -> float:
-        """Return the share of the calls that are dense, of layers that make so many each."""
+        """Return the share of dense calls among the ``calls`` that each of some layers makes."""
         dense = sum(self.is_dense(call, layer) for call in range(calls) for layer in layers)
         return dense / max(1, calls * len(layers))
 
     def bytes_of(self, rows: int, head_dim: int) -> int:
-        """Return the bytes of so many rows of a head in 16 bits, or as they are kept."""
+        """Return the bytes of some rows of a head in the stored format, 16 bits where none is set."""
         each = {None: 2 * head_dim, "int8": head_dim + 4, "int4": head_dim // 2 + 4}[self.dtype]
         return rows * each
 
     def reading(self, key: Key, device: torch.device) -> Stored | Copy | None:
         """Return the rest that a call on a device adds, or None; `turned` has counted the call."""
-        kept = self.kept.get(key)
-        own = None if kept is None else kept.rest
-        return self._ahead.reading(key, own, device, self._due) if self.offload else own
+        entry = self.kept.get(key)
+        rest = None if entry is None else entry.rest
+        return self._ahead.reading(key, rest, device, self._due) if self.offload else rest
 
     def _due(self, key: Key) -> Stored | None:
         """Return the rest that the next call of a key adds, as far as is known."""
         _, layer, *_ = key
-        kept = None if self.is_dense(self._calls[key], layer) else self.kept.get(key)
-        return None if kept is None else kept.rest
+        entry = None if self.is_dense(self._calls[key], layer) else self.kept.get(key)
+        return None if entry is None else entry.rest
 
     def keep(self, key: Key, rest: KeptRest) -> None:
         """Keep what a dense call left, as far as the memory allows."""
@@ -248,10 +248,10 @@ class Rests:
         if self.offload and rest.rest is not None:
             rest.rest = rest.rest.mapped(on_host)
         if self.memory is not None:
-            held = [one for one in self.kept.values() if one.rest is not None]
-            while sum(one.nbytes for one in held) > self.memory * 1e9:
-                least = min(held, key=lambda one: one.gain)
+            held = [entry for entry in self.kept.values() if entry.rest is not None]
+            while sum(entry.nbytes for entry in held) > self.memory * 1e9:
+                least = min(held, key=lambda entry: entry.gain)
                 least.rest = None
                 held.remove(least)
-        size = sum(one.exact.nbytes + (0 if self.offload else one.nbytes) for one in self.kept.values())
+        size = sum(entry.exact.nbytes + (0 if self.offload else entry.nbytes) for entry in self.kept.values())
         self.most_held = max(self.most_held, size)

@@ -69,9 +69,9 @@ def _tiles(plan: AttentionPlan, other: AttentionPlan, rows: Tensor, size: torch.
     if theirs.mask_ids is not None or (ours is not None and ours.mask_ids is not None):
         raise _shared("masks within tiles")
     states = theirs.states()
-    own = torch.full_like(states, EXACT) if ours is None else ours.states()
-    own, states = (x.unflatten(0, (-1, min(len(x), size[1]))).expand(*size, -1, -1) for x in (own, states))
-    merged = torch.where(rows[:, None, None, None], states, own).flatten(0, 1)
+    base = torch.full_like(states, EXACT) if ours is None else ours.states()
+    base, states = (x.unflatten(0, (-1, min(len(x), size[1]))).expand(*size, -1, -1) for x in (base, states))
+    merged = torch.where(rows[:, None, None, None], states, base).flatten(0, 1)
     return TileLists.from_states(merged, **theirs.sizes)
 
 

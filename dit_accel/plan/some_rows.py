@@ -28,4 +28,4 @@ class ReusedRows:
         """Return the same of some rows of the batch."""
         lists = [row % len(self.rows) for row in rows]
         keys = None if self.keys is None else self.keys[lists]
-        return ReusedRows(rows=tuple(self.rows[one] for one in lists), out=self.out[list(rows)], keys=keys)
+        return ReusedRows(rows=tuple(self.rows[row] for row in lists), out=self.out[list(rows)], keys=keys)

@@ -74,14 +74,14 @@ def full_tiles(queries: int, keys: int, block: int, device: str) -> TileLists:
         return TileLists.full(queries, keys, block_q=block, block_k=block).to(device)
 
 
-def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int, device: str) -> TileLists:
-    """Return lists of the kept tiles over the visual tokens; rows and columns of tiles that hold text are exact.
+def visual_lists(exact: np.ndarray, pooled: bool, layout: TokenLayout, block: int, device: str) -> TileLists:
+    """Return lists of the exact tiles over the visual tokens; rows and columns of tiles that hold text are exact.
 
-    ``kept``: bool [N, N], N tiles over the visual tokens alone.
+    ``exact``: bool [N, N], N tiles over the visual tokens alone.
     """
     count, text = -(-layout.tokens // block), tiles_without_text(layout, block)
     states = np.full((count, count), EXACT, np.uint8)
-    states[:text, :text][~kept[:text, :text]] = POOLED if pooled else SKIPPED
+    states[:text, :text][~exact[:text, :text]] = POOLED if pooled else SKIPPED
     # Lists made in inference mode could not serve a training run later.
     with torch.inference_mode(False):
         lists = TileLists.from_states(

@@ -68,8 +68,8 @@ class _Span:
 
     def seconds_of(self, part: Part) -> float | None:
         """Return the seconds of a part; None: not measured."""
-        found = (self.parts or {}).get(part)
-        return None if found is None else sum(_between(begin, end) for begin, end in found)
+        times = (self.parts or {}).get(part)
+        return None if times is None else sum(_between(begin, end) for begin, end in times)
 
 
 class Clock:
@@ -158,17 +158,17 @@ class Timing:
 
     def seconds(self, kind: Kind) -> tuple[float, ...]:
         """Return the seconds of the forwards of one kind."""
-        return tuple(one.seconds for one in self.forwards if one.kind == kind)
+        return tuple(forward.seconds for forward in self.forwards if forward.kind == kind)
 
     @property
     def total(self) -> float:
         """Seconds of all forwards."""
-        return sum(one.seconds for one in self.forwards)
+        return sum(forward.seconds for forward in self.forwards)
 
     @property
     def elapsed(self) -> float:
         """Seconds of the denoising loop: from the first forward's begin to the last one's end."""
-        return self.total + sum(one.before for one in self.forwards)
+        return self.total + sum(forward.before for forward in self.forwards)
 
     @property
     def whole(self) -> float:
@@ -182,9 +182,9 @@ class Timing:
 
     def usual(self, kind: Kind) -> float | None:
         """Return the median seconds of the forwards of a kind in which nothing started; None: there was none."""
-        starts = self.starts
-        found = [one.seconds for place, one in enumerate(self.forwards) if one.kind == kind and place not in starts]
-        return statistics.median(found) if found else None
+        starts, forwards = self.starts, enumerate(self.forwards)
+        seconds = [forward.seconds for place, forward in forwards if forward.kind == kind and place not in starts]
+        return statistics.median(seconds) if seconds else None
 
     @property
     def starts(self) -> frozenset[int]:
@@ -194,22 +194,22 @@ class Timing:
         median of the others.
         """
         starts, seen = set[int](), set[tuple[str, Kind]]()
-        for place, one in enumerate(self.forwards):
-            first = (one.transformer, one.kind) not in seen
-            seen.add((one.transformer, one.kind))
-            if one.compiled or (first and self._is_slow(one)):
+        for place, forward in enumerate(self.forwards):
+            first = (forward.transformer, forward.kind) not in seen
+            seen.add((forward.transformer, forward.kind))
+            if forward.compiled or (first and self._is_slow(forward)):
                 starts.add(place)
         return frozenset(starts)
 
-    def _is_slow(self, one: TimedForward) -> bool:
-        others = [other.seconds for other in self.forwards if other.kind == one.kind and other is not one]
-        return bool(others) and one.seconds > 2 * statistics.median(others)
+    def _is_slow(self, forward: TimedForward) -> bool:
+        seconds = [other.seconds for other in self.forwards if other.kind == forward.kind and other is not forward]
+        return bool(seconds) and forward.seconds > 2 * statistics.median(seconds)
 
     @property
     def started(self) -> float:
         """Seconds that those forwards took beyond the usual ones of their kind."""
         forwards = (self.forwards[place] for place in self.starts)
-        return sum(max(0.0, one.seconds - (self.usual(one.kind) or 0.0)) for one in forwards)
+        return sum(max(0.0, forward.seconds - (self.usual(forward.kind) or 0.0)) for forward in forwards)
 
     @property
     def speedup(self) -> float | None:
@@ -237,7 +237,7 @@ class Timing:
     @property
     def is_dense(self) -> bool:
         """Whether no forward was shortened, so that what they differ by is the machine's doing."""
-        return all(one.kind == "dense" for one in self.forwards)
+        return all(forward.kind == "dense" for forward in self.forwards)
 
     @property
     def not_measured(self) -> str:
@@ -247,17 +247,17 @@ class Timing:
         if not self.seconds("dense"):
             return "unknown, since no forward was dense"
         starts = [self.forwards[place] for place in self.starts]
-        if any(self.usual(one.kind) is None for one in starts) or self.started > MOSTLY * self.elapsed:
-            what = "compiled" if any(one.compiled for one in starts) else "started"
+        if any(self.usual(forward.kind) is None for forward in starts) or self.started > MOSTLY * self.elapsed:
+            what = "compiled" if any(forward.compiled for forward in starts) else "started"
             return f"not measured: forwards {what} for {spell_seconds(self.started)}; run once more"
         return ""
 
     def share(self, part: Part, kind: Kind) -> float | None:
         """Return a part's median share of the forwards of a kind in which it was timed; None: in none."""
         each = [
-            seconds / one.seconds
-            for one in self.forwards
-            if one.kind == kind and (seconds := getattr(one, part)) is not None and one.seconds
+            seconds / forward.seconds
+            for forward in self.forwards
+            if forward.kind == kind and (seconds := getattr(forward, part)) is not None and forward.seconds
         ]
         return min(1.0, statistics.median(each)) if each else None
 
@@ -285,7 +285,7 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the times as plain values."""
-        each = [{name: getattr(one, name) for name in one.__slots__} for one in self.forwards]
+        each = [{name: getattr(forward, name) for name in forward.__slots__} for forward in self.forwards]
         return {
             "speedup": self.speedup, "loop_speedup": self.loop_speedup, "dense_seconds": self.dense,
             "total_seconds": self.total, "elapsed_seconds": self.elapsed, "call_seconds": self.call,

@@ -9,7 +9,7 @@ _CELL = "text-align:left;padding:0 1em 0 0;vertical-align:top"
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table of escaped values."""
     first = "".join(f'<th style="{_CELL}">{escape(name)}</th>' for name in head)
-    cells = ("".join(f'<td style="{_CELL}">{escape(str(one))}</td>' for one in row) for row in rows)
+    cells = ("".join(f'<td style="{_CELL}">{escape(str(cell))}</td>' for cell in row) for row in rows)
     every = "".join(f"<tr>{row}</tr>" for row in ([first] if head else []) + [*cells])
     return f'<table style="border-collapse:collapse;background:none;font-size:inherit">{every}</table>'
 

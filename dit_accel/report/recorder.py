@@ -74,11 +74,13 @@ class Recorder:
 
     def ran_by(self, backend: str, q: Tensor, precision: str | None = None) -> None:
         """Keep which backend ran a planned call, and in which precision where the call names one."""
-        self.backends.add(backend)
+        self.backends.add("torch" if backend == "gather" else backend)
         if precision is not None:
             self.precisions.add(precision)
-        if backend == "torch":
-            self.torch_ways.add(torch_way(q.device, q.dtype))
+        if backend in ("torch", "gather"):
+            way = torch_way(q.device, q.dtype)
+            lost = backend == "gather" and way.startswith("loop")
+            self.torch_ways.add("gathered tiles, which were faster here than the loop" if lost else way)
 
     def dense_by_loop(self, q: Tensor, speed: float) -> None:
         """Count a dense call that the kernels' loop computes, so many times as fast as torch's attention."""
@@ -132,8 +134,8 @@ class Recorder:
         tiles, selection = plan.tiles, plan.selection
         calls = self.forwards[context.transformer, context.step_index, context.branch].calls
         if exact is None or tiles is None or selection is None:
-            kept, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
-            calls.append(CallShares(context.layer, rows * kept, rows * pooled))
+            density, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
+            calls.append(CallShares(context.layer, rows * density, rows * pooled))
             return
         size = tiles.query_tiles * tiles.key_tiles
         by_head = count_bits(exact).sum(-1).float().mean(0) / size

@@ -105,8 +105,8 @@ class Report:
     def density(self) -> float:
         """Exact share of the attention work over the whole run, dense calls counted as 1."""
         calls = sum(step.dense_layers + step.sparse_layers for step in self.steps)
-        kept = sum(step.dense_layers + step.sparse_layers * step.density for step in self.steps)
-        return kept / calls if calls else 1.0
+        exact = sum(step.dense_layers + step.sparse_layers * step.density for step in self.steps)
+        return exact / calls if calls else 1.0
 
     @property
     def sparse_density(self) -> float | None:
@@ -130,7 +130,7 @@ class Report:
             if step.sparse_layers:
                 dense[key] = step.dense_layers / calls
         ran = {(step.transformer, step.branch, step.dense_layers + step.sparse_layers) for step in self.steps}
-        logs = {one.method: one.data["forwards"] for one in self.sections if isinstance(one.data.get("forwards"), list)}
+        logs = {part.method: log for part in self.sections if isinstance(log := part.data.get("forwards"), list)}
         return why_not_faster(
             RunCauses(
                 timing=self.timing, methods=self.methods, logs=logs, dense_layers=dense, stayed=stayed,

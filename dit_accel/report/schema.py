@@ -39,8 +39,8 @@ def report_schema() -> dict[str, Any]:
     parts = {name: _MAYBE for name in ("attention", "text", "fetching")}
     totals = {name: _NUMBER for name in ("total_seconds", "elapsed_seconds")}
     each = _list_of({**forward, "kind": {"enum": list(KINDS)}, **seconds, **parts, "compiled": {"type": "boolean"}})
-    found = {name: _MAYBE for name in ("speedup", "loop_speedup", "dense_seconds", "call_seconds", "attention_share")}
-    timing = {**found, **totals, "forwards": each}
+    figures = {name: _MAYBE for name in ("speedup", "loop_speedup", "dense_seconds", "call_seconds", "attention_share")}
+    timing = {**figures, **totals, "forwards": each}
     step = {**forward, "dense_layers": _COUNT, "sparse_layers": _COUNT, "density": share, "pooled": share}
     call = {**forward, "layer": _COUNT, "density": share, "pooled": share}
     return {

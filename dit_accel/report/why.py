@@ -77,16 +77,16 @@ def why_not_faster(ran: RunCauses) -> list[str]:
     lost: dict[Cause, float] = defaultdict(float)
     computed, skipped = why_computed(ran.logs, ran.methods)
     usually, starts = {kind: timing.usual(kind) or 0.0 for kind in KINDS}, timing.starts
-    for place, one in enumerate(timing.forwards):
-        key = (one.transformer, one.step_index, one.branch)
-        usual = usually[one.kind]
+    for place, forward in enumerate(timing.forwards):
+        key = (forward.transformer, forward.step_index, forward.branch)
+        usual = usually[forward.kind]
         if place in starts:  # what loads, warms up or compiles takes its time once
-            lost[_STARTED] += max(0.0, one.seconds - usual)
-        taken = min(one.seconds, usual)  # what it took beyond that was its start, or other work on the machine
-        waited = taken * (timing.share("fetching", one.kind) or 0.0)
+            lost[_STARTED] += max(0.0, forward.seconds - usual)
+        taken = min(forward.seconds, usual)  # what it took beyond that was its start, or other work on the machine
+        waited = taken * (timing.share("fetching", forward.kind) or 0.0)
         lost[_WAITED] += waited
         taken -= waited
-        if one.kind == "extended" and timing.dense is not None:  # the further forward is no fault of the first
+        if forward.kind == "extended" and timing.dense is not None:  # the further forward is no fault of the first
             lost[_ADDED] += max(0.0, taken - timing.dense)
             taken = min(taken, timing.dense)
         if key in computed:
@@ -95,18 +95,18 @@ def why_not_faster(ran: RunCauses) -> list[str]:
             lost[
                 f"what {skipped[key]} computes of the steps that it skips", "a cache of whole steps computes less"
             ] += taken
-        elif one.kind == "reduced":
-            for cause, seconds in _of_reduced(one, key, taken, ran):
+        elif forward.kind == "reduced":
+            for cause, seconds in _of_reduced(forward, key, taken, ran):
                 lost[cause] += seconds
         else:
-            lost[_of_dense(one, key, ran)] += taken
-    lost[_BETWEEN] += sum(one.before for one in timing.forwards)
+            lost[_of_dense(forward, key, ran)] += taken
+    lost[_BETWEEN] += sum(forward.before for forward in timing.forwards)
     lost[_OUTSIDE] += timing.whole - timing.elapsed
-    found = sorted(((seconds / timing.whole, cause) for cause, seconds in lost.items()), reverse=True)
-    return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in found if share >= LEAST]
+    shares = sorted(((seconds / timing.whole, cause) for cause, seconds in lost.items()), reverse=True)
+    return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in shares if share >= LEAST]
 
 
-def _of_dense(one: TimedForward, key: Key, ran: RunCauses) -> Cause:
+def _of_dense(forward: TimedForward, key: Key, ran: RunCauses) -> Cause:
     """Find the cause for which a forward that no cache could skip was dense."""
     stayed = ran.stayed.get(key)
     if stayed:
@@ -117,8 +117,8 @@ def _of_dense(one: TimedForward, key: Key, ran: RunCauses) -> Cause:
             return "too few tokens for sparse attention to pay", ran.cache_or(f"lower {name}.min_tokens")
         first, last = (whole_steps(options.get(option) or 0, steps) for option in ("dense_steps", "dense_last_steps"))
         within = {
-            "dense_steps": one.step_index < first,
-            "dense_last_steps": one.step_index >= steps - last,
+            "dense_steps": forward.step_index < first,
+            "dense_last_steps": forward.step_index >= steps - last,
             "dense_above_sigma": options.get("dense_above_sigma") is not None,
         }
         for option in (option for option, acts in within.items() if acts):
@@ -130,14 +130,14 @@ def _of_dense(one: TimedForward, key: Key, ran: RunCauses) -> Cause:
     return what, "loosen the cache that is enabled in diffusers" if ran.cached else "add a step cache"
 
 
-def _of_reduced(one: TimedForward, key: Key, taken: float, ran: RunCauses) -> Iterator[tuple[Cause, float]]:
-    """Yield what kept a forward that some method shortened as long as it was, and the seconds of each cause."""
-    timing, lists = ran.timing, min(one.lists, taken)
+def _of_reduced(forward: TimedForward, key: Key, taken: float, ran: RunCauses) -> Iterator[tuple[Cause, float]]:
+    """Yield each cause of the time that a reduced forward still took, and its seconds."""
+    timing, lists = ran.timing, min(forward.lists, taken)
     yield _LISTS, lists
-    share = timing.share("attention", one.kind)
+    share = timing.share("attention", forward.kind)
     attention = taken - lists if share is None else max(0.0, share * taken - lists)
     if share is not None:
-        text = taken * (timing.share("text", one.kind) or 0.0)
+        text = taken * (timing.share("text", forward.kind) or 0.0)
         yield _TEXT, text
         yield _besides(timing), max(0.0, (1 - share) * taken - text)
     stayed = ran.stayed.get(key, {})
@@ -151,7 +151,7 @@ def _of_reduced(one: TimedForward, key: Key, taken: float, ran: RunCauses) -> It
             advice = f"lower {names[0]}.dense_layers = {ran.methods[names[0]]['dense_layers']}"
         what = "attention calls that stayed dense in forwards that were thinned out"
         yield (what, advice), left_dense * attention
-    if timing.dense and one.seconds > 0.9 * timing.dense:
+    if timing.dense and forward.seconds > 0.9 * timing.dense:
         what = "thinned-out attention in forwards that take as long as dense ones"
         longer = ran.cache_or("generate longer clips or larger pictures, where sparse attention pays")
         yield (what, longer), max(0.0, 1.0 - sum(stayed.values()) - left_dense) * attention

@@ -75,14 +75,14 @@ def heun(times: Sequence[float], skipped: Sequence[float], at: float, before: fl
     older = computed[-2]
     full = (anchor - np.eye(count)[older]) / (times[-1] - times[older])
     slope = (anchor - np.eye(count)[-2]) / (times[-1] - times[-2])
-    given, time = anchor, times[-1]
+    latest, time = anchor, times[-1]
     for index, moment in enumerate([*skipped, at], start=1):
         value = anchor + (moment - times[-1]) * (full + slope) / 2
         if index > DAMPED_AFTER:
             share = DAMPED_AFTER / index
             value = share * value + (1 - share) * anchor
-        slope, given, time = (value - given) / (moment - time), value, moment
-    return given.tolist()
+        slope, latest, time = (value - latest) / (moment - time), value, moment
+    return latest.tolist()
 
 
 def chebyshev(

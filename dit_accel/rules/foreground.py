@@ -97,7 +97,7 @@ def otsu(values: Tensor) -> Tensor:
     high = (sums[-1] - sums[:-1]) / (count - below)
     between = below * (count - below) * (high - low).square()
     at = between.argmax()
-    return torch.where(x[-1] > x[0], (x[at] + x[at + 1]) / 2, x[-1]).to(values.dtype)
+    return ((x[at] + x[at + 1]) / 2).to(values.dtype)
 
 
 def foreground(clean: Tensor) -> Tensor:

@@ -50,6 +50,6 @@ def normalized(
     """
     wide = positive if positive.element_size() > 4 else positive.float()
     guided = scale * wide - (scale - 1) * negative.to(wide.dtype)
-    given, length = summed(torch.stack([x.abs().sum(dim=-1, keepdim=True) for x in (wide, guided)]))
-    cut = (tau * given / length.clamp(min=torch.finfo(wide.dtype).tiny)).clamp(max=1)
+    norm, length = summed(torch.stack([x.abs().sum(dim=-1, keepdim=True) for x in (wide, guided)]))
+    cut = (tau * norm / length.clamp(min=torch.finfo(wide.dtype).tiny)).clamp(max=1)
     return wide + alpha * (guided * cut - wide)

@@ -48,10 +48,10 @@ class AnchorRule:
         """
         anchors = self.anchors(frames, self.stride(frames), offset)
         seen = np.repeat(anchors[None], frames, axis=0)
-        others = np.flatnonzero(~anchors)
-        distance = np.abs(others[None] - np.arange(frames)[:, None])
+        candidates = np.flatnonzero(~anchors)
+        distance = np.abs(candidates[None] - np.arange(frames)[:, None])
         nearest = np.argsort(distance, axis=1, kind="stable")[:, : 2 * self.window + 1]
-        seen[np.arange(frames)[:, None], others[nearest]] = True
+        seen[np.arange(frames)[:, None], candidates[nearest]] = True
         return seen
 
     def density(self, frames: int) -> float:

@@ -102,13 +102,13 @@ def kept_tiles(rule: RadialRule, frames: int, height: int, width: int) -> Bools:
     With ``boundary="published"`` rows and columns from floor(F * Y * X / B) on are all kept, as in the original.
     """
     pieces = cut(frames, height * width, rule.block_size)
-    kept = (_patches if rule.order == "tiles" else _raster)(rule, pieces, frames, height, width)
+    exact = (_patches if rule.order == "tiles" else _raster)(rule, pieces, frames, height, width)
     if rule.boundary == "published":
         tail = frames * height * width // rule.block_size
-        kept[tail:] = True
-        kept[:, tail:] = True
-    kept.flags.writeable = False
-    return kept
+        exact[tail:] = True
+        exact[:, tail:] = True
+    exact.flags.writeable = False
+    return exact
 
 
 def _raster(rule: RadialRule, pieces: Pieces, frames: int, height: int, width: int) -> Bools:
@@ -163,7 +163,7 @@ def _patches(rule: RadialRule, pieces: Pieces, frames: int, height: int, width: 
     centres = _centres(patch_walk(height, width, rule.block_size), width, pieces)
     pieces_of = [slice(*pieces.bounds[i : i + 2]) for i in range(frames)]
     tiles_of = [slice(tile[0], tile[-1] + 1) for tile in (pieces.tile[part] for part in pieces_of)]
-    kept = np.zeros((pieces.tile[-1] + 1,) * 2, np.bool_)
+    exact = np.zeros((pieces.tile[-1] + 1,) * 2, np.bool_)
     known: dict[tuple[int, int, int], Bools] = {}
     for i in range(frames):
         for j in range(i, frames):
@@ -173,11 +173,11 @@ def _patches(rule: RadialRule, pieces: Pieces, frames: int, height: int, width: 
             key = (phase[i], phase[j], int(reach))
             if key not in known:
                 known[key] = _nearest(pieces, pieces_of[i], pieces_of[j], centres, reach)
-            kept[tiles_of[i], tiles_of[j]] |= known[key]
-            kept[tiles_of[j], tiles_of[i]] |= known[key].T
+            exact[tiles_of[i], tiles_of[j]] |= known[key]
+            exact[tiles_of[j], tiles_of[i]] |= known[key].T
     if rule.sink:
-        kept[:, tiles_of[0]] = True
-    return kept
+        exact[:, tiles_of[0]] = True
+    return exact
 
 
 def _nearest(pieces: Pieces, rows: slice, columns: slice, centres: Floats, reach: np.int32) -> Bools:

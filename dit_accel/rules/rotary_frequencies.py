@@ -83,7 +83,7 @@ def check_kind(
 
 def edited(
     kind: str,
-    own: np.ndarray,
+    freqs: np.ndarray,
     *,
     trained: float,
     length: float,
@@ -91,54 +91,54 @@ def edited(
     turn: float | None = None,
     indices: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Return an axis's frequencies for a length, float64 of the shape of ``own``; ``own`` where it is no longer.
+    """Return an axis's frequencies for a length, float64 of the shape of ``freqs``; ``freqs`` where it is no longer.
 
     Args:
-        own: the model's frequencies, float64 [n], in any order; for ``pi`` and ``yarn`` of any shape and sign.
+        freqs: the model's frequencies, float64 [n], in any order; for ``pi`` and ``yarn`` of any shape and sign.
         period: of kind ``riflex``: change the frequency whose period is nearest to this; None: the `dominant` one.
         turn: of kinds ``riflex`` and ``ultraimage``: turns that a changed frequency makes over the length; None:
             `TURN`.
         indices: of kind ``ultraimage``: the frequencies that change, by place, fastest first; None: `corrections`.
     """
     check_kind(kind, period=period, turn=turn, indices=indices)
-    own = np.asarray(own, np.float64)
+    freqs = np.asarray(freqs, np.float64)
     s = length / trained
     if kind == "none" or s <= 1:
-        return own.copy()
+        return freqs.copy()
     if kind == "pi":
-        return own / s
+        return freqs / s
     if kind == "yarn":
-        turns = trained * np.abs(own) / (2 * np.pi)
-        kept = np.clip((turns - RAMP[0]) / (RAMP[1] - RAMP[0]), 0.0, 1.0)
-        return kept * own + (1 - kept) * own / s
-    if own.ndim != 1:
+        turns = trained * np.abs(freqs) / (2 * np.pi)
+        share = np.clip((turns - RAMP[0]) / (RAMP[1] - RAMP[0]), 0.0, 1.0)
+        return share * freqs + (1 - share) * freqs / s
+    if freqs.ndim != 1:
         raise ConfigError(
-            f"rotary frequencies of kind {kind!r} are of one axis [n], got a shape of {own.shape}; use 'pi' or 'yarn'"
+            f"rotary frequencies of kind {kind!r} are of one axis [n], got a shape of {freqs.shape}; use 'pi' or 'yarn'"
         )
     if kind == "ntk":
-        fastest, slowest = own.max(), own.min()
-        return own if fastest == slowest else own * s ** (-np.log(fastest / own) / np.log(fastest / slowest))
+        fastest, slowest = freqs.max(), freqs.min()
+        return freqs if fastest == slowest else freqs * s ** (-np.log(fastest / freqs) / np.log(fastest / slowest))
     if indices is not None:
-        places = _by_rank(own, indices)
+        places = _by_rank(freqs, indices)
     elif kind == "ultraimage":
-        places = corrections(own, trained, length)
+        places = corrections(freqs, trained, length)
     else:
-        places = (dominant(own, trained) if period is None else int(np.abs(2 * np.pi / own - period).argmin()),)
-    return _turning(own, places, length, TURN[kind] if turn is None else turn)
+        places = (dominant(freqs, trained) if period is None else int(np.abs(2 * np.pi / freqs - period).argmin()),)
+    return _turning(freqs, places, length, TURN[kind] if turn is None else turn)
 
 
-def _turning(own: np.ndarray, places: Sequence[int], length: float, turn: float) -> np.ndarray:
-    """Let frequencies make so many turns over a length; those that make no more already stay as they are."""
-    new = own.copy()
+def _turning(freqs: np.ndarray, places: Sequence[int], length: float, turn: float) -> np.ndarray:
+    """Slow the frequencies at some places to ``turn`` turns over a length; leave those below one turn."""
+    new = freqs.copy()
     for place in places:
-        if length > 2 * np.pi / own[place]:
-            new[place] = min(own[place], turn * 2 * np.pi / length)
+        if length > 2 * np.pi / freqs[place]:
+            new[place] = min(freqs[place], turn * 2 * np.pi / length)
     return new
 
 
-def dominant(own: np.ndarray, extent: float) -> int:
+def dominant(freqs: np.ndarray, extent: float) -> int:
     """Return the place of the frequency that makes an extent repeat: of the smallest period of `NEAR` x it and more."""
-    periods = 2 * np.pi / np.asarray(own, np.float64)
+    periods = 2 * np.pi / np.asarray(freqs, np.float64)
     fits = np.flatnonzero(periods >= NEAR * extent)
     if fits.size == 0:
         raise ConfigError(
@@ -148,24 +148,24 @@ def dominant(own: np.ndarray, extent: float) -> int:
     return int(fits[periods[fits].argmin()])
 
 
-def corrections(own: np.ndarray, trained: float, length: float) -> tuple[int, ...]:
+def corrections(freqs: np.ndarray, trained: float, length: float) -> tuple[int, ...]:
     """Return the places that UltraImage's recursion corrects, in its order: the dominant one, then those after it.
 
     The paper looks at a picture after each correction for the period that still repeats. Ours goes on to the next
     longer period while it fits twice into the length, which gives the published lists of FLUX.1 and Qwen-Image.
     """
-    periods = 2 * np.pi / np.asarray(own, np.float64)
+    periods = 2 * np.pi / np.asarray(freqs, np.float64)
     order = np.argsort(periods, kind="stable")
-    first = int(np.flatnonzero(order == dominant(own, trained))[0])
+    first = int(np.flatnonzero(order == dominant(freqs, trained))[0])
     later = [int(place) for place in order[first + 1 :] if 2 * periods[place] <= length]
     return int(order[first]), *later
 
 
-def _by_rank(own: np.ndarray, indices: Sequence[int]) -> tuple[int, ...]:
-    if max(indices) >= own.size:
+def _by_rank(freqs: np.ndarray, indices: Sequence[int]) -> tuple[int, ...]:
+    if max(indices) >= freqs.size:
         raise ConfigError(
-            f"the axis has {own.size} frequencies, 0 to {own.size - 1}, got indices={tuple(indices)!r}; stay in that "
-            "range"
+            f"the axis has {freqs.size} frequencies, 0 to {freqs.size - 1}, got indices={tuple(indices)!r}; stay in "
+            "that range"
         )
-    order = np.argsort(-own, kind="stable")
+    order = np.argsort(-freqs, kind="stable")
     return tuple(int(order[index]) for index in indices)

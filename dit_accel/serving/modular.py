@@ -47,8 +47,8 @@ class AttachMethods(ModularPipelineBlocks):
 
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         """Attach, if this call's setting is not attached already."""
-        given: Any = self.get_block_state(state)
-        wanted = read_setting(given.dit_accel or self.setting)
+        block_state: Any = self.get_block_state(state)
+        wanted = read_setting(block_state.dit_accel or self.setting)
         attached = attachment_of(components)
         if attached is not None and attached in _OURS:
             if _OURS[attached] == wanted:

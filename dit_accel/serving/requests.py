@@ -77,7 +77,7 @@ def answer(
         attachment = attachment_of(pipe)
         if attachment is None:
             return run()
-        drawn = [(one, one.get_state()) for one in generators]
+        drawn = [(generator, generator.get_state()) for generator in generators]
         try:
             result = run()
             _log(attachment, logger)
@@ -94,10 +94,10 @@ def answer(
             return run()
 
 
-def generators_of(found: Any) -> list[Any]:
+def generators_of(generators: Any) -> list[Any]:
     """List a request's generators, which are one, several or None."""
-    several = found if isinstance(found, list | tuple) else [found]
-    return [one for one in several if hasattr(one, "get_state")]
+    several = generators if isinstance(generators, list | tuple) else [generators]
+    return [generator for generator in several if hasattr(generator, "get_state")]
 
 
 def _log(attachment: Attachment, logger: logging.Logger) -> None:

@@ -32,21 +32,21 @@ def check_adapter(
     Raises:
         AssertionError: for the first check that fails; it names the transformer class and the check.
     """
-    named, given = set(adapter.transformers), {model.transformer.__name__ for model in models}
+    named, classes = set(adapter.transformers), {model.transformer.__name__ for model in models}
     require(
         bool(models),
         f"check_adapter({adapter.name!r}) was given no tiny model and would check nothing; give a TinyModel of each of "
         f"{', '.join(sorted(named))}",
     )
     require(
-        given <= named if only is not None else given == named,
+        classes <= named if only is not None else classes == named,
         f"adapter {adapter.name!r} names {', '.join(sorted(named))}, tiny models were given of "
-        f"{', '.join(sorted(given))}; give one or more of each class that it names, and of no other",
+        f"{', '.join(sorted(classes))}; give one or more of each class that it names, and of no other",
     )
     checks = {name: CHECKS[name] for name in (CHECKS if only is None else only)}
     verdicts: dict[str, dict[str, str]] = {}
     cases = [Case(adapter, model) for model in models]
-    if "places" in checks and given == named:
+    if "places" in checks and classes == named:
         require_patterns_match(adapter, cases)
     for number, (model, case) in enumerate(zip(models, cases, strict=True)):
         case.require_own_forward(f"{model.transformer.__name__} {number}")

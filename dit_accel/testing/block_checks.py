@@ -117,9 +117,9 @@ def _require_streams(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
         left = block.signature.read_result(result)
         for name, stream, version, after in zip(block.blocks.takes, streams, versions, left, strict=True):
             assert stream is not None
-            given = None if after is None else list(after.shape)
+            shape = None if after is None else list(after.shape)
             require(
-                given in (None, list(stream.shape)), f"{block.name} takes {name} {list(stream.shape)}, gives {given}"
+                shape in (None, list(stream.shape)), f"{block.name} takes {name} {list(stream.shape)}, gives {shape}"
             )
             require(stream._version == version, f"{block.name} changes {name} in place")
         assert streams[0] is not None
@@ -162,27 +162,27 @@ def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Bloc
     """
 
     def skip_all(shifted: int | None = None) -> dict[str, tuple[Tensor, ...]]:
-        given: dict[str, tuple[Tensor, ...]] = {}
+        taken: dict[str, tuple[Tensor, ...]] = {}
 
         def skip(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             streams = block.signature.read_call(args, kwargs)
-            given[block.name] = tuple(stream for stream in streams if stream is not None)
-            require(len(given[block.name]) == len(streams), f"{block.name} lacks a stream where all are skipped")
-            moved = [stream + (at == shifted) for at, stream in enumerate(given[block.name])]
+            taken[block.name] = tuple(stream for stream in streams if stream is not None)
+            require(len(taken[block.name]) == len(streams), f"{block.name} lacks a stream where all are skipped")
+            moved = [stream + (at == shifted) for at, stream in enumerate(taken[block.name])]
             return _handed_on(results, block, moved if shifted is not None else streams)
 
         with replaced(blocks, skip):
             out = case.run(inputs)
         require(bool(out.isfinite().all()), "with all blocks skipped the output is not finite")
-        return given
+        return taken
 
-    given = skip_all()
+    taken = skip_all()
     pairs = [(one, two) for one, two in itertools.pairwise(blocks) if one.blocks is two.blocks]
     for stream in range(max(len(block.blocks.takes) for block in blocks)):
         shifted = skip_all(stream)
         for one, two in pairs:
             if stream < len(one.blocks.takes):
-                name, old, new = one.blocks.takes[stream], given[one.name], given[two.name]
+                name, old, new = one.blocks.takes[stream], taken[one.name], taken[two.name]
                 require(old[stream].shape == new[stream].shape, f"{two.name} gets another {name} than {one.name} gave")
                 moved = [not torch.equal(a, b) for a, b in zip(new, shifted[two.name], strict=True)]
                 description = [at == stream for at in range(len(moved))]

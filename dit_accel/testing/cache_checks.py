@@ -47,11 +47,11 @@ def _check_held(case: Case, inputs: dict[str, Any]) -> None:
     """
     other = case.with_latents(inputs, case.latents(inputs) * 0.5)
     with attach(case.transformer, StaticCache(every=2, warmup_steps=0, last_steps=0)):
-        computed = [case.run(given, 0, branch) for branch, given in zip(BRANCHES, (inputs, other), strict=True)]
-        skipped = [case.run(given, 1, branch) for branch, given in zip(BRANCHES, (inputs, other), strict=True)]
-    for branch, one, two in zip(BRANCHES, computed, skipped, strict=True):
-        allowed = torch.finfo(one.dtype).eps * (case.latents(inputs).abs().max() + one.abs().max())
-        require(bool((two - one).abs().max() <= allowed), f"the {branch} branch's held output is not its last")
+        computed = [case.run(values, 0, branch) for branch, values in zip(BRANCHES, (inputs, other), strict=True)]
+        skipped = [case.run(values, 1, branch) for branch, values in zip(BRANCHES, (inputs, other), strict=True)]
+    for branch, output, held in zip(BRANCHES, computed, skipped, strict=True):
+        allowed = torch.finfo(output.dtype).eps * (case.latents(inputs).abs().max() + output.abs().max())
+        require(bool((held - output).abs().max() <= allowed), f"the {branch} branch's held output is not its last")
 
 
 def check_block_caches(case: Case) -> str | None:

@@ -62,10 +62,10 @@ def _require_negative_text(case: Case) -> None:
         return
     plain = case.run(inputs, transformer=wide)
     prompt, mask = inputs[where.text], inputs.get(getattr(where, "mask", None) or "encoder_attention_mask")
-    own = prompt if mask is None else prompt[:, mask[0].bool()]
-    with attach(wide, NAG(negative_embeds=own), backend="reference"):
+    text = prompt if mask is None else prompt[:, mask[0].bool()]
+    with attach(wide, NAG(negative_embeds=text), backend="reference"):
         require_same(case.run(inputs, transformer=wide), plain, "the prompt as its own negative text moves the output")
-    away = NAG(negative_embeds=own.flip(-1), scale=11.0, tau=2.0, alpha=0.7)
+    away = NAG(negative_embeds=text.flip(-1), scale=11.0, tau=2.0, alpha=0.7)
     with attach(wide, away, backend="reference"):
         moved = case.run(inputs, transformer=wide)
         require(torch.equal(case.run(inputs, branch="uncond", transformer=wide), plain), "a negative text moves uncond")
@@ -121,24 +121,24 @@ def _require_mixed(call: RecordedCall) -> None:
     valid = call.valid()
     if valid is not None:  # what padded queries see is not defined
         seen = valid.all(0)
-    made, low, truth = (part[:, :, seen] for part in (call.out, expected(call.q.dtype), expected(WIDE)))
-    require_within_rounding(made, low, truth, "a head is not mixed with V as it should be")
+    output, low, truth = (part[:, :, seen] for part in (call.out, expected(call.q.dtype), expected(WIDE)))
+    require_within_rounding(output, low, truth, "a head is not mixed with V as it should be")
 
 
 def _require_blocks(case: Case, inputs: Mapping[str, Any], plain: Tensor, layer: str) -> None:
     if case.adapter.blocks == ():
         return
-    found = [one for one in blocks_in(case) if not one.blocks.beside and layer.startswith(f"{one.name}.")]
+    blocks = [block for block in blocks_in(case) if not block.blocks.beside and layer.startswith(f"{block.name}.")]
     results: dict[str, Any] = {}
 
     def kept(block: Block, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         results[block.name] = run(*args, **kwargs)
         return results[block.name]
 
-    if not all(block.blocks.gives_streams_only for block in found):
-        with replaced(found, kept):
+    if not all(block.blocks.gives_streams_only for block in blocks):
+        with replaced(blocks, kept):
             case.run(inputs)
-    with replaced(found, partial(skipped, results)):
+    with replaced(blocks, partial(skipped, results)):
         without = case.run(inputs)
     guided, _ = _run(case, inputs, SLG(layers=f"L{LAYER}", scale=2.0, start=0.0, stop=1.0), forwards=2)
     expected = (plain.double() + 2.0 * (plain.double() - without.double())).to(plain.dtype)

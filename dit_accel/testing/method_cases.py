@@ -163,11 +163,11 @@ def _has_positions(case: Case) -> bool:
         return False
 
 
-def apart(one: MethodCase, other: MethodCase) -> bool:
+def apart(case: MethodCase, other: MethodCase) -> bool:
     """Tell whether two cases are of methods that can't be attached together."""
     parts = [
         frozenset[str]().union(*(handler_of(config).exclusive for config in configs_of(tried.active)))
-        for tried in (one, other)
+        for tried in (case, other)
     ]
     return bool(parts[0] & parts[1])
 

@@ -46,9 +46,9 @@ def check_pairs(case: Case) -> str | None:
         return "fewer than two methods with a case apply"
     wide = case.wide()
     for pair in pairs:
-        one, other = pair
-        require_neutral(case, configs_of(one.neutral, other.neutral))
-        methods, warm = configs_of(one.active, other.active), warm_of(*pair)
+        first, second = pair
+        require_neutral(case, configs_of(first.neutral, second.neutral))
+        methods, warm = configs_of(first.active, second.active), warm_of(*pair)
         require_together(case, methods, warm)
         require_rows_alone(case, methods, warm, "torch", wide)  # far faster than the specification
     return None

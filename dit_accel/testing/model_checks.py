@@ -133,7 +133,7 @@ def check_signal(case: Case) -> str | None:
     for make in filter(None, (case.adapter.signal, case.adapter.projected_signal)):
         with torch.no_grad():
             signal = make(case.transformer, inputs)
-        same = any(isinstance(one, Tensor) and one.shape == signal.shape and torch.equal(one, signal) for one in seen)
+        same = any(isinstance(x, Tensor) and x.shape == signal.shape and torch.equal(x, signal) for x in seen)
         require(same, f"the signal {list(signal.shape)} is nothing that the forward makes")
     return None
 

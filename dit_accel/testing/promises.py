@@ -75,10 +75,10 @@ def check_planned(case: Case, tried: MethodCase) -> str | None:
     require(torch.equal(first, again), f"{tried.config.name}: a run differs after a forward of another batch")
     reached = [step.sparse_layers for step in report.steps]
     require(reached == [layers] * (tried.warm + 1), f"the steps reached {reached} layers, not {layers} each")
-    density, found = report.sparse_density, "leaves tiles out; its case says no"
+    density, problem = report.sparse_density, "leaves tiles out; its case says no"
     if tried.thins:
-        found = "keeps every tile; give the tiny model more tokens"
-    require(density is not None and (density < 1) == tried.thins, f"{tried.config.name} {found}")
+        problem = "keeps every tile; give the tiny model more tokens"
+    require(density is not None and (density < 1) == tried.thins, f"{tried.config.name} {problem}")
     for call in planned:
         require(call.q.shape[2] == call.k.shape[2], "a call is not self-attention")
         require_text_exact(call)
@@ -267,7 +267,7 @@ def _gradients(case: Case, step: int) -> dict[str, Tensor]:
     trained = case.with_latents(inputs, case.latents(inputs).requires_grad_())
     out = case.run(trained, step, differentiate=True)
     gradients = torch.autograd.grad(out.float().square().mean(), [*weights.values()], allow_unused=True)
-    return {name: one for name, one in zip(weights, gradients, strict=True) if one is not None}
+    return {name: gradient for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
 
 
 def check_memory(case: Case, tried: MethodCase) -> str | None:
@@ -286,7 +286,7 @@ def check_toml(case: Case, tried: MethodCase) -> None:
     for settings in (tried.neutral, tried.active):
         configs = configs_of(settings)
         back = from_toml(to_toml(configs))
-        same = [one.to_dict() for one in back] == [one.to_dict() for one in configs]
+        same = [config.to_dict() for config in back] == [config.to_dict() for config in configs]
         require(same, f"{settings} came back from TOML as {back}")
 
 
@@ -294,16 +294,16 @@ def check_refusals(case: Case, tried: MethodCase) -> str | None:
     """A bad option is refused by one sentence that names the method, the option and the value."""
     for options, *words in tried.bad:
         try:
-            made = type(tried.config)(**options)
+            config = type(tried.config)(**options)
         except ConfigError as error:
             text, (name, value) = str(error), list(options.items())[-1]
             lacking = [word for word in (tried.config.name, name, *words) if word not in text]
             spelled = [value, *([list(value), *value] if isinstance(value, tuple) else [])]
-            if not words and not any(f"got {one!r}" in text or f"{name} = {one!r}" in text for one in spelled):
+            if not words and not any(f"got {form!r}" in text or f"{name} = {form!r}" in text for form in spelled):
                 lacking.append(repr(value))
             require(not lacking, f"the refusal of {options} does not say {', '.join(lacking)}: {text}")
         else:
-            raise AssertionError(f"{options} was taken: {made}")
+            raise AssertionError(f"{options} was taken: {config}")
     return None if tried.bad else "its case names no bad options"
 
 
@@ -321,10 +321,10 @@ def require_together(case: Case, methods: tuple[MethodConfig, ...], warm: int) -
         changed = case.run_after(warm, inputs)
     require(not torch.equal(changed, plain), f"{methods} change nothing")
     require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
-    own = [call for call in calls if call.context.beside is None]
-    for call in own:
+    planned = [call for call in calls if call.context.beside is None]
+    for call in planned:
         require_text_exact(call)
-    require_as_planned(own)
+    require_as_planned(planned)
     with attach(case.transformer, *reversed(methods), preset="none"):
         again = case.run_after(warm, inputs)
     require(torch.equal(again, changed), f"{methods} attached in the other order give another output")

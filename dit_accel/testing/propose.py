@@ -52,8 +52,8 @@ class Proposal:
             options = ", ".join(f"{name}={value!r}" for name, value in adapter.grid.keywords.items())
             lines += [f"grid=partial(latents_grid, {options}),"]
         if adapter.blocks is not None:
-            named = [f"pattern={one.pattern!r}, takes={one.takes!r}, gives={one.gives!r}" for one in adapter.blocks]
-            lines += [f"blocks=({' '.join(f'BlockList({one}),' for one in named)}),"]
+            named = [f"pattern={spec.pattern!r}, takes={spec.takes!r}, gives={spec.gives!r}" for spec in adapter.blocks]
+            lines += [f"blocks=({' '.join(f'BlockList({text}),' for text in named)}),"]
         if self.rope_of is not None:
             lines += [f"rope=adapters()[{self.rope_of!r}].rope,  # from dit_accel.adapters.installed"]
         alone = [f"# left_alone={self.left_alone!r}"] if self.left_alone else []
@@ -113,10 +113,10 @@ class _Run:
 
     def shapes(self) -> dict[str, set[tuple[int, int]]]:
         """Return the shapes of the calls by the pattern of their modules, ``*`` for each number."""
-        found: dict[str, set[tuple[int, int]]] = {}
+        shapes: dict[str, set[tuple[int, int]]] = {}
         for name, calls in self.calls.items():
-            found.setdefault(_pattern(name), set()).update(calls)
-        return found
+            shapes.setdefault(_pattern(name), set()).update(calls)
+        return shapes
 
 
 def _pattern(name: str) -> str:
@@ -139,8 +139,8 @@ def _run(transformer: Any, inputs: Mapping[str, Any]) -> _Run:
         return plain(query, key, *args, **kwargs)
 
     def note(module: nn.Module, args: Any, kwargs: Any, result: Any, name: str) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        run.blocks.setdefault(name, (given, result if isinstance(result, tuple) else (result,)))
+        inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        run.blocks.setdefault(name, (inputs, result if isinstance(result, tuple) else (result,)))
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for name, module in transformer.named_modules():
@@ -189,8 +189,8 @@ def _with_blocks(adapter: Adapter, transformer: Any, run: _Run) -> Adapter:
                 block_signature(listed, type(module))
         return adapter
     lists = [_streams(pattern[: pattern.rfind("*") + 1], run) for pattern in adapter.self_attention]
-    found = tuple(one for one in lists if one is not None)
-    return replace(adapter, blocks=found) if found and len(found) == len(lists) else adapter
+    blocks = tuple(entry for entry in lists if entry is not None)
+    return replace(adapter, blocks=blocks) if blocks and len(blocks) == len(lists) else adapter
 
 
 def _like_rope(adapter: Adapter, model: TinyModel) -> str | None:
@@ -211,9 +211,9 @@ def _streams(pattern: str, run: _Run) -> BlockList | None:
     calls = [call for name, call in run.blocks.items() if _pattern(name) == pattern]
     if len(calls) < 2:
         return None
-    (_, given), (taken, _) = calls[:2]
+    (_, outs), (taken, _) = calls[:2]
     takes = tuple(
-        name for name, value in taken.items() if isinstance(value, Tensor) and any(value is one for one in given)
+        name for name, value in taken.items() if isinstance(value, Tensor) and any(value is out for out in outs)
     )
-    gives = tuple(next((i for i, name in enumerate(takes) if taken[name] is one), None) for one in given)
+    gives = tuple(next((i for i, name in enumerate(takes) if taken[name] is out), None) for out in outs)
     return BlockList(pattern=pattern, takes=takes, gives=gives) if takes else None

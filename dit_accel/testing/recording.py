@@ -175,15 +175,15 @@ def require_as_planned(calls: Sequence[RecordedCall]) -> None:
 def _require_selected(call: RecordedCall, exact: Tensor) -> None:
     """Every tile was left exact, or not, as the reference does in float64 or, where rounding decides, in q's dtype."""
     tiles = tiles_of(call.plan, call.k.shape[2])
-    made = unpack_bits(exact, tiles.key_tiles)
-    agrees = torch.zeros_like(made)
+    selected = unpack_bits(exact, tiles.key_tiles)
+    agrees = torch.zeros_like(selected)
     for dtype in (WIDE, call.q.dtype):
         q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
         _, bits, *_ = block_sparse_attention_eager(
             q, k, v, tiles, layout="bhsd", scale=call.scale, key_mask=call.valid(), token_order=call.plan.token_order,
             selection=call.plan.selection, return_tiles=True, backend="reference",
         )  # fmt: skip
-        agrees |= made == unpack_bits(bits, tiles.key_tiles)
+        agrees |= selected == unpack_bits(bits, tiles.key_tiles)
         if bool(agrees.all()):
             return
-    raise AssertionError(f"{int((~agrees).sum())} of {made.numel()} tiles were not selected as the plan says")
+    raise AssertionError(f"{int((~agrees).sum())} of {selected.numel()} tiles were not selected as the plan says")

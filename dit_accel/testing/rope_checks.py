@@ -50,9 +50,9 @@ def check_rope(case: Case) -> str | None:
         shared = sum(channels.int() for channels in moved.values())
         require(bool((torch.as_tensor(shared) <= 1).all()), "two axes move the same channels")
     names = [axis.name for axis in visual]
-    with samples.changed(dict.fromkeys(names, lambda own: own)):
+    with samples.changed(dict.fromkeys(names, lambda freqs: freqs)):
         require(torch.equal(case.run(samples.inputs), output), "the model's own frequencies change its output")
-    with samples.changed(dict.fromkeys(names, lambda own: own / 2)):
+    with samples.changed(dict.fromkeys(names, lambda freqs: freqs / 2)):
         other = case.run(samples.inputs)
         require(bool(other.isfinite().all()) and not torch.equal(other, output), "other frequencies change no output")
         require(_snapshot(transformer, rope) == untouched, "a class or a module was changed")
@@ -65,9 +65,9 @@ def _check_axis(case: Case, samples: "_Samples", axis: Axis, plain: list[Tensor]
     """Check one axis; return which channels it moves, bool [channels]."""
     seen: list[Tensor] = []
 
-    def same(own: Tensor) -> Tensor:
-        seen.append(own)
-        return own
+    def same(freqs: Tensor) -> Tensor:
+        seen.append(freqs)
+        return freqs
 
     with samples.changed({axis.name: same}):
         for now, before in zip(samples.take(), plain, strict=True):
@@ -80,9 +80,9 @@ def _check_axis(case: Case, samples: "_Samples", axis: Axis, plain: list[Tensor]
             f"{axis.name}: the model has the frequencies {seen[0][:4].tolist()} ..., the adapter's axis says "
             f"{formula[:4].tolist()} ...",
         )
-    with samples.changed({axis.name: lambda own: own / 2}):
+    with samples.changed({axis.name: lambda freqs: freqs / 2}):
         half = samples.take()
-    with samples.changed({axis.name: lambda own: own * 0}):
+    with samples.changed({axis.name: lambda freqs: freqs * 0}):
         none = samples.take()
     moved, visual = None, 0
     for z, z_half, z_none in zip(plain, half, none, strict=True):

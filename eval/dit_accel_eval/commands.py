@@ -189,11 +189,11 @@ def list_metrics(json: Json = False) -> None:
     known = metrics().values()
     if json:
         keys = ("name", "words", "better", "bounds", "reference", "source")
-        return print_json([{key: getattr(one, key) for key in keys} | {"missing": one.missing()} for one in known])
+        return print_json([{key: getattr(item, key) for key in keys} | {"missing": item.missing()} for item in known])
     table = plain_table("metric", "what it is", "better", "against", "here")
-    for one in known:
-        against = "a reference" if one.reference else "nothing"
-        table.add_row(*map(escape, (one.name, one.words, one.better, against, one.missing() or "yes")))
+    for item in known:
+        against = "a reference" if item.reference else "nothing"
+        table.add_row(*map(escape, (item.name, item.words, item.better, against, item.missing() or "yes")))
     OUT.print(table)
 
 
@@ -242,12 +242,12 @@ def set_up_weights(
     from .metrics.weights import folder as weights_folder
     from .metrics.weights import set_up
 
-    found = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
-    failed = {net: reason for net, reason in found.items() if reason is not None}
+    reasons = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
+    failed = {net: reason for net, reason in reasons.items() if reason is not None}
     if json:
-        print_json({"folder": str(weights_folder()), "networks": found})
+        print_json({"folder": str(weights_folder()), "networks": reasons})
     else:
-        there = ", ".join(net for net in found if net not in failed)
+        there = ", ".join(net for net in reasons if net not in failed)
         OUT.print(f"{weights_folder()} holds {there or 'nothing'}", markup=False, soft_wrap=True)
     for net, reason in failed.items():
         print_error(f"no weights of {net}: {reason}")
@@ -264,14 +264,14 @@ def _fetch_clip(names: list[str], json: bool) -> None:
     if reason is not None:
         raise ConfigError(reason)
     models = [weighted(name) for name in names]
-    failed = {str(one): fetch_model(one) for one in models}
+    failed = {str(model): fetch_model(model) for model in models}
     if json:
-        print_json({str(one): {"path": str(one.path() or ""), "missing": failed[str(one)]} for one in models})
-    for one in models if not json else ():
-        if failed[str(one)] is None:
-            OUT.print(f"{one} is at {one.path()}", markup=False, soft_wrap=True)
-        if (lack := no_head(one)) is not None:
-            OUT.print(f"for aesthetic@open_clip:{one}, {lack}", markup=False, soft_wrap=True)
+        print_json({str(model): {"path": str(model.path() or ""), "missing": failed[str(model)]} for model in models})
+    for model in models if not json else ():
+        if failed[str(model)] is None:
+            OUT.print(f"{model} is at {model.path()}", markup=False, soft_wrap=True)
+        if (lack := no_head(model)) is not None:
+            OUT.print(f"for aesthetic@open_clip:{model}, {lack}", markup=False, soft_wrap=True)
     for reason in filter(None, failed.values()):
         print_error(reason)
     if any(failed.values()):

@@ -102,11 +102,11 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     lines, first = _check_output(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
-    others = {line.arm for line in result_lines(lines) if not line.is_rival} - names
-    if others:  # what is judged together is named before it runs
-        found, named = (", ".join(sorted(one)) for one in (others, names))
-        raise ConfigError(f"{lines} holds results of {found}, which is none of {named}; name all settings in one call, "
-                          "or another file with --output")  # fmt: skip
+    extra = {line.arm for line in result_lines(lines) if not line.is_rival} - names
+    if extra:  # what is judged together is named before it runs
+        listed, named = (", ".join(sorted(group)) for group in (extra, names))
+        raise ConfigError(f"{lines} holds results of {listed}, which is none of {named}; name all settings in one "
+                          "call, or another file with --output")  # fmt: skip
     if options.frames and suite.call.get("num_frames", 1) != 1:
         check_encoder("the page's clips need", "leave them out with --no-frames")
     job = Job(
@@ -184,20 +184,20 @@ def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suit
     model, embedded = options.model or EMBEDDED, embedded_name(options.model)
     read_model_files(model_source(model))  # first of all, so that a misspelt name is refused as such
     listed = _prompts(options, settings, model)
-    own = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
-    given = {name: value for name, value in shared.fields_of(Request, options).items()
+    clips = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
+    values = {name: value for name, value in shared.fields_of(Request, options).items()
              if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
     settled = resolve(tuning_request(
-        prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
+        prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **values
     ))  # fmt: skip
     for text in (*settled.notes, *settled.warnings):
         note(text)
     request, steps = settled.request, settled.request.num_inference_steps or 0
-    arms = [_arm(one, request) for one in (*_presets(options, request), *settings)]
+    arms = [_arm(setting, request) for setting in (*_presets(options, request), *settings)]
     reference = {"reference_steps": steps, "reference_solver": options.solver or OWN}
     return Suite(
-        name=options.output.stem, model=model, clips=len(own) if own else options.clips or CLIPS, own=own,
-        first_clip=0 if own else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
+        name=options.output.stem, model=model, clips=len(clips) if clips else options.clips or CLIPS, own=clips,
+        first_clip=0 if clips else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
         metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
         dtype=None if embedded else cast("Any", request.dtype), **(reference if options.reference == "own" else {}),
     )  # fmt: skip
@@ -220,7 +220,7 @@ def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
     from dit_accel.methods.base import Model as OfModel
     from dit_accel.methods.presets import preset_methods
 
-    found, (adapter, family) = list[NamedSetting](), read_model_files(request.source).identify()
+    settings, (adapter, family) = list[NamedSetting](), read_model_files(request.source).identify()
     for level in options.preset or ():
         model = OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
         preset = preset_methods(level, model)
@@ -228,27 +228,27 @@ def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
             raise ConfigError(f"{preset.words()}; leave it out")
         if not options.quiet:
             note(preset.words())
-        found.append(NamedSetting(name=level, methods=preset.configs, run={}))
-    return found
+        settings.append(NamedSetting(name=level, methods=preset.configs, run={}))
+    return settings
 
 
-def _arm(one: NamedSetting, request: "Request") -> dict[str, Any]:
+def _arm(setting: NamedSetting, request: "Request") -> dict[str, Any]:
     """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
     from dit_accel_pipelines.generation.negative import with_negative
 
     from .runs.model import OWN
     from .suites.job import SCALES
 
-    run = {"num_inference_steps": request.num_inference_steps, "solver": OWN, **one.run}
+    run = {"num_inference_steps": request.num_inference_steps, "solver": OWN, **setting.run}
     if request.solver is not None:
         run = {**run, "solver": request.solver, "flow_shift": None}
     scale = run.pop("guidance_scale", None)
     if scale is not None:
         call = _call(dataclasses.replace(request, guidance_scale=scale))
         run["call"] = {key: value for key, value in call.items() if key in SCALES}
-    methods = (with_negative(method, request.negative_prompt) for method in one.methods)
+    methods = (with_negative(method, request.negative_prompt) for method in setting.methods)
     tables = {method.name: method.to_dict() for method in methods}
-    return {"name": one.name, **{key: value for key, value in run.items() if value is not None}, **tables}
+    return {"name": setting.name, **{key: value for key, value in run.items() if value is not None}, **tables}
 
 
 def _say_rules(suite: "Suite", clips: int) -> None:
@@ -279,7 +279,7 @@ def arms_table(report: "SuiteReport") -> "Table":
         lead, steps = arm.ahead.get(main), arm.means[main]
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
-        cells += [f"{arm.metrics[one]:.{decimals_of(one)}f}" if one in arm.metrics else "" for one in further]
+        cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
         stands = (f"{lead:+}", lead.verdict) if lead else ("", NOTHING * arm.saved_nothing)
         rows.append((-lead.mean if lead else 0.0, [*cells, *stands]))
     for _, cells in sorted(rows, key=lambda row: row[0]):

@@ -77,13 +77,13 @@ def clip_mean(values: Sequence[float]) -> ClipMean:
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")
     data = np.asarray(values, dtype=np.float64)
-    found = ClipMean(mean=float(data.mean()), median=float(np.median(data)), count=len(data))
-    if found.count < FEWEST:
-        return found
+    result = ClipMean(mean=float(data.mean()), median=float(np.median(data)), count=len(data))
+    if result.count < FEWEST:
+        return result
     error, skew = _error(data)
-    reach = float(stdtrit(found.count - 1, (1 + LEVEL) / 2))
+    reach = float(stdtrit(result.count - 1, (1 + LEVEL) / 2))
     ends = [*_shortened(np.array([reach, -reach]), skew), reach, -reach]
-    return replace(found, low=found.mean - error * max(ends), high=found.mean - error * min(ends))
+    return replace(result, low=result.mean - error * max(ends), high=result.mean - error * min(ends))
 
 
 def p_value(differences: Sequence[float], margin: float = 0.0) -> float:
@@ -122,30 +122,30 @@ def judge(differences: Mapping[Key, Sequence[float]], margins: Mapping[Key, floa
 
     What is 0 as tables print it is 0: a cache that skips nothing differs from dense by rounding alone.
     """
-    found = {key: clip_mean(values) for key, values in differences.items() if len(values)}
-    least = {key: (margins or {}).get(key, 0.0) for key in found}
-    p = {key: p_value(differences[key], least[key]) for key, one in found.items() if one.count >= FEWEST}
+    means = {key: clip_mean(values) for key, values in differences.items() if len(values)}
+    least = {key: (margins or {}).get(key, 0.0) for key in means}
+    p = {key: p_value(differences[key], least[key]) for key, value in means.items() if value.count >= FEWEST}
     corrected = holm(p)
     return {
         key: Judged(
-            **asdict(one), margin=least[key], p=p.get(key), p_holm=corrected.get(key), together=len(p),
-            verdict=_verdict(one, least[key], corrected.get(key)),
+            **asdict(value), margin=least[key], p=p.get(key), p_holm=corrected.get(key), together=len(p),
+            verdict=_verdict(value, least[key], corrected.get(key)),
         )
-        for key, one in found.items()
+        for key, value in means.items()
     }  # fmt: skip
 
 
-def _verdict(one: ClipMean, margin: float, p: float | None) -> str:
-    if p is None or one.low is None or one.high is None:
+def _verdict(value: ClipMean, margin: float, p: float | None) -> str:
+    if p is None or value.low is None or value.high is None:
         return TOO_FEW
-    if p >= WRONG or round(one.low - margin, 2) <= 0 <= round(one.high - margin, 2):
+    if p >= WRONG or round(value.low - margin, 2) <= 0 <= round(value.high - margin, 2):
         return "open"
-    return "ahead" if one.mean > margin else "behind"
+    return "ahead" if value.mean > margin else "behind"
 
 
-def reach_words(found: Iterable[ClipMean], unit: str) -> str:
+def reach_words(means: Iterable[ClipMean], unit: str) -> str:
     """Return in words how wide the intervals of differences are, "" where there are none or no value differs."""
-    reaches = [(one.high - one.low) / 2 for one in found if one.low is not None and one.high is not None]
+    reaches = [(value.high - value.low) / 2 for value in means if value.low is not None and value.high is not None]
     most = round(max(reaches, default=0.0))
     return f"95 % intervals of up to ±{most} {unit}" if most else ""
 
@@ -158,7 +158,7 @@ def p_words(p: float | None) -> str:
 def holm(values: Mapping[Key, float]) -> dict[Key, float]:
     """Return p-values corrected for their number by Holm's step-down rule (1979), each at most 1."""
     corrected, most = {}, 0.0
-    for place, key in enumerate(sorted(values, key=lambda one: values[one])):
+    for place, key in enumerate(sorted(values, key=lambda key: values[key])):
         most = max(most, min(1.0, (len(values) - place) * values[key]))
         corrected[key] = most
     return {key: corrected[key] for key in values}
@@ -166,8 +166,8 @@ def holm(values: Mapping[Key, float]) -> dict[Key, float]:
 
 def frontier(points: Iterable[Key], place: Callable[[Key], tuple[float, float]]) -> list[Key]:
     """Return the points that none surpasses at as little cost, cheapest first, by a function of cost and worth."""
-    found: list[Key] = []
-    for point in sorted(points, key=lambda one: (place(one)[0], -place(one)[1])):
-        if not found or place(point)[1] > place(found[-1])[1]:
-            found.append(point)
-    return found
+    best: list[Key] = []
+    for point in sorted(points, key=lambda point: (place(point)[0], -place(point)[1])):
+        if not best or place(point)[1] > place(best[-1])[1]:
+            best.append(point)
+    return best

@@ -59,8 +59,8 @@ def cells(line: Line) -> tuple[str, ...]:
     return (
         *first, f"{line['density']:.3f}", "{median:.3g} [{low:.3g}, {high:.3g}]".format(**line["seconds"]),
         "" if dense else "{median:.2f} [{low:.2f}, {high:.2f}]".format(**line["ratio"]),
-        *("" if one is None else f"{one:.2f}" for one in predicted),
-        *("" if dense else f"{one:.2f}" for one in (line["block_ratio"], run_ratio(line))),
+        *("" if value is None else f"{value:.2f}" for value in predicted),
+        *("" if dense else f"{value:.2f}" for value in (line["block_ratio"], run_ratio(line))),
     )  # fmt: skip
 
 

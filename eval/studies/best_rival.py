@@ -39,8 +39,8 @@ FIRST, KEPT = 4, 3
 
 def grid(solvers: Sequence[str], shifts: Sequence[float], steps: Sequence[int], own: float | None) -> tuple[Arm, ...]:
     """Return the dense runs that are tried, at shifts besides the model's own, which is left out of the others."""
-    others = [None, *(shift for shift in shifts if shift != own)]
-    return tuple(_arm(solver, shift, count) for solver in solvers for shift in others for count in steps)
+    tried = [None, *(shift for shift in shifts if shift != own)]
+    return tuple(_arm(solver, shift, count) for solver in solvers for shift in tried for count in steps)
 
 
 def _arm(solver: str, shift: float | None, count: int) -> Arm:
@@ -58,11 +58,11 @@ def means(suite: Suite, lines: Sequence[Line], clips: int) -> dict[str, float]:
 
 def finalists(suite: Suite, lines: Sequence[Line]) -> tuple[Arm, ...]:
     """Return the arms that go on to all choosing clips: of each number of steps the best of the first, and UniPC's."""
-    found = means(suite, lines, min(FIRST, suite.clips))
-    ranked = sorted((arm for arm in suite.arms if arm.name in found), key=lambda arm: -found[arm.name])
+    psnrs = means(suite, lines, min(FIRST, suite.clips))
+    ranked = sorted((arm for arm in suite.arms if arm.name in psnrs), key=lambda arm: -psnrs[arm.name])
     counts = sorted({arm.num_inference_steps for arm in suite.arms})
-    own = [[arm for arm in ranked if arm.num_inference_steps == count] for count in counts]
-    return tuple(arm for arms in own for at, arm in enumerate(arms) if at < KEPT or arm.is_dense)
+    by_count = [[arm for arm in ranked if arm.num_inference_steps == count] for count in counts]
+    return tuple(arm for arms in by_count for at, arm in enumerate(arms) if at < KEPT or arm.is_dense)
 
 
 def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
@@ -71,19 +71,19 @@ def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
     ``tried`` has that of every arm, over the first clips alone where it went no further.
     """
     whole = means(suite, lines, suite.clips)
-    found = means(suite, lines, min(FIRST, suite.clips)) | whole
+    psnrs = means(suite, lines, min(FIRST, suite.clips)) | whole
     data = {"version": VERSION, "model": suite.model, "first_clip": suite.first_clip, "clips": suite.clips}
     data |= {"reference_steps": suite.reference_steps} if suite.reference_steps else {}
     rungs = []
     for count in sorted({arm.num_inference_steps for arm in suite.arms}):
-        own = [arm for arm in suite.arms if arm.num_inference_steps == count]
-        ran = [arm for arm in own if arm.name in whole]
+        arms = [arm for arm in suite.arms if arm.num_inference_steps == count]
+        ran = [arm for arm in arms if arm.name in whole]
         if not ran:
             raise ConfigError(f"no run of {count} steps is on every clip yet; run the study to its end")
         best = max(ran, key=lambda arm: whole[arm.name])
         shift = {} if best.flow_shift is None else {"flow_shift": best.flow_shift}
         tried = {
-            setting_words(arm.solver, arm.flow_shift): round(found[arm.name], 2) for arm in own if arm.name in found
+            setting_words(arm.solver, arm.flow_shift): round(psnrs[arm.name], 2) for arm in arms if arm.name in psnrs
         }
         rung = {"num_inference_steps": count, "solver": best.solver, **shift, "psnr": round(whole[best.name], 2)}
         rungs.append({**rung, "tried": tried})
@@ -94,7 +94,7 @@ def again(ladder: Ladder) -> tuple[Arm, ...]:
     """Return what is tried again of a ladder: of each number of steps the best of what was tried."""
     arms = []
     for rung in ladder.rungs:
-        for words in sorted(rung.tried, key=lambda one: -rung.tried[one])[:KEPT]:
+        for words in sorted(rung.tried, key=lambda words: -rung.tried[words])[:KEPT]:
             solver, _, shift = words.partition(" shift ")
             arms.append(_arm(solver, float(shift) if shift else None, rung.num_inference_steps))
     return tuple(arms)
@@ -102,12 +102,12 @@ def again(ladder: Ladder) -> tuple[Arm, ...]:
 
 def confirmed(path: Path, suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
     """Return the data of a ladder's file with the mean PSNR of what a suite of `again` ran on its clips."""
-    data, found = tomllib.loads(path.read_text(encoding="utf-8")), means(suite, lines, suite.clips)
+    data, psnrs = tomllib.loads(path.read_text(encoding="utf-8")), means(suite, lines, suite.clips)
     data["confirmed_on"] = [suite.first_clip, suite.first_clip + suite.clips - 1]
     rungs = data.pop("rung")
     for rung in rungs:
         rung["confirming"] = {
-            setting_words(arm.solver, arm.flow_shift): round(found[arm.name], 2)
+            setting_words(arm.solver, arm.flow_shift): round(psnrs[arm.name], 2)
             for arm in suite.arms if arm.num_inference_steps == rung["num_inference_steps"]
         }  # fmt: skip
     return {**data, "rung": rungs}

@@ -67,9 +67,9 @@ def shown_prompt(name: str) -> str:
     """Return the prompt of the choosing clip on which the preset's cache had the upper median of its PSNRs."""
     cache = PRESETS[LEVEL][0].config.to_dict()
     kind = f"line, {cache['max_consecutive']:g} after {cache['warmup_steps']:g}, last {cache['last_steps']}"
-    own = kind, DENSE.num_inference_steps, name
+    key = kind, DENSE.num_inference_steps, name
     every = read_lines(RESULTS / f"preset-levels-choose-{name}.jsonl")
-    lines = [line for line in every if (line["setting"], line["steps"], line["model"]) == own]
+    lines = [line for line in every if (line["setting"], line["steps"], line["model"]) == key]
     middle = sorted(lines, key=lambda line: line["psnr"])[len(lines) // 2]["clip"]
     return held_out_prompts(name, middle + 1)[middle]
 
@@ -97,9 +97,9 @@ def _write(out: Path, model: EmbeddedModel, outcomes: Sequence[Outcome]) -> None
     _, fewer, ours = outcomes
     seed = middle_seed(ours, fewer)
     shown = []
-    for one in outcomes:
-        figures = f"{one.runs[seed].seconds:.1f} s" + (f", {one.psnr[seed]:.1f} dB" if one.psnr else "")
-        shown.append((f"{one.name}, {one.arm.num_inference_steps} steps\n{figures}", one.runs[seed].frames))
+    for outcome in outcomes:
+        figures = f"{outcome.runs[seed].seconds:.1f} s" + (f", {outcome.psnr[seed]:.1f} dB" if outcome.psnr else "")
+        shown.append((f"{outcome.name}, {outcome.arm.num_inference_steps} steps\n{figures}", outcome.runs[seed].frames))
     frames = side_by_side(shown, outcomes[0].runs[seed].frames)
     for name, pictures in (("comparison.mp4", frames), ("comparison.gif", frames // SHADES * SHADES)):
         with written_whole(out / name) as path:
@@ -112,7 +112,7 @@ def _write(out: Path, model: EmbeddedModel, outcomes: Sequence[Outcome]) -> None
 
 def middle_seed(ours: Outcome, fewer: Outcome) -> int:
     """Return the seed whose lead over fewer steps is the median one, of two alike the smaller lead."""
-    leads = [own - rival for own, rival in zip(ours.psnr, fewer.psnr, strict=True)]
+    leads = [psnr - rival for psnr, rival in zip(ours.psnr, fewer.psnr, strict=True)]
     return sorted(range(len(leads)), key=lambda seed: leads[seed])[(len(leads) - 1) // 2]
 
 
@@ -137,7 +137,7 @@ def compare(model: EmbeddedModel, seeds: int) -> list[Outcome]:
     fewers = [_run(model, fewer, seed) for seed in range(seeds)]
     whole = Outcome(name="dense", arm=DENSE, runs=dense, psnr=(), work=(float(DENSE.num_inference_steps),) * seeds)
     rest = (("fewer steps", fewer, fewers), (preset.name, preset, ours))
-    return [whole, *(_outcome(*one, dense, model) for one in rest)]
+    return [whole, *(_outcome(*entry, dense, model) for entry in rest)]
 
 
 def side_by_side(shown: Sequence[tuple[str, Clip]], reference: Clip) -> Frames:
@@ -174,14 +174,14 @@ def _outcome(name: str, arm: Arm, runs: Sequence[ModelRun], dense: Sequence[Mode
 
 def _data(model: EmbeddedModel, outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     arms = [
-        {"arm": one.name, **one.arm.to_dict(), "psnr": one.psnr, "work": one.work,
-         "seconds": [run.seconds for run in one.runs],
-         "call_seconds": [run.times and run.times.text + run.times.denoise + run.times.decode for run in one.runs]}
-        for one in outcomes
+        {"arm": out.name, **out.arm.to_dict(), "psnr": out.psnr, "work": out.work,
+         "seconds": [run.seconds for run in out.runs],
+         "call_seconds": [run.times and run.times.text + run.times.denoise + run.times.decode for run in out.runs]}
+        for out in outcomes
     ]  # fmt: skip
-    found = over_prompts(RESULTS.parents[1], model.name, LEVEL)
+    figures = over_prompts(RESULTS.parents[1], model.name, LEVEL)
     return {
-        "over_prompts": found and dataclasses.asdict(found),
+        "over_prompts": figures and dataclasses.asdict(figures),
         "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor_name(),
         "threads": torch.get_num_threads(), "shown_seed": seed, "arms": arms,
     }  # fmt: skip
@@ -192,16 +192,16 @@ def _print(model: EmbeddedModel, outcomes: Sequence[Outcome]) -> None:
     columns = ("steps", "work", "seconds", "PSNR to dense, dB (median)", "against fewer steps, dB (median)")
     table = plain_table("", *columns, right=columns, title=model.prompt(0))
     _, fewer, ours = outcomes
-    lead = judge({ours.name: [own - rival for own, rival in zip(ours.psnr, fewer.psnr, strict=True)]})
-    for one in outcomes:
-        cells = [str(one.arm.num_inference_steps), f"{np.mean(one.work):.1f}", f"{one.seconds:.2f}"]
-        cells += [clip_mean(one.psnr).cell() if one.psnr else "", lead[one.name].judged() if one is ours else ""]
-        table.add_row(one.name, *cells)
+    lead = judge({ours.name: [psnr - rival for psnr, rival in zip(ours.psnr, fewer.psnr, strict=True)]})
+    for out in outcomes:
+        cells = [str(out.arm.num_inference_steps), f"{np.mean(out.work):.1f}", f"{out.seconds:.2f}"]
+        cells += [clip_mean(out.psnr).cell() if out.psnr else "", lead[out.name].judged() if out is ours else ""]
+        table.add_row(out.name, *cells)
     OUT.print(table)
     below = "work in dense steps, seconds of the denoising loop"
     OUT.print(f"{len(ours.psnr)} seeds, intervals and verdicts from {FEWEST} on; {below}", style="dim")
-    if found := over_prompts(RESULTS.parents[1], model.name, LEVEL):
-        OUT.print(f"That is one prompt; {found}.", soft_wrap=True)
+    if figures := over_prompts(RESULTS.parents[1], model.name, LEVEL):
+        OUT.print(f"That is one prompt; {figures}.", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ EQUAL = 1.25
 """Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
 
 
-def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
+def measures(model: SuiteModel, clip: int, run: ModelRun) -> Line:
     """Return what a line says of a clip."""
     return {
-        "forwards": made.counts.blocks / model.family.layers,
-        "score": model_score(model.name, clip, made.frames),
-        "closeness": model_closeness(model.name, clip, made.frames),
-        "sharpness": sharpness(made.frames),
+        "forwards": run.counts.blocks / model.family.layers,
+        "score": model_score(model.name, clip, run.frames),
+        "closeness": model_closeness(model.name, clip, run.frames),
+        "sharpness": sharpness(run.frames),
     }
 
 
@@ -38,9 +38,9 @@ def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
     if not arm.methods:
         return None
     means = {other.name: _mean(lines, other, "forwards") or 0.0 for other in suite.arms}
-    own = means[arm.name]
-    plain = [other for other in suite.arms if not other.methods and means[other.name] >= own]
-    most = max(EQUAL * own, min((means[other.name] for other in plain), default=0.0))
+    forwards = means[arm.name]
+    plain = [other for other in suite.arms if not other.methods and means[other.name] >= forwards]
+    most = max(EQUAL * forwards, min((means[other.name] for other in plain), default=0.0))
     plain = [other for other in plain if means[other.name] <= most]
     return max(plain, key=lambda other: _mean(lines, other, "closeness") or 0.0, default=None)
 
@@ -55,9 +55,9 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
     names = ("forwards", "score", "closeness", "sharpness")
     held = list(held_arms(suite, lines, rival_of))
     judged = judge({
-        arm.name: [100 * (clips[clip]["closeness"] - others[clip]["closeness"])
-                   for clip in sorted({*clips} & {*others})]
-        for arm, clips, _, others in held
+        arm.name: [100 * (clips[clip]["closeness"] - plain[clip]["closeness"])
+                   for clip in sorted({*clips} & {*plain})]
+        for arm, clips, _, plain in held
     })  # fmt: skip
     for arm, clips, rival, _ in held:
         forwards, score, close, sharp = (float(np.mean([line[name] for line in clips.values()])) for name in names)

@@ -18,9 +18,9 @@ from dit_accel_eval.suites.suite import Suite
 from judging import held_arms, paired_cell
 
 
-def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
+def measures(model: SuiteModel, clip: int, run: ModelRun) -> Line:
     """Return what a line says of a picture."""
-    return judged(made.frames, clip, int(model_defaults(model.name)["height"]))
+    return judged(run.frames, clip, int(model_defaults(model.name)["height"]))
 
 
 def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
@@ -49,9 +49,9 @@ def repetition(picture: np.ndarray, trained: int) -> float:
         for down, right in ((step, 0), (0, step), (step, step)):
             if down > most["down"] or right > most["right"]:
                 continue
-            one, other = away[: height - down, : width - right], away[down:, right:]
-            size = np.sqrt((one**2).sum() * (other**2).sum())
-            best = max(best, float((one * other).sum() / size) if size > 0 else 1.0)
+            first, second = away[: height - down, : width - right], away[down:, right:]
+            size = np.sqrt((first**2).sum() * (second**2).sum())
+            best = max(best, float((first * second).sum() / size) if size > 0 else 1.0)
     return best
 
 
@@ -68,11 +68,11 @@ SHOWN: dict[str, tuple[str, float, str, str]] = {
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: one row per arm, each against the plain arm of its size and steps."""
     rows, (heads, _, _, paired) = [], zip(*SHOWN.values(), strict=True)
-    for arm, clips, plain, others in held_arms(suite, lines):
+    for arm, clips, plain, rivals in held_arms(suite, lines):
         row = [arm.name, len(clips)]
         for name, (head, scale, spec, _) in SHOWN.items():
             mean = float(np.mean([line[name] for line in clips.values()]))
             row.append(f"{mean * (scale if 'x 1000' in head else 1):{spec}}")
-        cells = (paired_cell(clips, others, name, scale=one[1]) for name, one in SHOWN.items())
+        cells = (paired_cell(clips, rivals, name, scale=form[1]) for name, form in SHOWN.items())
         rows.append((*row, plain.name if plain else "", *cells))
     return markdown_table(" | ".join(["arm", "pictures", *heads, "against", *paired]), rows)

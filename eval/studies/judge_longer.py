@@ -30,15 +30,15 @@ def repetition(video: Clip, trained: int) -> float:
     return float(min(differences))
 
 
-def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
+def measures(model: SuiteModel, clip: int, run: ModelRun) -> Line:
     """Return what a line says of a clip."""
     trained = int(model_defaults(model.name)["num_frames"])
-    own = model.name, clip, made.frames
+    subject = model.name, clip, run.frames
     return {
-        "frames": len(made.frames), "score": model_score(*own), "path_error": model_path_error(*own),
-        STRETCHES: by_stretch(*own), "motion": mean_motion(made.frames), "sharpness": sharpness(made.frames),
-        "repetition": repetition(made.frames, trained), "loop": loop_rise(made.frames, trained),
-        "loop_seconds": round(made.seconds, 2),
+        "frames": len(run.frames), "score": model_score(*subject), "path_error": model_path_error(*subject),
+        STRETCHES: by_stretch(*subject), "motion": mean_motion(run.frames), "sharpness": sharpness(run.frames),
+        "repetition": repetition(run.frames, trained), "loop": loop_rise(run.frames, trained),
+        "loop_seconds": round(run.seconds, 2),
     }  # fmt: skip
 
 
@@ -78,11 +78,11 @@ def _mean(lines: Sequence[Line], name: str, scale: float, spec: str) -> str:
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's two Markdown tables: a row per arm, and each against the plain arm of its length and steps."""
     rows, against = [], []
-    for arm, clips, plain, others in held_arms(suite, lines):
+    for arm, clips, plain, rivals in held_arms(suite, lines):
         rows.append((arm.name, len(clips), *(_mean([*clips.values()], *column) for column in MEANS.values())))
         if plain is not None:
-            cells = (paired_cell(clips, others, name, scale=scale) for name, scale in PAIRED.values())
-            times = paired_cell(clips, others, "loop_seconds", ratio=True)
+            cells = (paired_cell(clips, rivals, name, scale=scale) for name, scale in PAIRED.values())
+            times = paired_cell(clips, rivals, "loop_seconds", ratio=True)
             against.append((arm.name, plain.name, *cells, times))
     first = markdown_table(" | ".join(["arm", "clips", *MEANS]), rows)
     second = markdown_table(" | ".join(["arm", "against", *PAIRED, "times its denoising"]), against)

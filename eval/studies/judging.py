@@ -28,16 +28,16 @@ def held_arms(
 
 
 def paired_cell(
-    own: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], name: str, *, scale: float = 1.0,
+    clips: Mapping[int, Mapping[str, Any]], rivals: Mapping[int, Mapping[str, Any]], name: str, *, scale: float = 1.0,
     ratio: bool = False,
 ) -> str:  # fmt: skip
     """Return a table's cell of the paired difference, or ratio, of an arm and its rival in a measure; "" without.
 
     The mean with its interval, from `FEWEST` clips on, and the number of clips where some have no finite value.
     """
-    both = sorted(set(own) & set(others))
-    pairs = [(own[clip].get(name, np.nan), others[clip].get(name, np.nan)) for clip in both]
-    values = [scale * (one / other if ratio else one - other) for one, other in pairs if np.isfinite(one - other)]
+    both = sorted(set(clips) & set(rivals))
+    pairs = [(clips[clip].get(name, np.nan), rivals[clip].get(name, np.nan)) for clip in both]
+    values = [scale * (x / y if ratio else x - y) for x, y in pairs if np.isfinite(x - y)]
     if not values:
         return ""
     return f"{clip_mean(values)}" + (f" ({len(values)})" if len(values) < len(both) else "")

@@ -29,10 +29,10 @@ def draw(models: Mapping[str, Sequence[ArmFigures]], path: Path) -> None:
     for panel, (model, arms) in zip(panels, shown.items(), strict=True):
         panel.set_title(f"{TITLES[model]} ({model})", fontsize=10, loc="left")
         panel.axvline(0, color="k", linewidth=0.8)
-        for row, one in enumerate(map(lead, arms)):
-            colour = COLOURS.get(one.verdict, "tab:gray")
-            panel.plot([one.low, one.high], [row, row], color=colour, linewidth=3, alpha=0.4, solid_capstyle="butt")
-            panel.plot(one.mean, row, "o", color=colour)
+        for row, ahead in enumerate(map(lead, arms)):
+            colour = COLOURS.get(ahead.verdict, "tab:gray")
+            panel.plot([ahead.low, ahead.high], [row, row], color=colour, linewidth=3, alpha=0.4, solid_capstyle="butt")
+            panel.plot(ahead.mean, row, "o", color=colour)
         labels = [f"{arm.name} steps, in the time of {arm.means['steps_in_time']:.0f}" for arm in arms]
         panel.set_yticks(range(len(arms)), labels, fontsize=9)
         panel.grid(axis="x", alpha=0.3)

@@ -39,18 +39,18 @@ def options_table(name: str) -> str:
     config_type = method(name)
     section = next((section for section, base in SHARED.items() if issubclass(config_type, base)), None)
     inherited = {field.name for field in dataclasses.fields(SHARED[section])} if section else set()
-    own, shared = [], []
+    listed, shared = [], []
     for option, *cells in _rows(config_type):
         if option in inherited and option not in _described(config_type):
             shared.append(f"`{option}`" + ("" if cells[1] == "unset" else f" ({cells[1]})"))
         else:
-            own.append(_row(f"`{option}`", *cells))
+            listed.append(_row(f"`{option}`", *cells))
     notes = [f"In Python `{config_type.__name__}(OPTION=VALUE)`, on the command line `--set {name}.OPTION=VALUE`."]
-    if any("model's, else" in line for line in (*own, *shared)):
+    if any("model's, else" in line for line in (*listed, *shared)):
         notes.append("*Model's*: a value that is published for your model, where there is one.")
     if section:
         notes.append(f"[Shared with others](shared.md#{section}): {', '.join(shared)}.")
-    table = [*HEAD, *own, ""] if own else []
+    table = [*HEAD, *listed, ""] if listed else []
     return "\n".join([*table, " ".join(notes)])
 
 
@@ -77,7 +77,7 @@ def _rows(config_type: type[MethodConfig]) -> list[tuple[str, str, str, str]]:
     for field in sorted(dataclasses.fields(config_type), key=lambda field: field.name not in described):
         if field.name not in meanings:
             raise ValueError(f"{config_type.__name__} does not describe {field.name} below Attributes:")
-        kind = re.sub(r"'([^']+)'( or(?= '))?", lambda one: f"`{one[1]}`" + ("," if one[2] else ""),
+        kind = re.sub(r"'([^']+)'( or(?= '))?", lambda match: f"`{match[1]}`" + ("," if match[2] else ""),
                       spell_type(hints[field.name])).removesuffix(" or unset")  # fmt: skip
         default = _spell(field.default)
         if field.default is None and field.name in filled:

@@ -68,9 +68,9 @@ def run(model: str, methods: tuple[MethodConfig, ...], prompt: int = 0, **call: 
         step = index + 1
         return values
 
-    def seen(one: PlannedCall) -> None:
-        if one.context.layer == LAYER and one.context.branch == "cond":
-            calls.append(one)
+    def seen(call: PlannedCall) -> None:
+        if call.context.layer == LAYER and call.context.branch == "cond":
+            calls.append(call)
 
     with d.attach(pipe, *methods, preset="none") as attachment, attachment.observe(seen):
         hooks = [
@@ -81,8 +81,8 @@ def run(model: str, methods: tuple[MethodConfig, ...], prompt: int = 0, **call: 
             held_out_prompts(model, prompt + 1)[prompt], generator=torch.Generator().manual_seed(prompt),
             output_type="np", callback_on_step_end=ended, **settings,
         )  # fmt: skip
-        for one in hooks:
-            one.remove()
+        for hook in hooks:
+            hook.remove()
     computed = np.zeros((len(blocks), settings["num_inference_steps"]), dtype=bool)
     for place in ran:
         computed[place] = True
@@ -90,9 +90,9 @@ def run(model: str, methods: tuple[MethodConfig, ...], prompt: int = 0, **call: 
     return Run(frames=np.asarray(frames), computed=computed, calls=calls)
 
 
-def difference(one: Clip, other: Clip) -> Clip:
+def difference(first: Clip, second: Clip) -> Clip:
     """Return five times the distance of two clips, at most 1."""
-    return np.minimum(1.0, 5.0 * np.abs(one - other))
+    return np.minimum(1.0, 5.0 * np.abs(first - second))
 
 
 def tile_states(call: PlannedCall) -> np.ndarray:
@@ -102,9 +102,9 @@ def tile_states(call: PlannedCall) -> np.ndarray:
     states = tiles.states()[0].numpy()
     if call.exact is None:
         return states
-    kept, selection = unpack_bits(call.exact, tiles.key_tiles)[0, 0].numpy(), call.plan.selection
+    exact, selection = unpack_bits(call.exact, tiles.key_tiles)[0, 0].numpy(), call.plan.selection
     pools = selection is not None and (selection.rest == "pooled" or selection.routing is not None)
-    return np.where(kept, EXACT, POOLED if pools else 0)
+    return np.where(exact, EXACT, POOLED if pools else 0)
 
 
 def sparse(*methods: MethodConfig, plain: tuple[MethodConfig, ...] = (), steps: int = 12) -> Image.Image:
@@ -115,10 +115,10 @@ def sparse(*methods: MethodConfig, plain: tuple[MethodConfig, ...] = (), steps: 
         names[type(plain[0]).__name__] = run("wan-tiny", plain, num_inference_steps=steps)
     names[("+ " if plain else "") + type(methods[0]).__name__] = run("wan-tiny", methods, num_inference_steps=steps)
     rows = []
-    for name, one in names.items():
-        rows.append((name, one.frames[FRAMES]))
-        if one is not dense:
-            rows.append(("difference x 5", difference(one.frames, dense.frames)[FRAMES]))
+    for name, clip in names.items():
+        rows.append((name, clip.frames[FRAMES]))
+        if clip is not dense:
+            rows.append(("difference x 5", difference(clip.frames, dense.frames)[FRAMES]))
     states = tile_states(list(names.values())[-1].calls[-1])
     share = (states == EXACT).mean()
     tiles = map_picture(states, {0: "skipped", POOLED: "pooled", EXACT: "exact"}, f"tiles: {share:.0%} exact")
@@ -128,8 +128,8 @@ def sparse(*methods: MethodConfig, plain: tuple[MethodConfig, ...] = (), steps: 
 def cached(method: MethodConfig, *, model: str = "wan-tiny") -> Image.Image:
     """Draw frames (of an image model pictures) of a dense run, of one with a cache, and what ran of it below."""
     prompts, which = (1, CACHED) if model == "wan-tiny" else (3, [0])
-    both = [[run(model, own, number) for number in range(prompts)] for own in ((), (method,))]
-    dense, cached = (np.concatenate([one.frames[which] for one in runs]) for runs in both)
+    both = [[run(model, methods, number) for number in range(prompts)] for methods in ((), (method,))]
+    dense, cached = (np.concatenate([clip.frames[which] for clip in runs]) for runs in both)
     rows = [("dense", dense), (type(method).__name__, cached), ("difference x 5", difference(cached, dense))]
     return rows_picture(rows, scale=2, below=lambda width: block_strip(both[1][0].computed, width))
 
@@ -142,17 +142,17 @@ def longer(*methods: MethodConfig, side: Callable[[Run], Image.Image]) -> Image.
     return beside(rows_picture(rows, scale=1.5), side(other))
 
 
-def decayed(one: Run) -> Image.Image:
+def decayed(result: Run) -> Image.Image:
     """Draw which pairs of frames decay, of a run with UltraViCo."""
-    decay = one.calls[-1].plan.frame_decay
+    decay = result.calls[-1].plan.frame_decay
     assert decay is not None
     decays = toeplitz(decay.table.numpy() < 1) + 0
     return map_picture(decays, {1: "decays", 0: "unchanged"}, "frame by frame", 175)
 
 
-def frames_seen(one: Run) -> Image.Image:
+def frames_seen(result: Run) -> Image.Image:
     """Draw which frames see which, of a run with LVSA and tiles of a frame."""
-    return map_picture(tile_states(one.calls[-1]), {0: "skipped", EXACT: "seen"}, "frame by frame", 175)
+    return map_picture(tile_states(result.calls[-1]), {0: "skipped", EXACT: "seen"}, "frame by frame", 175)
 
 
 def larger(method: MethodConfig) -> Image.Image:
@@ -169,7 +169,7 @@ def guided(make: Callable[[float], MethodConfig], scales: Sequence[float], *, gu
     """Draw pictures without a method, then with it at some scales."""
     call = dict(num_inference_steps=10, true_cfg_scale=guidance)
     arms = [("without", ()), *((f"scale {scale:g}", (make(scale),)) for scale in scales)]
-    rows = [(name, [run("flux-tiny", own, number, **call).frames[0] for number in range(3)]) for name, own in arms]
+    rows = [(name, [run("flux-tiny", arm, number, **call).frames[0] for number in range(3)]) for name, arm in arms]
     return rows_picture(rows, scale=2)
 
 

@@ -34,19 +34,19 @@ JUDGING = range(320, 336)
 
 def levels(steps: int) -> dict[str, MethodConfig]:
     """Return the step caches of the presets that skip any in a run of so many steps."""
-    found = {level: PRESETS[level][0].config for level in LEVELS}
-    return {level: config for level, config in found.items() if (getattr(config, "min_steps", None) or 0) <= steps}
+    configs = {level: PRESETS[level][0].config for level in LEVELS}
+    return {level: config for level, config in configs.items() if (getattr(config, "min_steps", None) or 0) <= steps}
 
 
 def measure(model: str, solver: str, clips: Iterable[int], steps: Iterable[int], out: Path) -> None:
     """Run what the file lacks, a line each."""
-    done = {(one["solver"], one["clip"], one["steps"], one["setting"]) for one in read_lines(out)}
+    done = {(line["solver"], line["clip"], line["steps"], line["setting"]) for line in read_lines(out)}
     suite_model = EmbeddedModel(model, {})
 
     def run(clip: int, count: int, methods: tuple[MethodConfig, ...] = ()) -> tuple[ModelRun, float]:
         began = time.process_time()
-        made = suite_model.run(clip, steps=count, solver=solver, methods=methods)
-        return made, time.process_time() - began
+        result = suite_model.run(clip, steps=count, solver=solver, methods=methods)
+        return result, time.process_time() - began
 
     for clip in clips:
         dense: dict[int, tuple[ModelRun, float]] = {}
@@ -55,19 +55,19 @@ def measure(model: str, solver: str, clips: Iterable[int], steps: Iterable[int],
             missing = {k: v for k, v in wanted.items() if (solver, clip, count, k) not in done}
             if not missing:
                 continue
-            for needed in (count, *(one for one in missing.values() if isinstance(one, int))):
+            for needed in (count, *(item for item in missing.values() if isinstance(item, int))):
                 if needed not in dense:
                     dense[needed] = run(clip, needed)
-            own, own_call = dense[count]
-            for name, one in missing.items():
-                made, call = dense[one] if isinstance(one, int) else run(clip, count, (one,))
-                assert made.times is not None
-                assert own.times is not None
+            whole, own_call = dense[count]
+            for name, item in missing.items():
+                result, call = dense[item] if isinstance(item, int) else run(clip, count, (item,))
+                assert result.times is not None
+                assert whole.times is not None
                 append_line(out, {
                     "model": model, "solver": solver, "clip": clip, "steps": count, "setting": name,
-                    "psnr": round(psnr(made.frames, own.frames), 3),
-                    "work": round(made.counts.blocks / own.counts.blocks, 4),
-                    "time": round(made.times.processor / own.times.processor, 4), "call": round(call / own_call, 4),
+                    "psnr": round(psnr(result.frames, whole.frames), 3),
+                    "work": round(result.counts.blocks / whole.counts.blocks, 4),
+                    "time": round(result.times.processor / whole.times.processor, 4), "call": round(call / own_call, 4),
                 })  # fmt: skip
         print(f"clip {clip} of {model}, {solver}", flush=True)
 
@@ -79,6 +79,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--clips", type=int, nargs=2, default=(0, 16), help="from which to below which of them")
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    measure(given.model, given.solver, JUDGING[slice(*given.clips)], given.steps, given.out)
+    measure(options.model, options.solver, JUDGING[slice(*options.clips)], options.steps, options.out)

@@ -42,19 +42,19 @@ class Row:
 
 def rows(root: Path) -> dict[str, list[Row]]:
     """Return level -> its rows; of runs in which it skips nothing there is none."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    by_level: dict[str, list[Row]] = defaultdict(list)
     for (model, named), solver in SOLVERS.items():
         lines = [line for line in read_lines(root / RESULTS.format(model)) if line["solver"] == named]
         by: dict[tuple[str, int], dict[int, Line]] = defaultdict(dict)
         for line in lines:
             by[line["setting"], line["steps"]][line["clip"]] = line
-        own = {key: clips for key, clips in by.items() if key[0] in LEVELS and _median(clips, "work") < 1}
-        fewer = {key: _median(clips, "time") * key[1] for key, clips in own.items()}
-        rivals = {key: {clip: _dense(by, key[1], clip, fewer[key]) for clip in clips} for key, clips in own.items()}
+        runs = {key: clips for key, clips in by.items() if key[0] in LEVELS and _median(clips, "work") < 1}
+        fewer = {key: _median(clips, "time") * key[1] for key, clips in runs.items()}
+        rivals = {key: {clip: _dense(by, key[1], clip, fewer[key]) for clip in clips} for key, clips in runs.items()}
         leads = judge(
-            {key: [line["psnr"] - rivals[key][clip] for clip, line in clips.items()] for key, clips in own.items()}
+            {key: [line["psnr"] - rivals[key][clip] for clip, line in clips.items()] for key, clips in runs.items()}
         )
-        for (level, steps), clips in own.items():
+        for (level, steps), clips in runs.items():
             psnr = [line["psnr"] for line in clips.values()]
             figure = Figure(
                 model=model, solver=solver, steps=steps, median=round(float(np.median(psnr)), 1),
@@ -64,8 +64,8 @@ def rows(root: Path) -> dict[str, list[Row]]:
             )  # fmt: skip
             key, rival = (level, steps), float(np.median([*rivals[level, steps].values()]))
             row = Row(figure=figure, least=min(psnr), fewer=fewer[key], lead=leads[key], fewer_psnr=rival)
-            found[level].append(row)
-    return found
+            by_level[level].append(row)
+    return by_level
 
 
 def _median(clips: dict[int, Line], key: str) -> float:
@@ -84,34 +84,34 @@ def _dense(by: dict[tuple[str, int], dict[int, Line]], steps: int, clip: int, fe
 def short_table(_: Path) -> str:
     """Return the promises of the levels at a few numbers of steps, the least of both models, in Markdown."""
     cells = [
-        [f"`{level}`", *(f"{one.median:.0f} ({one.tenth:.0f}), {one.call:.2f}x" if one else "nothing"
-                         for one in (promise(level, steps) for steps in SHORT))] for level in LEVELS
+        [f"`{level}`", *(f"{figure.median:.0f} ({figure.tenth:.0f}), {figure.call:.2f}x" if figure else "nothing"
+                         for figure in (promise(level, steps) for steps in SHORT))] for level in LEVELS
     ]  # fmt: skip
     return markdown_table(" | ".join(["level", *(f"{steps} steps" for steps in SHORT)]), cells)
 
 
 def long_table(root: Path) -> str:
     """Return all rows in Markdown."""
-    found = rows(root)
+    by_level = rows(root)
     heads = (
         "model, solver | steps | level | PSNR, dB: median (10th percentile, least) | loop | whole call | "
         "dense steps of equal time (median dB) | lead over them, dB (median)"
     )
-    ordered = [(row, row.figure, level) for level in LEVELS for row in found.get(level, ())]
-    ordered.sort(key=lambda one: (MEASURED_ON.index(one[1].model), one[1].solver, one[1].steps))
+    ordered = [(row, row.figure, level) for level in LEVELS for row in by_level.get(level, ())]
+    ordered.sort(key=lambda entry: (MEASURED_ON.index(entry[1].model), entry[1].solver, entry[1].steps))
     table = [
-        [f"{one.model}, {one.solver}", one.steps, f"`{level}`", f"{one.median:.1f} ({one.tenth:.1f}, {row.least:.1f})",
-         f"{one.loop:.2f}x", f"{one.call:.2f}x", f"{row.fewer:.1f} ({row.fewer_psnr:.1f})", row.lead.judged("+.1f")]
-        for row, one, level in ordered
+        [f"{fig.model}, {fig.solver}", fig.steps, f"`{level}`", f"{fig.median:.1f} ({fig.tenth:.1f}, {row.least:.1f})",
+         f"{fig.loop:.2f}x", f"{fig.call:.2f}x", f"{row.fewer:.1f} ({row.fewer_psnr:.1f})", row.lead.judged("+.1f")]
+        for row, fig, level in ordered
     ]  # fmt: skip
     return markdown_table(heads, table)
 
 
 def figures_text(root: Path) -> str:
     """Return the figures that the package carries, as JSON."""
-    found = {level: [asdict(row.figure) for row in of] for level, of in rows(root).items()}
-    levels = [level for level in LEVELS if level in found]
-    lines = [f'"{level}": [\n' + ",\n".join(map(json.dumps, found[level])) + "\n]" for level in levels]
+    by_level = {level: [asdict(row.figure) for row in of] for level, of in rows(root).items()}
+    levels = [level for level in LEVELS if level in by_level]
+    lines = [f'"{level}": [\n' + ",\n".join(map(json.dumps, by_level[level])) + "\n]" for level in levels]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

@@ -66,8 +66,8 @@ OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshootin
 def folded(content: str) -> str:
     """Return a text whose long tables open by a click, on GitHub and on the site."""
 
-    def fold(found: re.Match[str]) -> str:
-        table = found[0].strip()
+    def fold(match: re.Match[str]) -> str:
+        table = match[0].strip()
         head = f"Table of {len(table.splitlines()) - 2} rows"
         return f'<details markdown="1"><summary>{head}</summary>\n\n{table}\n\n</details>\n'
 
@@ -132,8 +132,8 @@ def _elsewhere(rung: Rung) -> str:
     best = rung.best_elsewhere
     if best is None:
         return "not confirmed: not run"
-    own = f"{rung.confirming[setting_words(rung.solver, rung.flow_shift)]:.1f}"
-    return own if rung.confirmed else f"{own}, not confirmed: {best[0]} {best[1]:.1f}"
+    psnr = f"{rung.confirming[setting_words(rung.solver, rung.flow_shift)]:.1f}"
+    return psnr if rung.confirmed else f"{psnr}, not confirmed: {best[0]} {best[1]:.1f}"
 
 
 def _clips(lines: Sequence[ResultLine]) -> str:
@@ -157,15 +157,15 @@ def _speed(root: Path) -> str:
         f"B, H, S, D = {', '.join(map(str, first['shape']))}, tiles of {first['block']}, {first['lists']} lists. Times "
         f"faster than dense SDPA in the same process, and that as a share of 1 / density."
     )
-    others = [record for record in records if record["shape"] != first["shape"] and record["candidate"] == "torch"]
-    records = [one for one in records if one["shape"] == first["shape"] and one["candidate"] != "dense"]
-    settings = sorted({(one["dtype"], one["density"]) for one in records}, key=lambda one: (one[0] != "fp32", one[1]))
+    extra = [record for record in records if record["shape"] != first["shape"] and record["candidate"] == "torch"]
+    records = [record for record in records if record["shape"] == first["shape"] and record["candidate"] != "dense"]
+    settings = sorted({(row["dtype"], row["density"]) for row in records}, key=lambda row: (row[0] != "fp32", row[1]))
     known: dict[tuple[str, str], dict[tuple[str, float], str]] = defaultdict(dict)
-    for one in sorted(records, key=lambda one: list(devices).index(one["device"])):
-        cell = f"{one['speedup']:.2f}x ({one['of_ideal']:.2f})"
-        known[one["device"], one["candidate"]][one["dtype"], one["density"]] = cell
-    rows = [(*place, *(own.get(setting, "") for setting in settings)) for place, own in known.items()]
-    return f"{head}\n\n{_by_density('candidate', settings, rows)}" + (f"\n\n{_other_sizes(others)}" if others else "")
+    for record in sorted(records, key=lambda record: list(devices).index(record["device"])):
+        cell = f"{record['speedup']:.2f}x ({record['of_ideal']:.2f})"
+        known[record["device"], record["candidate"]][record["dtype"], record["density"]] = cell
+    rows = [(*place, *(cells.get(setting, "") for setting in settings)) for place, cells in known.items()]
+    return f"{head}\n\n{_by_density('candidate', settings, rows)}" + (f"\n\n{_other_sizes(extra)}" if extra else "")
 
 
 def _by_density(what: str, settings: Sequence[tuple[str, float]], rows: Iterable[Sequence[object]]) -> str:
@@ -180,11 +180,11 @@ def _other_sizes(records: Sequence[Line]) -> str:
     """The torch backend at other sizes, in columns by the share of `SHARES` that a density is nearest to."""
     columns = [(dtype, share) for dtype in ("fp32", "bf16") for share in SHARES]
     rows: dict[Any, dict[Any, str]] = defaultdict(dict)
-    for one in records:
-        share = min(SHARES, key=lambda share, one=one: abs(share - one["density"]))
-        rows[one["device"], ", ".join(map(str, one["shape"]))][one["dtype"], share] = f"{one['speedup']:.2f}x"
+    for row in records:
+        share = min(SHARES, key=lambda share, row=row: abs(share - row["density"]))
+        rows[row["device"], ", ".join(map(str, row["shape"]))][row["dtype"], share] = f"{row['speedup']:.2f}x"
     head = "`torch` at other sizes, tiles as long as D, at the densities nearest to these that so many tiles have:"
-    cells = ((*place, *(own.get(column, "") for column in columns)) for place, own in rows.items())
+    cells = ((*place, *(cells.get(column, "") for column in columns)) for place, cells in rows.items())
     return f"{head}\n\n{_by_density('B, H, S, D', columns, cells)}"
 
 
@@ -203,8 +203,8 @@ def _lines(root: Path, results: str) -> list[Line]:
 def _shapes(root: Path) -> str:
     """What calls of released models' sizes take on a CPU, and what share of the tiles Sol keeps of trained models."""
     measured = _answered(root, "python eval/studies/attention_calls.py", shapes_text, "attention-shapes")
-    kept = tables.tiles_kept_by_sol(_lines(root, "call-error"))
-    return f"{measured}\n\n{kept} (`python eval/studies/call_error.py` at the tag `{tables.TAG}`)."
+    sentence = tables.tiles_kept_by_sol(_lines(root, "call-error"))
+    return f"{measured}\n\n{sentence} (`python eval/studies/call_error.py` at the tag `{tables.TAG}`)."
 
 
 def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
@@ -266,7 +266,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    **{mark: partial(_answered, command=one[0], write=one[1], results=mark) for mark, one in ANSWERED.items()},
+    **{mark: partial(_answered, command=entry[0], write=entry[1], results=mark) for mark, entry in ANSWERED.items()},
     **METHOD_TABLES,
 }
 

@@ -51,13 +51,13 @@ def score_words(lines: Sequence[ResultLine]) -> str:
     """Return in words which arms the model's own judge tells from the dense runs of equal work; "" without scores."""
     comparison = Comparison(line for line in lines if line.is_converged)
     leads = {name: comparison.leads(name, "work", "score").values() for name, _ in comparison.lines}
-    judged = judge({name: [100 * lead for lead in found] for name, found in leads.items()})
+    judged = judge({name: [100 * lead for lead in values] for name, values in leads.items()})
     if not judged:
         return ""
-    told = [f"{name} ({one.judged('+.0f')})" for name, one in judged.items() if one.verdict not in ("open", TOO_FEW)]
-    if told:
-        return f"By the model's judge these differ from the dense runs of equal work, in points: {'; '.join(told)}."
-    means = [one.mean for one in judged.values()]
+    arms = [f"{name} ({gap.judged('+.0f')})" for name, gap in judged.items() if gap.verdict not in ("open", TOO_FEW)]
+    if arms:
+        return f"By the model's judge these differ from the dense runs of equal work, in points: {'; '.join(arms)}."
+    means = [gap.mean for gap in judged.values()]
     reach = reach_words(judged.values(), "points")
     return (
         f"**The model's judge can't tell these {len(judged)} arms from the dense runs of equal work**: its score "
@@ -71,7 +71,7 @@ def tuned_text(root: Path) -> str:
     chosen = re.match(r"# (.+), by dit-accel tune pipeline", (root / TUNED).read_text(encoding="utf-8"))
     assert chosen is not None, f"{TUNED} does not begin with the setting that was chosen"
     lines = result_lines((root / TUNED).with_suffix(".runs.jsonl"))
-    own = int(model_defaults(TUNED_MODEL)["num_inference_steps"])
+    steps = int(model_defaults(TUNED_MODEL)["num_inference_steps"])
     names = list(dict.fromkeys(line.arm for line in lines if line.clip >= HELD_OUT_FIRST))
     rows = []
     for name in names:
@@ -79,7 +79,7 @@ def tuned_text(root: Path) -> str:
         if len(held) == HELD_OUT:
             work = float(np.mean([line.work for line in held.values()]))
             psnr = clip_mean([line.psnr for line in held.values()])
-            rows.append((name, f"{work:.1f}", f"{own / work:.2f}", f"{psnr:.1f}"))
+            rows.append((name, f"{work:.1f}", f"{steps / work:.2f}", f"{psnr:.1f}"))
     tried = len({line.arm for line in lines if not line.arm.startswith(f"{BEST} ")})
     head = (
         f"`dit-accel tune pipeline --model {TUNED_MODEL} --target {TARGET} -o {TUNED}` tried {tried} settings besides "
@@ -121,17 +121,17 @@ def over_prompts(root: Path, model: str, level: str) -> OverPrompts | None:
 def demo_text(root: Path) -> str:
     """Return in a sentence what the committed run below the project's root folder showed, and what over prompts."""
     run = json.loads((root / DEMO).read_text(encoding="utf-8"))
-    found = over_prompts(root, run["model"], run["arms"][-1]["arm"].removeprefix("preset "))
-    return _demo_text(run) + (f" That is one prompt; {found}." if found else "")
+    figures = over_prompts(root, run["model"], run["arms"][-1]["arm"].removeprefix("preset "))
+    return _demo_text(run) + (f" That is one prompt; {figures}." if figures else "")
 
 
 def _demo_text(run: dict[str, Any]) -> str:
-    whole, took, ours = (float(np.median(one.get("call_seconds", one["seconds"]))) for one in run["arms"])
+    whole, took, ours = (float(np.median(arm.get("call_seconds", arm["seconds"]))) for arm in run["arms"])
     _, fewer, preset = run["arms"]
-    differences = [own - rival for own, rival in zip(preset["psnr"], fewer["psnr"], strict=True)]
+    differences = [psnr - rival for psnr, rival in zip(preset["psnr"], fewer["psnr"], strict=True)]
     lead = judge({"preset": differences})["preset"]
     plain = f"as much time spent on fewer steps ({fewer['num_inference_steps']}, in {took:.1f} s)"
-    found = {
+    words = {
         "ahead": f"nearer to the full run than {plain}",
         "behind": f"farther from the full run than {plain}",
         "open": f"with no sure difference in distance to the full run from {plain}",
@@ -139,6 +139,6 @@ def _demo_text(run: dict[str, Any]) -> str:
     }[lead.verdict]
     threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
     return (
-        f"**{whole / ours:.1f} times as fast** (the whole call, {ours:.1f} s for {whole:.1f}), and {found}: "
+        f"**{whole / ours:.1f} times as fast** (the whole call, {ours:.1f} s for {whole:.1f}), and {words}: "
         f"{lead:+.1f} dB over {lead.count} seeds ({threads}, {run['device']}; [the run]({DEMO}))."
     )

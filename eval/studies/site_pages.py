@@ -34,17 +34,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
 def errors_list(root: Path, room: str) -> str:
     """All errors that are raised in a room, what differs from case to case as ``<name>``, the advice beneath each."""
     further = ("ValueError", "TypeError") if room == "kernels" else ()
-    found: dict[str, str] = {}
+    advices: dict[str, str] = {}
     for path in _files(root, room):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for text in _texts(tree, {*RAISED, *further}, _constants(tree)):
             what, _, advice = text.rpartition("; ")
             if what:
-                found.setdefault(what, advice)
+                advices.setdefault(what, advice)
             elif len(text.split()) > 3:
-                found.setdefault(text, "")
+                advices.setdefault(text, "")
     entries = []
-    for what, advice in sorted(found.items()):
+    for what, advice in sorted(advices.items()):
         advice = _words("see what it lists" if advice == "<...>" else advice).replace("<", "&lt;")
         if any(word.isalpha() for word in what.split()):
             entries.append(f"- `{_words(what)}`" + (f"<br>{advice}" if advice else ""))
@@ -56,11 +56,11 @@ def _words(text: str) -> str:
 
 
 def _files(root: Path, room: str) -> list[Path]:
-    found: list[Path] = []
+    paths: list[Path] = []
     for place in ROOMS[room]:
         path = root / place
-        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    return found
+        paths += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return paths
 
 
 def _texts(tree: ast.Module, names: set[str], constants: dict[str, str]) -> Iterator[str]:

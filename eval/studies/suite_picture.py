@@ -51,8 +51,8 @@ def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
     groups: dict[str, dict[str, list[ArmFigures]]] = defaultdict(lambda: defaultdict(list))
     for arm in arms:
         groups[_series(arm).partition(",")[0]][_series(arm)].append(arm)
-    others = [group for group in groups if group not in RIVALS]
-    looks = {group: (f"C{number % 10}", MARKS[number // 10 % len(MARKS)]) for number, group in enumerate(others)}
+    ours = [group for group in groups if group not in RIVALS]
+    looks = {group: (f"C{number % 10}", MARKS[number // 10 % len(MARKS)]) for number, group in enumerate(ours)}
     for group, members in groups.items():
         for number, points in enumerate(members.values()):
             points.sort(key=lambda arm: arm.means[key])

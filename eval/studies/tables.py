@@ -46,8 +46,8 @@ def call_error(lines: Sequence[Line]) -> str:
     lines = [line for line in lines if not line["arm"].startswith("best")]
     for model, arm in dict.fromkeys((line["model"], line["arm"]) for line in lines):
         runs = [line for line in lines if (line["model"], line["arm"]) == (model, arm)]
-        density, *others = (float(np.mean([line[name] for line in runs])) for name in names)
-        rows.append((model, arm, len(runs), f"{density:.2f}", *(f"{value:.3f}" for value in others)))
+        density, *values = (float(np.mean([line[name] for line in runs])) for name in names)
+        rows.append((model, arm, len(runs), f"{density:.2f}", *(f"{value:.3f}" for value in values)))
     first = lines[0]
     head = f"{first['steps']} UniPC steps, tiles of {first['tile']} tokens, torch {first['torch']}."
     return f"{head}\n\n{markdown_table(f'{heads} | by the best choice', rows)}"
@@ -55,14 +55,14 @@ def call_error(lines: Sequence[Line]) -> str:
 
 def tiles_kept_by_sol(lines: Sequence[Line]) -> str:
     """What share of the tiles Sol keeps of trained models and of normal scores, by the lines of `call_error`."""
-    kept: dict[float, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    densities: dict[float, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if beta := re.fullmatch(r"sol (\S+), pooled", line["arm"]):
-            kept[float(beta[1])][line["model"]].append(line["density"])
+            densities[float(beta[1])][line["model"]].append(line["density"])
     trained = [
         f"at beta {beta:g} {' and '.join(f'{np.mean(shares):.2f} of {model}' for model, shares in models.items())}, "
         f"where normal scores keep {0.5 * math.erfc(beta / math.sqrt(2)):.2f}"
-        for beta, models in kept.items()
+        for beta, models in densities.items()
     ]
     return (
         "Of the tiles of the embedded trained models, whose clips and pictures are short, Sol kept "
@@ -80,8 +80,8 @@ def combining(lines: Sequence[Line]) -> str:
             firsts.setdefault(_refusal(line), line)
     marks = {kind: place for place, kind in enumerate(firsts, 1)}
 
-    def cell(one: str, other: str) -> str:
-        line = cells[frozenset([one, other])]
+    def cell(first: str, second: str) -> str:
+        line = cells[frozenset([first, second])]
         return f"[{marks[_refusal(line)]}]" if "refused" in line else f"{line['work']:.2f}".lstrip("0")
 
     rows = [[f"{place} {name}", *(cell(name, other) for other in names)] for place, name in enumerate(names, 1)]
@@ -219,7 +219,7 @@ def scaling(lines: Sequence[Line]) -> str:
     }  # fmt: skip
     rows = [
         line | {name: line[name] / 1e9 for name in ("sent_bytes", "attention_bytes", "bitmap_bytes")}
-        | {"flops": [one / 1e15 for one in line["flops"]], "share": line["sending_over_computing"]} for line in lines
+        | {"flops": [x / 1e15 for x in line["flops"]], "share": line["sending_over_computing"]} for line in lines
     ]  # fmt: skip
     table = drawn(rows, columns)
     return table.replace("|---" * 9 + "|", "|---|" + "---:|" * 8)

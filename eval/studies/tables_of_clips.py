@@ -84,7 +84,7 @@ def every_set(lines: Sequence[Line]) -> str:
     worth = {name: line["closeness"] for name, line in tuning.items()}
     heads = [name for name in worth if re.fullmatch(r"L\d+H\d+", name)]
     heads.sort(key=lambda head: [*map(int, re.findall(r"\d+", head))])
-    pairs = [f"{one}+{other}" for at, one in enumerate(heads) for other in heads[at + 1 :]]
+    pairs = [f"{head}+{other}" for at, head in enumerate(heads) for other in heads[at + 1 :]]
     head = max(heads, key=worth.__getitem__)
     beside = ["+".join(sorted((head, other), key=heads.index)) for other in heads if other != head]
     shown = {
@@ -97,18 +97,18 @@ def every_set(lines: Sequence[Line]) -> str:
     rows = []
     for what, name in shown.items():
         alike = next((sets for sets in (heads, pairs) if name in sets), [])
-        rank = f"{1 + sum(worth[one] > worth[name] for one in alike)} of {len(alike)}" if alike else ""
-        close, plain = ([by_clip[one][clip]["closeness"] for clip in held_out] for one in (name, "none"))
-        gained = clip_mean([100 * (one - other) for one, other in zip(close, plain, strict=True)])
+        rank = f"{1 + sum(worth[entry] > worth[name] for entry in alike)} of {len(alike)}" if alike else ""
+        close, plain = ([by_clip[entry][clip]["closeness"] for clip in held_out] for entry in (name, "none"))
+        gained = clip_mean([100 * (value - other) for value, other in zip(close, plain, strict=True)])
         gain = "" if name == "none" else f"{gained:+}"
         rows.append((what, name, rank, f"{worth[name]:.3f}", f"{np.mean(close):.3f}", gain))
-    every, asked = (sum(tuning[name]["forwards"] for name in sets) for sets in ([*heads, *pairs], [*heads, *beside]))
+    every, search = (sum(tuning[name]["forwards"] for name in sets) for sets in ([*heads, *pairs], [*heads, *beside]))
     columns = "what | set | rank by tuning | closeness, tuning | closeness, held out | gained over no guidance, points"
     return (
         f"{first['model']}, guided by the perturbed branch alone, {first['steps']} steps; prompts of tuning: "
         f"1, held-out prompts and seeds 0 to {held_out[-1]}; 95 % intervals.\n\n{markdown_table(columns, rows)}\n\n"
-        f"HeadHunter ran {asked:.0f} forwards for its two rounds, all heads and pairs take {every:.0f}: "
-        f"{every / asked:.1f} times as many."
+        f"HeadHunter ran {search:.0f} forwards for its two rounds, all heads and pairs take {every:.0f}: "
+        f"{every / search:.1f} times as many."
     )
 
 
@@ -143,7 +143,7 @@ def _trainings(trainings: Mapping[str, Line]) -> Iterator[Sequence[object]]:
     dense = [entry["seconds_a_step"] for entry in next(iter(logs.values()))]
     for name, log in logs.items():
         seconds, quarter = [entry["seconds_a_step"] for entry in log], len(log) // 4
-        ratio = statistics.median(one / other for one, other in zip(seconds, dense, strict=True))
+        ratio = statistics.median(value / other for value, other in zip(seconds, dense, strict=True))
         losses = (np.mean([entry["loss"] for entry in part]) for part in (log[:quarter], log[-quarter:]))
         yield (
             name, log[-1]["step"], f"{log[-1]['density']:.2f}", ", ".join(f"{loss:.3f}" for loss in losses),
@@ -155,11 +155,11 @@ def _arms(arms: Mapping[str, Mapping[int, Line]], plain: str) -> Iterator[Sequen
     for name, clips in arms.items():
         keys = ("frames", "score", "motion", "sharpness", "loop", "attended")
         frames, score, motion, sharp, loop, pairs = (np.mean([line[key] for line in clips.values()]) for key in keys)
-        others = arms[plain] if name != plain and frames == arms[plain][0]["frames"] else {}
+        rivals = arms[plain] if name != plain and frames == arms[plain][0]["frames"] else {}
         yield (
             name, len(clips), f"{frames:.0f}", f"{score:.0%}", f"{1000 * motion:.2f}", f"{1000 * sharp:.2f}",
-            f"{loop:.2f}", f"{pairs:.0%}", paired_cell(clips, others, "score", scale=100),
-            paired_cell(clips, others, "loop"),
+            f"{loop:.2f}", f"{pairs:.0%}", paired_cell(clips, rivals, "score", scale=100),
+            paired_cell(clips, rivals, "loop"),
         )  # fmt: skip
 
 
@@ -199,22 +199,22 @@ def vbench_arms(lines: Sequence[Line]) -> str:
     worlds = {arm: [line["world"] for line in lines] for arm, lines in held.items()}
     for arm in arms[1:]:
         for name in DIMENSIONS:
-            for one, plain in zip(worlds[arm], worlds[arms[0]], strict=True):
-                differences[name, arm] += [one[name] - plain[name]] if name in one and name in plain else []
+            for world, plain in zip(worlds[arm], worlds[arms[0]], strict=True):
+                differences[name, arm] += [world[name] - plain[name]] if name in world and name in plain else []
     judged = judge({key: values for key, values in differences.items() if values})
-    apart = {key: f" {one.verdict}" for key, one in judged.items() if one.verdict in ("ahead", "behind")}
+    apart = {key: f" {verdict.verdict}" for key, verdict in judged.items() if verdict.verdict in ("ahead", "behind")}
     rows = [
         (f"*{words}, steps*", len(clips), *(f"{np.mean([line[key] for line in held[arm]]):.1f}" for arm in arms))
         for key, words in WORKS.items()
     ]
-    asked = {name: sum(name in line["world"] for line in held[arms[0]]) for name in DIMENSIONS}
-    for name, count in asked.items():
+    counts = {name: sum(name in line["world"] for line in held[arms[0]]) for name in DIMENSIONS}
+    for name, count in counts.items():
         if count:
             rows.append((name, count, *(_mean(held[arm], name) + apart.get((name, arm), "") for arm in arms)))
     parts = [
         f"{lines[0]['model']}, held-out prompts and seeds {clips[0]} to {clips[-1]}; 95 % intervals.",
         markdown_table(" | ".join(["name@world", "clips", *arms]), rows),
-        f"Not reported for this model's clips: {', '.join(name for name, count in asked.items() if not count)}.",
+        f"Not reported for this model's clips: {', '.join(name for name, count in counts.items() if not count)}.",
     ]
     if measured := [{**line, "scene": line["clip"]} for of in held.values() for line in of if line.get("metrics")]:
         what = "Spearman's rank correlation of a metric with the world's score over one clip's arms, as above over"

@@ -1,20 +1,23 @@
 """Block-sparse attention over tile lists with exact, pooled and skipped tiles: one call, several backends."""
 
 from .api import (
+    backend_of_last_call,
     block_sparse_attention,
     block_sparse_attention_backward,
     block_sparse_attention_eager,
-    resolve_backend,
     selected_tiles,
+    speed_over_dense,
 )  # fmt: skip
-from .backends.cpu import dense_speed, predicted_speedup
+from .backends.cudnn import missing_requirement as cudnn_requirement
 from .backends.fa4.support import missing_requirement as fa4_requirement
+from .backends.flashinfer import missing_requirement as flashinfer_requirement
 from .backends.flex import missing_requirement as flex_requirement
 from .backends.torch.fused import way as torch_way
 from .backends.triton.support import missing_requirement as triton_requirement
 from .bits import count_bits, pack_bits, unpack_bits
 from .cache import release_captured
 from .checks import BACKENDS
+from .choice.race import decisions, speed_of_dense_by
 from .csr import EXACT, PARTIAL, POOLED, SKIPPED
 from .errors import BackendUnavailableError
 from .features import FrameDecay
@@ -23,8 +26,8 @@ from .tiles import TileLists
 
 __all__ = [
     "BACKENDS", "EXACT", "PARTIAL", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing",
-    "Selection", "TileLists", "Vote", "block_sparse_attention", "block_sparse_attention_backward",
-    "block_sparse_attention_eager", "count_bits", "dense_speed", "fa4_requirement", "flex_requirement", "pack_bits",
-    "predicted_speedup", "release_captured", "resolve_backend", "selected_tiles", "torch_way", "triton_requirement",
-    "unpack_bits",
+    "Selection", "TileLists", "Vote", "backend_of_last_call", "block_sparse_attention",
+    "block_sparse_attention_backward", "block_sparse_attention_eager", "count_bits", "cudnn_requirement", "decisions",
+    "fa4_requirement", "flashinfer_requirement", "flex_requirement", "pack_bits", "release_captured", "selected_tiles",
+    "speed_of_dense_by", "speed_over_dense", "torch_way", "triton_requirement", "unpack_bits",
 ]  # fmt: skip

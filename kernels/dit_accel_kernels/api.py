@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
-from .backends import cpu, flex, reference
-from .backends.fa4 import attend as fa4_backend
-from .backends.torch import attend as torch_backend
 from .backends.torch import backward
-from .backends.triton import support as triton_support
 from .bits import pack_bits, word_count
 from .checks import problem_of
+from .choice import race
+from .choice.candidates import CANDIDATES, OURS
 from .csr import EXACT
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
@@ -72,8 +70,8 @@ def block_sparse_attention(
         precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits as
             precision.py says, on the triton backend ("reference" simulates it): int8 wherever that runs, fp8 from
             compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given. None: the dtype of q.
-        backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients: the
-            triton backend's kernels, for fa4 too; "reference" by autograd; else the torch backend's recomputation.
+        backend: "auto" (what it takes: choice/race.py) or the name of one, which runs or raises. Gradients: the triton
+            backend's kernels, for fa4 too; "reference" by autograd; else the torch backend's recomputation.
 
     Returns:
         The output, or a tuple of it and what else was requested: LSE, exact tiles, a vote's bits (like `keep`).
@@ -149,42 +147,35 @@ def _for_gradients(problem: Problem) -> Problem:
 
 
 def _backend(problem: Problem, *, timed: bool = False) -> str:
-    """The backend that runs a call and has its gradient; the CPU's table is asked only where it is `timed`."""
-    if problem.backend != "auto" or problem.precision is not None:
-        return "triton" if problem.backend == "auto" else problem.backend
-    if problem.q.device.type != "cpu":
-        dims = {resolve_backend("auto", problem.q.device, problem.q.dtype, x.shape[-1]) for x in (problem.q, problem.v)}
-        return "triton" if dims == {"triton"} else "torch"
-    timed = timed and not (problem.return_lse or problem.votes or problem.decay or problem.mask_ids is not None)
-    return cpu.choice(problem.q.dtype, problem)[0] if timed else "torch"
+    """The backend that runs a call; where it is not `timed`, one of ours whose gradient there is."""
+    if problem.backend != "auto":
+        return problem.backend
+    if problem.precision is not None:
+        return "triton"
+    if timed:
+        return race.choose(problem).name
+    return "triton" if CANDIDATES["triton"].takes(problem) else "torch"  # asked in traced code, which can build no loop
 
 
-def resolve_backend(
-    backend: str, device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None,
-    lists: TileLists | None = None,
-) -> str:  # fmt: skip
-    """What "auto" means here: triton on CUDA, ROCm and XPU devices that can run it, torch or flex on a CPU.
+def backend_of_last_call() -> str:
+    """The backend that ran this thread's last call, what "auto" was included."""
+    return _ran.name
 
-    Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to 256 and, on NVIDIA,
-    compute capability 8.0. `dtype` and `dim` None stand for any that a backend supports. fa4, which has run on no card
-    yet, runs only where it is named. On a CPU flex needs to run there and to be ahead in backends/cpu_table.json, by
-    what the processor has, dtype, tokens and density: `lists` are those of a call without votes, LSE, gradient and
-    frame decay (which was not timed, nor were masks inside tiles), None stands for any other. A named backend is
-    returned as it is.
+
+def speed_over_dense(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **arguments: Any) -> float | None:
+    """How many times as fast as dense SDPA a call is, as measured by running both once; None: it is not measured.
+
+    Calls of a kind, and about one size and density, are measured once on a machine (docs/choice.md): on few heads of
+    these tensors on a CPU, all of them on a GPU. Calls too short to gain by it are not, nor those of a named backend.
     """
-    if backend != "auto":
-        return backend
-    if device.type == "cpu":
-        return "torch" if lists is None or lists.mask_ids is not None else cpu.choice(dtype, lists)[0]
-    fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
-    return "triton" if fits else "torch"
+    if arguments.get("backend", "auto") != "auto" or race.too_short(q, k, v, arguments.get("layout", "bshd")):
+        return None
+    problem = problem_of(q, k, v, tiles, **arguments)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return race.choose(problem).speed
 
 
-def _triton(module: str = "attend") -> ModuleType:
-    """A module with kernels, imported on first use: importing this package must not import triton."""
-    if importlib.util.find_spec("triton") is None:
-        raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    return importlib.import_module(f".backends.triton.{module}", __package__)
+_ran = threading.local()
 
 
 def _run(problem: Problem) -> Results:
@@ -199,15 +190,19 @@ def _run(problem: Problem) -> Results:
 def _attend(problem: Problem) -> Results:
     """`_run` of a batch that is there."""
     q, name = problem.q, _backend(problem, timed=True)
-    if name == "triton":
-        out, lse, exact, kept = _triton().attend(problem, need_lse=problem.return_lse)
-    elif name == "fa4":
-        out, lse, exact, kept = fa4_backend.attend(problem.tiled(), need_lse=problem.return_lse)
-    elif name == "reference":
-        out, lse, exact, kept = reference.attend(problem.tiled())
-    else:
-        out, lse, exact, kept = _by_torch(problem.tiled(), compiled=name == "flex")
-    order = None if name == "triton" else problem.token_order  # triton gives the caller's order
+    candidate = CANDIDATES[name]
+    try:
+        if problem.backend not in ("auto", "torch") and (why := candidate.refusal(problem)):  # torch gathers then
+            raise BackendUnavailableError(why)
+        out, lse, exact, kept = candidate.attend(problem if candidate.in_order else problem.tiled())
+    except BackendUnavailableError:  # torch.compile was switched off since the race, say
+        if problem.backend != "auto" or name in OURS:
+            raise
+        name = next(name for name in OURS if CANDIDATES[name].takes(problem))
+        candidate = CANDIDATES[name]
+        out, lse, exact, kept = candidate.attend(problem if candidate.in_order else problem.tiled())
+    _ran.name = name
+    order = None if candidate.in_order else problem.token_order  # triton gives the caller's order
     out = _in_callers_order(out, order)
     lse = _in_callers_order(lse, order) if problem.return_lse else q.new_empty(0, dtype=lse.dtype)
     w = mix_weight(problem, out.dtype)
@@ -222,17 +217,6 @@ def _attend(problem: Problem) -> Results:
 def _laid_out(x: Tensor, problem: Problem) -> Tensor:
     """[B, H, S, D] contiguous in the caller's layout."""
     return problem.in_layout(problem.in_layout(x).contiguous())
-
-
-def _by_torch(problem: Problem, *, compiled: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What FlexAttention gives, where it is chosen, and else the torch backend."""
-    if compiled:
-        try:
-            return flex.attend(problem, need_lse=problem.return_lse)
-        except BackendUnavailableError:  # torch.compile is switched off
-            if problem.backend != "auto":
-                raise
-    return torch_backend.attend(problem, need_lse=problem.return_lse)
 
 
 def _empty_results(problem: Problem) -> Results:
@@ -273,9 +257,10 @@ def _gradients(
             grad_out, out = grad_out - grad_mixed, None  # the output that is at hand is mixed
         if _backend(problem) in TRITON_GRADIENTS:
             if out is None:
-                out, lse, exact, _ = _triton().attend(problem, need_lse=True)
+                out, lse, exact, _ = CANDIDATES["triton"].attend(replace(problem, return_lse=True))
                 problem = _after_routing(problem, exact) if problem.routes else problem
-            grads = _triton("backward").attend_backward(problem, out, lse, grad_out, grad_lse)
+            triton = importlib.import_module(".backends.triton.backward", __package__)
+            grads = triton.attend_backward(problem, out, lse, grad_out, grad_lse)
         else:
             grads = _torch_gradients(problem, grad_out, grad_lse)
         grad_q, grad_k, grad_v = grads

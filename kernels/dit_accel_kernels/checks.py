@@ -14,7 +14,7 @@ from .precision import PRECISIONS
 from .problem import Problem
 from .tiles import TileLists
 
-BACKENDS = ("auto", "triton", "fa4", "torch", "flex", "reference")
+BACKENDS = ("auto", "triton", "cudnn", "fa4", "flashinfer", "torch", "gather", "flex", "reference")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

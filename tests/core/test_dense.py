@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
-from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends.torch import compiled, fused
+from dit_accel_kernels.choice.race import Chosen
 from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
@@ -19,10 +19,15 @@ pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compi
 SPARSE = replace(RADIAL, dense_steps=2, dense_layers=1)
 
 
+def measured_speed(speed):
+    """What a race over dense calls found, where the loop takes them."""
+    return lambda device, dtype, dim: Chosen("torch", speed if fused.takes(device, dtype) else None)
+
+
 @pytest.fixture
 def always(monkeypatch):
     """Any call is long enough, and the loop three times as fast."""
-    monkeypatch.setenv(cpu.DENSE, "3")
+    monkeypatch.setattr(module, "speed_of_dense_by", measured_speed(3.0))
     monkeypatch.setattr(module, "LEAST_FLOPS", 0.0)
 
 
@@ -74,7 +79,7 @@ def test_plain_calls_are_the_loops_within_rounding(monkeypatch, by_loop, tokens_
 def test_all_others_are_the_users_own_bit_for_bit(monkeypatch, by_loop, left):
     q, k, v = qkv(torch.float64 if left == "float64" else torch.float32)
     if left == "slow":
-        monkeypatch.setenv(cpu.DENSE, f"{module.LEAST_GAIN - 0.01}")
+        monkeypatch.setattr(module, "speed_of_dense_by", measured_speed(module.LEAST_GAIN - 0.01))
     if left == "short":
         monkeypatch.setattr(module, "LEAST_FLOPS", 4 * q.numel() * 70 + 1)
     q.requires_grad_(left == "grad")

@@ -1,5 +1,6 @@
 """The distributions: one version, what each asks for and holds, what a release is refused for; no assets."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -175,6 +176,30 @@ def test_each_wheel_holds_what_is_its_own_and_the_weights_are_in_the_assets_alon
     assert len(targets) > 25
     sizes = {name: wheel.stat().st_size / 1e6 for name, (wheel, _) in files.items()}
     assert sizes["dit-accel"] + sizes["dit-accel-kernels"] < 2 < 20 < sizes["dit-accel-assets"] < 40
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is here to build the loop")
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="the loop is built for Linux")
+def test_the_wheel_for_linux_computes_by_its_own_loop_without_a_compiler(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIT_ACCEL_SHIP_LOOP", "1")
+    (folder,) = (files["dit-accel-kernels"][0].parent / "dit-accel-kernels").iterdir()
+    wheel = built("build_wheel", folder, tmp_path)
+    assert re.fullmatch(r".*-py3-none-manylinux_2_\d\d_x86_64\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(tmp_path / "installed")
+    lines = (
+        "import torch, dit_accel_kernels as k",
+        "q, tiles = torch.ones(1, 1, 9, 8), k.TileLists.full(9, 9, block_q=8, block_k=8)",
+        "out = k.block_sparse_attention(q, q, q, tiles, layout='bhsd', backend='torch')",
+        "print(k.torch_way(q.device, q.dtype), '|', float(out.sum()))",
+    )
+    env = {"PATH": "", "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=env, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert re.fullmatch(r"loop of the package, for avx\w+ \| 72\.0", ended.stdout.strip())
+    assert not (tmp_path / "cache").exists()
 
 
 def fake(folder: Path, name: str, number: str, needs: str = "") -> Path:

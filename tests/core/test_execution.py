@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dit_accel_kernels import EXACT, SKIPPED, TileLists
-from dit_accel_kernels.backends import cpu
 from one_layer import Fixed, OneLayer
 from torch import nn
 from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import LVSA, AttachError, ConfigError, LiteAttention, RadialAttention, UltraViCo
+from dit_accel.attachment import kernel_call
 from dit_accel.attachment.forward_state import ForwardState
 from dit_accel.attachment.layers import AttentionLayer
 from dit_accel.attachment.shards import Ring
@@ -159,7 +159,7 @@ def test_a_backend_without_a_gradient_for_operators_is_named():
 @pytest.fixture
 def slow(monkeypatch):
     """A processor on which sparse attention is slower than dense at every density from .3 on."""
-    monkeypatch.setattr(cpu, "_serving", lambda *key: {"torch": ((0.1, 0.3),)})
+    monkeypatch.setattr(kernel_call, "speed_over_dense", lambda q, k, v, tiles, **_: 0.3 / tiles.density)
 
 
 def in_clip(*methods, backend="auto", gradient=False):
@@ -188,8 +188,8 @@ def test_lists_run_where_a_backend_is_named_or_they_mean_more_or_a_backward_may_
     more = ((lvsa,), (RADIAL, UltraViCo(trained_frames=2)), (RADIAL, lite), (Fixed(own_tile(CLIP.tokens)),))
     layers = [in_clip(*methods)[0] for methods in more]
     layers += [in_clip(RADIAL, backend="torch")[0], in_clip(RADIAL, gradient=True)[0]]
-    for rows in ({"torch": ((0.1, 1.1),)}, {}):
-        monkeypatch.setattr(cpu, "_serving", lambda *key, rows=rows: rows)
+    for speed in (1.1, None):
+        monkeypatch.setattr(kernel_call, "speed_over_dense", lambda *_, speed=speed, **__: speed)
         layers.append(in_clip(RADIAL)[0])
     assert all((layer.attended, layer.engine.recorder.backends) == (0, {"torch"}) for layer in layers)
 

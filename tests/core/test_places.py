@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
+from one_layer import OneLayer
 from some_cases import some
 from torch._dynamo.utils import counters
 from wan_tiny import RADIAL, tiny_transformer
@@ -247,6 +248,16 @@ def test_a_nested_branch_has_state_of_its_own_and_moves_nothing(transformer):
     with dit_accel.attach(transformer, Guide(), backend="reference") as attachment, attention_backend("_native_math"):
         assert forward(transformer).isfinite().all()
         assert attachment.engine.recorder.backends == set()  # a plan that needs no kernel runs on the user's backend
+
+
+def test_a_context_that_a_nested_branch_enters_is_named_after_it():
+    layer = OneLayer()
+    layer.denoising.enter(layer.state, "cond", {"step_index": 0})
+    with layer.denoising.nested(layer.state, "perturbed", (1,)):
+        layer.denoising.enter(layer.state, "inner", {})
+        assert [(branch.name, branch.rows) for branch in layer.state.branches[1:]] == [
+            ("cond/perturbed", (1,)), ("cond/perturbed/inner", (1,))
+        ]  # fmt: skip
 
 
 def test_a_branch_inside_a_block_leaves_the_rest_of_the_forward_as_it_was(transformer):

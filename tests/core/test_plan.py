@@ -1,7 +1,6 @@
 """The attention plan's verbs: what merges, what is refused, and what a plan that needs no kernel computes."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,15 +121,6 @@ def test_routing_and_votes_are_added_to_what_is_kept():
     ):
         one = plan.selection
         assert (one.keep is keep, one.routing, one.vote, one.reverse) == (True, routing, votes, True)
-
-
-def test_a_backend_is_chosen_by_the_tiles_of_a_call_that_asks_for_nothing_else(monkeypatch):
-    monkeypatch.setattr("dit_accel.plan.plan.resolve_backend", lambda *asked: asked[-1])
-    call = SimpleNamespace(backend="auto", q=torch.zeros(1, HEADS, TOKENS, 8))
-    plan = AttentionPlan().with_tiles(FULL).narrow(keep=bits(1, 1, HEADS))
-    assert plan.backend(call, FULL, False) is FULL
-    for other, more in ((plan.vote(Vote(threshold=-3.0)), False), (plan.decay(DECAY), False), (plan, True)):
-        assert other.backend(call, FULL, more) is None
 
 
 def test_what_selects_tiles_needs_them_and_what_a_call_takes_once_is_refused_twice():

@@ -34,6 +34,10 @@ DEFAULTS = {
     "firstblockcache": {**ENDS, "threshold": 0.08},
     "dbcache": {**ENDS, "threshold": 0.08, "first_blocks": 8, "last_blocks": 0},
     "dbprune": {**ENDS, "threshold": 0.08, "first_blocks": 1, "last_blocks": 0},
+    "magcache": dict(
+        threshold=0.12, max_consecutive=4, warmup_steps=0.2, ratios=None, compute_at=None, warmup_of="run"
+    ),
+    "seacache": {"threshold": 0.25, "warmup_steps": 1, "last_steps": 1, "max_consecutive": 2},
     "staticcache": {"warmup_steps": 0.1, "last_steps": 1, "every": 2},
     "teacache": {"warmup_steps": 1, "last_steps": 1, "threshold": 0.1, "polynomial": None, "polynomial_2": None},
 }

@@ -25,7 +25,7 @@ def ints(*values) -> torch.Tensor:
 def test_calls():
     for changes, error, text in (
         (dict(layout="sbhd"), ValueError, "layout.*'bshd'.*'bhsd', found 'sbhd'"),
-        (dict(backend="cudnn"), ValueError, "backend.*auto, triton, fa4, torch, flex.*found 'cudnn'"),
+        (dict(backend="cuddn"), ValueError, "backend.*auto, triton, cudnn, fa4, flash.*found 'cuddn'"),
         (dict(q=Q[0]), ValueError, r"q.*dimensions.*found \[4, 20, 8\]"),
         (dict(v=V[..., :0]), ValueError, r"v.*at least 1, found \[2, 2, 20, 0\]"),
         (dict(q=Q.long()), TypeError, r"q.*bfloat16, float16, float32.*float64, found torch\.int64"),

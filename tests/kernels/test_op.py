@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from dit_accel_kernels import Routing, Selection, Vote, api, block_sparse_attention_backward, pack_bits
 from dit_accel_kernels.checks import problem_of
+from dit_accel_kernels.choice import candidates
 from dit_accel_kernels.packing import flatten, restore
 from kernel_cases import CALLS, attend, frame_decay, full, qkv, random_lists, with_masks
 
@@ -73,7 +74,9 @@ def test_compiles_to_one_full_graph_and_serves_other_lists(partial):
 
 
 def test_auto_is_triton_where_it_takes_both_head_dims(monkeypatch):
-    monkeypatch.setattr(api, "resolve_backend", lambda *asked: "triton" if asked[-1] == 16 else "torch")
+    missing = lambda device, dtype, dim, precision: None if dim == 16 else "a head dim of 16"  # noqa: E731
+    monkeypatch.setattr(candidates.triton_support, "missing_requirement", missing)
+    monkeypatch.setitem(candidates.CANDIDATES, "triton", candidates.CANDIDATES["triton"]._replace(on=("meta",)))
     q, k, v = (x.to("meta") for x in qkv(1, 1, 1, 20, 20, 16, torch.float32))
     problems = [problem_of(q, k, v[..., :dim], full(20).to("meta"), layout="bhsd") for dim in (16, 8)]
     assert list(map(api._backend, problems)) == ["triton", "torch"]

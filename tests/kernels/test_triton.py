@@ -170,6 +170,7 @@ def test_a_column_pinned_everywhere_leaves_the_threshold_alone():
     pinned = torch.zeros(2, 7, dtype=torch.bool)
     pinned[:, 3] = pinned[0, 5] = True
     k[:, :, 48:64] *= 100
+    k[:, :, 80:96] *= 20  # pinned in one row alone, it counts
 
     def exact(selection: Selection, backend: str) -> Tensor:
         return attend(q, k, v, full(32, 100), return_tiles=True, selection=selection, backend=backend)[1]

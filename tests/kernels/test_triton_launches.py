@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit_accel_kernels import block_sparse_attention_backward, resolve_backend, triton_requirement
+from dit_accel_kernels import block_sparse_attention_backward, triton_requirement
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import launch as launches
-from dit_accel_kernels.backends.triton import support
+from dit_accel_kernels.backends.triton import probe, support
 from dit_accel_kernels.backends.triton.launch import Key, Launch, key_of, key_of_row, launch_of, launch_table
 from kernel_cases import attend, frame_decay, full, lists_of, problem_from, qkv, random_lists
 from triton.runtime.errors import OutOfResources
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
 from targets import TARGETS
 
 ROWS = json.loads(launches.TABLE.read_text())
-HALF = torch.bfloat16
+HALF, FLOAT, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 
 
 def test_every_row_is_a_launch_with_a_source_and_any_architecture_has_one():
@@ -197,6 +197,10 @@ def test_dtypes_and_head_dims_are_refused():
 
 def test_what_the_machine_lacks_is_told(monkeypatch):
     call = (*qkv(1, 1, 1, 20, 20, 16, torch.float32), random_lists(1, 20, 20, 16, 16))
+    for dtype in (HALF, torch.float8_e4m3fn):  # of which the interpreter may not be right
+        monkeypatch.setattr(probe, "multiplies", lambda asked, dtype=dtype: asked != dtype)
+        refused = [bool(triton_requirement(CPU, *kind)) for kind in ((HALF, 64), (FLOAT, 64, "fp8"), (FLOAT,))]
+        assert refused == [dtype == HALF, dtype != HALF, False]
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(BackendUnavailableError, match=r"'triton'.*CUDA, ROCm.*XPU.*found cpu.*TRITON_INTERPRET=1"):
         attend(*call, backend="triton")
@@ -209,25 +213,18 @@ def test_auto_is_triton_where_it_runs(monkeypatch):
     cuda, capability = torch.device("cuda", 0), (9, 0)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert resolve_backend("auto", cuda) == resolve_backend("auto", cuda, HALF, 128) == "triton"
-    assert resolve_backend("auto", torch.device("xpu")) == "triton"
-    assert resolve_backend("flex", cuda) == "flex"
-    for device, *more in (
-        (cuda, torch.float64, 128),
-        (cuda, HALF, 264),
-        (torch.device("cpu"),),
-        (torch.device("mps"),),
-    ):
-        assert resolve_backend("auto", device, *more) == "torch"
+    for device, *more in ((cuda,), (cuda, HALF, 128), (torch.device("xpu"),)):
+        assert triton_requirement(device, *more) is None
+    for device, *more in ((cuda, torch.float64, 128), (cuda, HALF, 264), (torch.device("mps"),)):
+        assert triton_requirement(device, *more)
     capability = (7, 5)
-    assert resolve_backend("auto", cuda) == "torch"
     assert "compute capability 8.0 or newer (found 7.5)" in triton_requirement(cuda)
     capability = (8, 6)
     monkeypatch.setattr(support, "architecture", lambda device: "sm_86")
     assert triton_requirement(cuda, HALF, 64, "int8") is None
     assert "8.9, gfx942 or newer for products of fp8 (found sm_86)" in triton_requirement(cuda, HALF, 64, "fp8")
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
-    assert resolve_backend("auto", torch.device("xpu")) == "torch"
+    assert "triton package" in triton_requirement(torch.device("xpu"))
 
 
 def test_numbers_of_eight_bits():

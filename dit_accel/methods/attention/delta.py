@@ -196,7 +196,7 @@ class DeltaHandler(AttentionHandler):
             self._measured.append((context, error))
             for other in self.restorers if settings.reactivate else ():
                 other.restore_tiles(plan, context, lambda: probe_gaps(plan, call, groups.rows), settings.margin)
-        if settings.reuse > 1:
+        if settings.reuse > 1:  # else it would hold memory that no call reads
             self.held[context.key] = (delta, calls + 1)
         out = how.added(out, delta, dense)
         return result._replace(out=out, corrections=(*result.corrections, how))
@@ -234,14 +234,14 @@ class DeltaHandler(AttentionHandler):
         ]
         if not measured:
             return None
-        errors = [(x, one, head) for one in measured for head, x in enumerate(one["by_head"], one["first_head"])]
-        worst, one, head = max(errors, key=lambda entry: entry[0])
+        errors = [(x, call, head) for call in measured for head, x in enumerate(call["by_head"], call["first_head"])]
+        worst, call, head = max(errors, key=lambda entry: entry[0])
         mean = sum(error for error, *_ in errors) / len(errors)
         probed = {tuple(entry.values())[:4]: entry["rows"] for entry in measured}
-        where = f"step {one['step_index']}, layer {one['layer']}, head {head}"
+        where = f"step {call['step_index']}, layer {call['layer']}, head {head}"
         lines = (
             f"error at probe rows, before correction: {mean:.3f} mean, {worst:.3f} worst ({where})",
-            f"{len(measured)} calls probed; their rows are dense, besides the tiles: {one['rows']:.3f} of a call",
+            f"{len(measured)} calls probed; their rows are dense, besides the tiles: {call['rows']:.3f} of a call",
         )
         data = {"mean": mean, "worst": worst, "measured": measured, "probed_rows": sum(probed.values())}
         return Section(method=self.name, title="delta", lines=lines, data=data)
@@ -266,8 +266,8 @@ def neighbour_correlation(corrections: Tensor, frames: int) -> Tensor:
     ``frames``: F; neighbours are of one frame or, where a frame is one group, of one frame and the next.
     """
     x = corrections.unflatten(2, (frames, -1))
-    one, next_ = (x[:, :, :, :-1], x[:, :, :, 1:]) if x.shape[3] > 1 else (x[:, :, :-1], x[:, :, 1:])
-    if one.numel() == 0:
+    group, next_ = (x[:, :, :, :-1], x[:, :, :, 1:]) if x.shape[3] > 1 else (x[:, :, :-1], x[:, :, 1:])
+    if group.numel() == 0:
         return torch.ones_like(x[:, :, 0, 0, 0])
-    together, first, second = ((a * b).sum((2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
+    together, first, second = ((a * b).sum((2, 3, 4)) for a, b in ((group, next_), (group, group), (next_, next_)))
     return (together / (first * second).sqrt().clamp(min=torch.finfo(x.dtype).tiny)).clamp(0, 1).sqrt()

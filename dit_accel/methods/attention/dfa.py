@@ -76,12 +76,12 @@ class DFA(MethodConfig):
 
     def reusing(self, count: int) -> frozenset[int]:
         """Return the steps of a run of ``count`` that are not full, where every step is computed."""
-        found, since = set(), self.every
+        steps, since = set(), self.every
         for index in range(count):
             full = self.is_full(index, count, since)
             since = 0 if full else since + 1
-            found |= set() if full else {index}
-        return frozenset(found)
+            steps |= set() if full else {index}
+        return frozenset(steps)
 
 
 class DFAHandler(AttentionHandler):
@@ -164,7 +164,7 @@ class DFAHandler(AttentionHandler):
             moved = self._moved(context, target_sample(latents), v, layout)
             pairs = 2 if len(moved) % 2 == 0 and _holds_both(site, context, latents) else 1
             moved = moved.unflatten(0, (pairs, -1)).mean(0)
-            edges = [otsu(one) if share is None else one.flatten().quantile(1 - share) for one in moved]
+            edges = [otsu(row) if share is None else row.flatten().quantile(1 - share) for row in moved]
             mask = moved > torch.stack(edges)[:, None, None, None]
         self._masks[site.name] = layout, mask
         self._rows.clear()
@@ -192,11 +192,11 @@ class DFAHandler(AttentionHandler):
             return plan
         if held.shape != call.q.shape[:3] + held.shape[3:] or held.dtype != call.q.dtype:
             return plan
-        found = self._rows_of(context)
-        if found is None:
+        parts = self._rows_of(context)
+        if parts is None:
             return plan
-        rows, seen = found
-        if all(len(one) == call.tokens for one in rows):
+        rows, seen = parts
+        if all(len(numbers) == call.tokens for numbers in rows):
             return plan
         keys = torch.stack(seen) if self.settings.strict else None
         return plan.reuse_rows(ReusedRows(rows=tuple(rows), out=held, keys=keys))
@@ -214,7 +214,7 @@ class DFAHandler(AttentionHandler):
                 return None
             seen = torch.ones(len(mask), layout.tokens, dtype=torch.bool, device=mask.device)
             seen[:, layout.visual] = mask.flatten(1)
-            self._rows[key] = [one.nonzero()[:, 0] for one in seen], seen
+            self._rows[key] = [row.nonzero()[:, 0] for row in seen], seen
         rows, seen = self._rows[key]
         first = context.row * context.batch  # models that attend row by row hold one prompt of several in a call
         prompts = [(first + row) % len(rows) for row in range(min(context.batch, len(rows)))]
@@ -224,7 +224,7 @@ class DFAHandler(AttentionHandler):
         """Hold what a full step's call gave."""
         if not (self._reuse or context.differentiate or context.training) and self._held_from(context):
             self._outputs[context.key] = result.out.detach().clone()
-            self.note_held(sum(one.nbytes for one in self._outputs.values()))
+            self.note_held(sum(output.nbytes for output in self._outputs.values()))
         return result
 
     def reset(self) -> None:
@@ -239,12 +239,12 @@ class DFAHandler(AttentionHandler):
     def report(self) -> Section | None:
         if not self._shares:
             return None
-        found = [{**entry, "foreground": entry["foreground"].tolist()} for entry in self._shares]
-        values = [value for entry in found for value in entry["foreground"]]
+        shares = [{**entry, "foreground": entry["foreground"].tolist()} for entry in self._shares]
+        values = [value for entry in shares for value in entry["foreground"]]
         title = (
-            f"dfa: foreground {min(values):.3f} to {max(values):.3f} of the visual tokens, at {len(found)} full steps"
+            f"dfa: foreground {min(values):.3f} to {max(values):.3f} of the visual tokens, at {len(shares)} full steps"
         )
-        return Section(method="dfa", title=title, data={"foreground": found})
+        return Section(method="dfa", title=title, data={"foreground": shares})
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         settings, family = self.settings, self.model.family

@@ -102,14 +102,14 @@ class LVSAHandler(SparseHandler):
         super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
 
     def check_layout(self, layout: TokenLayout) -> str:
-        own, rule = self.settings, self.settings.rule
+        config, rule = self.settings, self.settings.rule
         stride, length = rule.stride(layout.frames), f"{layout.frames} latent frames"
         if stride == 1:
-            return f"lvsa leaves nothing out: {length}, trained on {own.trained_frames}"
-        turns = f"moving by one a step, {stride} steps a round" if own.rotate else "at the same places in every step"
+            return f"lvsa leaves nothing out: {length}, trained on {config.trained_frames}"
+        turns = f"moving by one a step, {stride} steps a round" if config.rotate else "at the same places in every step"
         return (
-            f"lvsa: {length}, trained on {own.trained_frames}; each sees {2 * own.window + 1} around it, the first "
-            f"{own.first} and every {stride}th, {turns}; {rule.density(layout.frames):.1%} of the frame pairs"
+            f"lvsa: {length}, trained on {config.trained_frames}; each sees {2 * config.window + 1} around it, the "
+            f"first {config.first} and every {stride}th, {turns}; {rule.density(layout.frames):.1%} of the frame pairs"
         )
 
     def applies(self, layout: TokenLayout) -> bool:

@@ -69,7 +69,7 @@ class MaskHandler(SparseHandler, ABC):
             at = None if order is None else order[: layout.visual_tokens] - layout.text_before
             places = torch.arange(layout.visual_tokens, device=device)
             tile_of = (places if at is None else at.argsort()) // tiling.block_size
-            kept = torch.zeros(count, count, dtype=torch.int32, device=device)
+            pairs = torch.zeros(count, count, dtype=torch.int32, device=device)
             for row, tiles in enumerate(tile_of.view(-1, layout.width)):
                 queries = Tokens(frame[row // layout.height], y[row % layout.height], x[:, None, None, None])
                 seen = self.mask(queries, keys, layout)
@@ -77,23 +77,23 @@ class MaskHandler(SparseHandler, ABC):
                 seen = seen if at is None else seen[:, at]
                 seen = torch.nn.functional.pad(seen, (0, count * tiling.block_size - layout.visual_tokens))
                 seen = seen.unflatten(1, (count, -1)).any(2).expand(layout.width, -1)
-                kept.index_add_(0, tiles, seen.int())
-            self._kept[layout] = (kept > 0).cpu().numpy()
+                pairs.index_add_(0, tiles, seen.int())
+            self._kept[layout] = (pairs > 0).cpu().numpy()
         return self._kept[layout]
 
     def applies(self, layout: TokenLayout) -> bool:
         return not self.kept(layout).all()
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        kept = self.kept(layout)
-        whole = f"{self.name} keeps all {kept.size} tiles of {layout.visual_tokens} visual tokens, and changes nothing"
-        return whole if kept.all() else super().check_layout(layout)
+        exact = self.kept(layout)
+        whole = f"{self.name} keeps all {exact.size} tiles of {layout.visual_tokens} visual tokens, and changes nothing"
+        return whole if exact.all() else super().check_layout(layout)
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         layout, tiling, device = context.layout, self.model.tiling, str(context.device)
         if (layout, device) not in self._lists:
-            kept = self.kept(layout, device)
-            self._lists[layout, device] = visual_lists(kept, self.pools, layout, tiling.block_size, device)
+            exact = self.kept(layout, device)
+            self._lists[layout, device] = visual_lists(exact, self.pools, layout, tiling.block_size, device)
         return plan.with_tiles(self._lists[layout, device], tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:

@@ -97,9 +97,9 @@ class RadialAttention(SparseConfig):
 
         With ``boundary="published"`` only whole tiles count, floor(n / B) a side, as in the original's figures.
         """
-        kept = _kept(self.rule, layout)
+        exact = _kept(self.rule, layout)
         whole = layout.visual_tokens // self.tiling.block_size
-        return kept[:whole, :whole] if self.boundary == "published" and whole else kept
+        return exact[:whole, :whole] if self.boundary == "published" and whole else exact
 
     def density(self, layout: TokenLayout) -> float:
         """Return the share of the visual tiles that are exact, in (0, 1]."""
@@ -107,16 +107,16 @@ class RadialAttention(SparseConfig):
 
     def advice(self, layout: TokenLayout) -> str | None:
         """Return advice about a layout that does not suit radial, or None; raise `ConfigError` if it keeps no tile."""
-        kept = self.kept(layout)
-        empty, tokens = int((~kept.any(axis=1)).sum()), layout.visual_tokens
-        if empty == len(kept):
+        exact = self.kept(layout)
+        empty, tokens = int((~exact.any(axis=1)).sum()), layout.visual_tokens
+        if empty == len(exact):
             raise ConfigError(
-                f"radial.boundary = 'published' leaves none of the {kept.size} tiles of {tokens} visual tokens; use "
+                f"radial.boundary = 'published' leaves none of the {exact.size} tiles of {tokens} visual tokens; use "
                 "boundary = 'any', or smaller tiles"
             )
-        parts = [self.advice_on_size(layout, kept.size if kept.all() else 0)]
+        parts = [self.advice_on_size(layout, exact.size if exact.all() else 0)]
         if empty:
-            parts.append(f"boundary = 'published' leaves {empty} of {len(kept)} block rows no visual tile; use 'any'")
+            parts.append(f"boundary = 'published' leaves {empty} of {len(exact)} block rows no visual tile; use 'any'")
         return "; ".join(filter(None, parts)) or None
 
 

@@ -162,7 +162,7 @@ class SparseHandler(AttentionHandler):
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse turns of dense layers beside a method that leaves rows out."""
-        partial = next((one for one in others if "reused rows" in one.exclusive), None)
+        partial = next((handler for handler in others if "reused rows" in handler.exclusive), None)
         if self.rests is not None and partial is not None:
             raise ConfigError(
                 f"{self.name}.refresh = {self.rests.every} has layers compute all rows in turn, and {partial.name} "
@@ -207,7 +207,7 @@ class SparseHandler(AttentionHandler):
         *,
         tiles: int | None = None,
         expected: bool = False,
-        **others: Any,
+        **options: Any,
     ) -> Saving:
         """Return the saving of a method that leaves a known part of the tiles; for the options see `TileSaving`.
 
@@ -224,11 +224,11 @@ class SparseHandler(AttentionHandler):
             pools=self.pools,
             expected=expected,
         )
-        notes = (*others.pop("notes", ()), *settings.notes())
+        notes = (*options.pop("notes", ()), *settings.notes())
         warnings = (advice,) if advice else ()
-        carried = others.pop("carried_bytes", 0) + self.rest_bytes(layout, steps)
+        carried = options.pop("carried_bytes", 0) + self.rest_bytes(layout, steps)
         return Saving(
-            tiles=saving, notes=notes, warnings=warnings, carried_bytes=carried, **{"list_bytes": lists, **others}
+            tiles=saving, notes=notes, warnings=warnings, carried_bytes=carried, **{"list_bytes": lists, **options}
         )
 
     def dense_share(self, steps: int) -> float:

@@ -75,16 +75,16 @@ class SparseD(SparseConfig):
         return self.advice_on_size(layout, tiles if self.mass is None and self.kept_tiles(tiles) == tiles else 0)
 
 
-def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float | None) -> Tensor:
+def heaviest(masses: Tensor, candidates: Tensor, count: int | None, mass: float | None) -> Tensor:
     """Return the heaviest candidate tiles of every block row, bool [B, H, NQ, NK]; of equal ones the first.
 
     Args:
-        kept: how many a row chooses, all where fewer are candidates; None: see ``mass``.
+        count: how many a row chooses, all where fewer are candidates; None: see ``mass``.
         mass: the fewest that reach this share of the row's mass over the candidates, one at least.
     """
     masses = masses.masked_fill(~candidates, 0.0)
     ranked, order = masses.masked_fill(~candidates, -1.0).sort(dim=-1, descending=True, stable=True)
-    first = (torch.arange(masses.shape[-1], device=masses.device) < (kept or 1)).expand_as(masses)
+    first = (torch.arange(masses.shape[-1], device=masses.device) < (count or 1)).expand_as(masses)
     if mass is not None:
         ranked = ranked.clamp(min=0.0)
         first = first | (ranked.cumsum(-1) - ranked < mass * ranked.sum(-1, keepdim=True))
@@ -132,11 +132,11 @@ class SparseDHandler(SparseHandler):
             lists += pinned_bytes(layout, settings.tiling.block_size)
             carried += self.rest_bytes(layout, steps)
             return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=(note, *settings.notes()))
-        kept = settings.kept_tiles(settings.tiling.tiles(layout.visual_tokens))
+        count = settings.kept_tiles(settings.tiling.tiles(layout.visual_tokens))
 
         def keep(share: np.ndarray, rows: slice) -> np.ndarray:
             listed = share.sum(1, keepdims=True)  # of a row's candidates it keeps so many, or all
-            return share * np.minimum(1.0, kept / np.maximum(listed, 1e-9))
+            return share * np.minimum(1.0, count / np.maximum(listed, 1e-9))
 
         return self.saving_of(keep, layout, steps, carried_bytes=carried)
 
@@ -158,5 +158,5 @@ class SparseDHandler(SparseHandler):
         )  # fmt: skip
         text = unpack_bits(self._text(context), tiles.key_tiles).all(0)
         candidates = unpack_bits(exact_bits(tiles, masses.shape[1]), tiles.key_tiles) & ~text
-        kept = None if settings.mass is not None else settings.kept_tiles(int((~text).sum()))
-        return pack_bits(heaviest(masses, candidates, kept, settings.mass))
+        count = None if settings.mass is not None else settings.kept_tiles(int((~text).sum()))
+        return pack_bits(heaviest(masses, candidates, count, settings.mass))

@@ -154,6 +154,6 @@ def spent_size(of: Tensor) -> Tensor:
     return of.abs_().sum(dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
 
 
-def mean_change(one: Tensor, other: Tensor) -> Tensor:
-    """Return the mean of |one - other|, in float32."""
-    return spent_size(one.float() - other.float())
+def mean_change(first: Tensor, second: Tensor) -> Tensor:
+    """Return the mean of |first - second|, in float32."""
+    return spent_size(first.float() - second.float())

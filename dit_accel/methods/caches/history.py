@@ -218,7 +218,7 @@ def tensor_shapes(tensors: Any) -> Any:
 
 
 @torch.no_grad()
-def own_copies(kept: Any, lent: Any) -> Any:
+def own_copies(value: Any, lent: Any) -> Any:
     """Copy, of what is kept from step to step, the tensors that share memory with lent ones.
 
     Schedulers and hand-written loops may write into the tensors of a step once it is over.
@@ -233,7 +233,7 @@ def own_copies(kept: Any, lent: Any) -> Any:
             return leaf
         return copies.setdefault(id(leaf), leaf.clone())
 
-    return tree_map(copied, kept)
+    return tree_map(copied, value)
 
 
 def _memory_of(tensor: Tensor) -> int | None:
@@ -245,7 +245,7 @@ def _memory_of(tensor: Tensor) -> int | None:
 
 
 def _covering(output: Any, latents: Any) -> Tensor | None:
-    """Return the first part of the latents, of an output's shape: what is denoised stands before its conditions."""
+    """Return the part of the latents that the output predicts, or None; conditions stand behind it on each axis."""
     if not (isinstance(output, Tensor) and isinstance(latents, Tensor)) or output.ndim != latents.ndim:
         return None
     if any(have < need for have, need in zip(latents.shape, output.shape, strict=True)):
@@ -254,7 +254,7 @@ def _covering(output: Any, latents: Any) -> Tensor | None:
 
 
 def _of_rows(leaves: list[Any], spec: TreeSpec, rows: Sequence[int]) -> tuple[list[Any], TreeSpec]:
-    """Return some rows of an output, of which each may be a tensor of its own, and their form."""
+    """Return some rows of an output, which may be a list of a tensor a row, and the form of the result."""
     output = tree_unflatten(leaves, spec)
     sample: Any = sample_of(output)
     if isinstance(sample, list):
@@ -271,7 +271,7 @@ def _minus(output: Any, base: Any) -> Any:
 
 
 def _plus(value: Any, base: Any) -> Any:
-    """Return the output of what was stored, a tensor of its own; what is no tensor as it is."""
+    """Return the output that a stored value stands for, as a new tensor; what is no tensor is returned unchanged."""
     if not isinstance(value, Tensor):
         return value
     if base is None or not value.is_floating_point():

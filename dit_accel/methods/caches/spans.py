@@ -56,12 +56,12 @@ class Pass:
         self._start: Tensor | None = None
         self._end: Tensor | None = None
 
-    def note_first(self, taken: Streams, given: Streams) -> None:
+    def note_first(self, taken: Streams, outputs: Streams) -> None:
         """Note what one of the first blocks took and gave."""
         assert taken[0] is not None
         if self._start is None or self._start.shape != taken[0].shape:
             self._start = taken[0]  # another list of blocks may join text and video
-        self._end = given[0]
+        self._end = outputs[0]
 
     @cached_property
     def added(self) -> Tensor | None:
@@ -103,10 +103,10 @@ class Pass:
         self.spans.append([])
         self.taken, self._taken_versions = taken, versions_of(taken)
 
-    def note(self, given: Streams) -> None:
+    def note(self, outputs: Streams) -> None:
         """Note what a block gave; raise `ConfigError` if the span wrote into what its first block took."""
         self.require_unwritten(self.taken, self._taken_versions, self.spans[-1][0])
-        self.given, self._versions = given, versions_of(given)
+        self.given, self._versions = outputs, versions_of(outputs)
 
 
 class SpanHandler(StepCacheHandler):
@@ -217,7 +217,7 @@ class SpanHandler(StepCacheHandler):
         context = now.context
         now.shapes = tensor_shapes((dict(context.inputs), streams))
         self._begin(context)
-        self._keep(context, [span for span, one in self._spans(context).items() if one.shapes == now.shapes])
+        self._keep(context, [span for span, history in self._spans(context).items() if history.shapes == now.shapes])
         spans, stored = self._spans(context, followed=True), self._spans(context)
         now.beside = {span[-1]: self._beside(now, span) for span in spans}
         now.stored = {span[-1]: stored.get(span) or self._new_history(now.shapes, True) for span in spans}

@@ -124,7 +124,7 @@ class PerturbedHandler(WindowedHandler):
     def _block_cache(self) -> str | None:
         """Return the name of a cache of blocks among the other methods, or None; diffusers' own may be one."""
         caches = (other for other in self._others if "cache" in other.exclusive)
-        return next((one.name for one in caches if Place.BLOCKS in one.places or one.objects), None)
+        return next((cache.name for cache in caches if Place.BLOCKS in cache.places or cache.objects), None)
 
     def _first_block(self, site: Site, layers: Sequence[int]) -> int | None:
         """Return the block at which a perturbed pass may begin, or None: it runs whole."""
@@ -152,7 +152,7 @@ class PerturbedHandler(WindowedHandler):
         return self._perturbed_forward(site, passes, context, run, rows_of_prompt(site, part, len(latents), "cond"))
 
     def _take_added(self, given: Any) -> Sample | None:
-        """Return the part that a guider adds to the step's result, once, given the conditional prediction."""
+        """Return what a guider adds to the step's result, once; ``given`` is the conditional prediction it gets."""
         if self._for_guider is None:
             return None
         (further, cond), self._for_guider = self._for_guider, None
@@ -190,7 +190,7 @@ class PerturbedHandler(WindowedHandler):
                 f"the conditional one {shapes(cond)}; take a model of the same latents"
             )
         further = mapped(
-            lambda one, other: added(one, other, self.settings.scale or 0.0, self.settings.rescale), cond, perturbed
+            lambda row, other: added(row, other, self.settings.scale or 0.0, self.settings.rescale), cond, perturbed
         )
         self._log.append(note_of(context, cond, perturbed, passes.first if shared else 0))
         if left:  # the pipeline's own guider weighs the predictions, and takes the addend when it mixes them
@@ -334,7 +334,7 @@ class PerturbedHandler(WindowedHandler):
 
     def first_layer(self) -> int | None:
         """Return the first perturbed layer, without a model; None where that is not known."""
-        specs = [one for spec in self.specs or () for one in self.published.get(spec, (spec,))]
+        specs = [name for spec in self.specs or () for name in self.published.get(spec, (spec,))]
         return first_layer(specs, self.model.layers, max(1, self.model.heads))
 
 

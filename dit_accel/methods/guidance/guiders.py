@@ -23,9 +23,9 @@ def guided_by(site: Site, further: Callable[[Any], Sample | None]) -> tuple[Any,
     ``further``: what is added to the next result, which the guider mixes from this conditional prediction; None:
     nothing.
     """
-    found: list[Any] = [getattr(site.pipe, name, None) for name in GUIDERS]
+    components: list[Any] = [getattr(site.pipe, name, None) for name in GUIDERS]
     guiders: tuple[Any, ...] = tuple(
-        {id(one): one for one in found if callable(getattr(one, "forward", None))}.values()
+        {id(component): component for component in components if callable(getattr(component, "forward", None))}.values()
     )
     for guider in guiders:
         site.replace(guider, "forward", _adding(guider.forward, further))

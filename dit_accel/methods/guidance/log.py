@@ -92,11 +92,11 @@ def strips_of(did: str, log: Sequence[tuple[str, int, str, float | None]], measu
     """
     strips: list[Strip] = []
     for transformer, branch in dict.fromkeys((entry[0], entry[2]) for entry in log):
-        own = {step: value for name, step, of, value in log if (name, of) == (transformer, branch)}
+        values = {step: value for name, step, of, value in log if (name, of) == (transformer, branch)}
         strips.append(
             Strip(
-                transformer=transformer, branch=branch, steps=tuple(own), reused=(False,) * len(own),
-                values=tuple(own.values()), did=did, measured=measured,
+                transformer=transformer, branch=branch, steps=tuple(values), reused=(False,) * len(values),
+                values=tuple(values.values()), did=did, measured=measured,
             )
         )  # fmt: skip
     return tuple(strips)
@@ -112,6 +112,6 @@ def distances_of(log: Sequence[PerturbedForward]) -> list[float | None]:
 def note_of(context: ForwardContext, cond: Sample, perturbed: Sample, first: int | None) -> PerturbedForward:
     """Return the note on a perturbed forward; reads nothing back from the device."""
     pairs = list(zip(as_rows(cond), as_rows(perturbed), strict=True))
-    apart = torch.stack([torch.linalg.vector_norm(one.float() - other.float()) for one, other in pairs]).norm()
-    size = torch.stack([torch.linalg.vector_norm(one.float()) for one, _ in pairs]).norm()
+    apart = torch.stack([torch.linalg.vector_norm(row.float() - other.float()) for row, other in pairs]).norm()
+    size = torch.stack([torch.linalg.vector_norm(row.float()) for row, _ in pairs]).norm()
     return PerturbedForward(context.transformer, context.step_index, context.branch, apart / size, first or 0)

@@ -49,8 +49,8 @@ class CrossAttentionNAG:
         """Run the transformer's projection on the prompt and, in a guided forward, on the negative text as well."""
         if self._on:
             prompt = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            own = self._embeds.to(device=prompt.device, dtype=prompt.dtype)
-            self._ready = run(own, *args[1:], **kwargs) if args else run(**{**kwargs, next(iter(kwargs)): own})
+            embeds = self._embeds.to(device=prompt.device, dtype=prompt.dtype)
+            self._ready = run(embeds, *args[1:], **kwargs) if args else run(**{**kwargs, next(iter(kwargs)): embeds})
         return run(*args, **kwargs)
 
     def _beside(self, context: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ class CrossAttentionNAG:
             if not self._on:
                 return run(*args, **kwargs)
             _require_uncached(name, module)
-            given, rows = {**dict(zip(names, args, strict=False)), **kwargs}, self._rows
+            inputs, rows = {**dict(zip(names, args, strict=False)), **kwargs}, self._rows
             if rows is not None:
-                given = rows_of(given, *rows)
-            given["encoder_hidden_states"] = self._beside(given["encoder_hidden_states"])
-            if "attention_mask" in given:  # it is the prompt's; the negative text has no padding
-                given["attention_mask"] = None
+                inputs = rows_of(inputs, *rows)
+            inputs["encoder_hidden_states"] = self._beside(inputs["encoder_hidden_states"])
+            if "attention_mask" in inputs:  # it is the prompt's; the negative text has no padding
+                inputs["attention_mask"] = None
             queries: list[Any] = []
             outputs: list[Tensor] = []
 
@@ -105,7 +105,7 @@ class CrossAttentionNAG:
 
             site = self._site
             with site.stand_in(module.to_q, keep), site.stand_in(module.to_out[0], catch):
-                run(**given)
+                run(**inputs)
             if len(outputs) != 1:
                 raise ConfigError(
                     f"{name} ran its output projection {len(outputs)} times in one call, so that nag can't tell its "
@@ -118,9 +118,9 @@ class CrossAttentionNAG:
         return around
 
     def _guided(self, positive: Tensor, negative: Tensor, rows: Rows) -> Tensor:
-        own = positive if rows is None else positive[rows[0]]
+        prompt = positive if rows is None else positive[rows[0]]
         settings = self._settings
-        guided = normalized(own, negative, settings.scale, settings.tau, settings.alpha).to(positive.dtype)
+        guided = normalized(prompt, negative, settings.scale, settings.tau, settings.alpha).to(positive.dtype)
         if rows is None:
             return guided
         return cat([positive[: rows[0].start], guided, positive[rows[0].stop :]])

@@ -44,15 +44,15 @@ class JointNAG:
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
         """Run a forward whose conditional rows (None: all) are guided away from the negative text."""
         batch = len(context.inputs[self._site.adapter.latents])
-        own = slice(0, batch) if rows is None else rows[0]
-        given = with_rows_again(context.inputs, own, batch, self._site.adapter)
-        given.update(self._texts(context.inputs, own, batch))
-        self._pairs = own, slice(batch, batch + own.stop - own.start)
-        self._tokens = given[self._where.text].shape[1]
+        cond = slice(0, batch) if rows is None else rows[0]
+        inputs = with_rows_again(context.inputs, cond, batch, self._site.adapter)
+        inputs.update(self._texts(context.inputs, cond, batch))
+        self._pairs = cond, slice(batch, batch + cond.stop - cond.start)
+        self._tokens = inputs[self._where.text].shape[1]
         self.on = True
         try:
-            with self._site.branch("nag", [*range(batch), *range(own.start, own.stop)]):
-                output = run(**given)
+            with self._site.branch("nag", [*range(batch), *range(cond.start, cond.stop)]):
+                output = run(**inputs)
         finally:
             self.on = False
         return with_sample(output, require_sample(sample_of(output), self._site.name)[:batch])
@@ -88,13 +88,13 @@ class JointNAG:
             )
         )
 
-    def _texts(self, inputs: Any, own: slice, batch: int) -> dict[str, Tensor]:
+    def _texts(self, inputs: Any, cond: slice, batch: int) -> dict[str, Tensor]:
         """Return the forward's text with the negative one in further rows, and the mask of both where there is one.
 
         One row of text may serve all of the batch: the model broadcasts it.
         """
         where, name = self._where, self._site.name
-        if held := next((one for one in where.alone if inputs.get(one) is not None), None):
+        if held := next((extra for extra in where.alone if inputs.get(extra) is not None), None):
             raise ConfigError(
                 f"{name} is given {held}, which holds the prompt's rows alone, so that nag can't lay a negative text "
                 "beside them; generate without it, or detach nag"
@@ -103,7 +103,7 @@ class JointNAG:
         prompt = prompt.expand(batch, -1, -1) if len(prompt) == 1 else prompt
         if where.mask is None and self._encode is not None and self._embeds.shape[1] != prompt.shape[1]:
             self._embeds = self._encode(prompt.shape[1])
-        text = self._embeds.to(device=prompt.device, dtype=prompt.dtype).expand(own.stop - own.start, -1, -1)
+        text = self._embeds.to(device=prompt.device, dtype=prompt.dtype).expand(cond.stop - cond.start, -1, -1)
         mask = None if where.mask is None else inputs.get(where.mask)
         if mask is None and prompt.shape[1] == text.shape[1]:
             return {where.text: torch.cat([prompt, text])}

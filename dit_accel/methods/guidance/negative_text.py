@@ -33,29 +33,29 @@ def encoded(site: Site, prompt: str, padded: bool = False, tokens: int | None = 
     options = {"do_classifier_free_guidance": False, **shared}
     call = {"prompt": prompt, **{name: value for name, value in options.items() if name in taken}}
     call.update({name: None for name in ("prompt_2", "prompt_3") if name in taken})  # as the prompt
-    made = _embeds(pipe, encode, call, padded)
-    if tokens is not None and made.shape[1] != tokens and "max_sequence_length" in call:
+    embeds = _embeds(pipe, encode, call, padded)
+    if tokens is not None and embeds.shape[1] != tokens and "max_sequence_length" in call:
         # an encoder may put tokens of its own in front, so that the length is not what it is called with
-        call["max_sequence_length"] += tokens - made.shape[1]
-        made = _embeds(pipe, encode, call, padded)
-    return made
+        call["max_sequence_length"] += tokens - embeds.shape[1]
+        embeds = _embeds(pipe, encode, call, padded)
+    return embeds
 
 
 def _embeds(pipe: Any, encode: Any, call: dict[str, Any], padded: bool) -> Tensor:
     """Return the embeddings that a pipeline's encoder makes of a call."""
     try:
         with torch.no_grad():
-            made = encode(**call)
+            output = encode(**call)
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{type(pipe).__name__} can't encode nag.negative_prompt = {call['prompt']!r} ({error}); {_INSTEAD}"
         ) from error
-    embeds, *others = made if isinstance(made, (tuple, list)) else (made,)
+    embeds, *extras = output if isinstance(output, (tuple, list)) else (output,)
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
         raise ConfigError(
             f"{type(pipe).__name__} gives no embeddings [1, tokens, C] of nag.negative_prompt; {_INSTEAD}"
         )
-    mask = next((other for other in others if _is_mask(other, embeds)), None)
+    mask = next((other for other in extras if _is_mask(other, embeds)), None)
     if mask is not None and not padded:
         embeds = embeds[:, mask[0].bool()]
     return embeds.detach().clone()

@@ -85,14 +85,14 @@ class PerturbedBlocks:
             return None
         return tuple(None if stream is None else stream[rows] for stream in saved)
 
-    def _mixed(self, ran: Streams, given: Streams) -> Streams:
+    def _mixed(self, ran: Streams, inputs: Streams) -> Streams:
         """Return a block's output, with the perturbed rows as they came in."""
         assert self.rows is not None
         rows, _ = self.rows
 
-        def mixed(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-            if one is None or other is None:
-                return one
-            return torch.cat([one[: rows.start], other[rows], one[rows.stop :]])
+        def mixed(output: Tensor | None, other: Tensor | None) -> Tensor | None:
+            if output is None or other is None:
+                return output
+            return torch.cat([output[: rows.start], other[rows], output[rows.stop :]])
 
-        return tuple(map(mixed, ran, given))
+        return tuple(map(mixed, ran, inputs))

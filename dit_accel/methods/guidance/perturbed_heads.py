@@ -102,7 +102,7 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         return image_rows(layout, str(context.device))
 
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext) -> Tensor:
-        """Return u for the named heads and 0 for the others, [H]; of a process that shares them, its own."""
+        """Return u for the named heads and 0 for the others, [H]; where processes share heads, for this process's."""
         key = named, heads, context.device
         if key not in self._shares:
             with torch.inference_mode(False):

@@ -91,8 +91,8 @@ def repeated(sample: Sample) -> Sample:
 
 
 def plus(sample: Sample, further: Sample) -> Sample:
-    """Return a sum in the first's own dtype; it is formed in the other's."""
-    return mapped(lambda one, other: (one.to(other.dtype) + other).to(one.dtype), sample, further)
+    """Return the sum in the first sample's dtype, computed in the second's."""
+    return mapped(lambda first, other: (first.to(other.dtype) + other).to(first.dtype), sample, further)
 
 
 def shapes(sample: Sample) -> Any:

@@ -20,7 +20,7 @@ from .targets import LAST_CHANGE, mean_values, of_mean_query, put_in_place
 
 Target = Literal["identity", "temperature", "uniform", "mean-query"]
 ANOTHER = ("uniform", "mean-query")
-"""Targets that give something of their own in place of the attention."""
+"""Targets that replace the attention's output by another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

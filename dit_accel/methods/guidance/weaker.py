@@ -27,8 +27,8 @@ def parallel_to_share(transformer: Any, weak: Any, inputs: Mapping[str, Any]) ->
     heads = weak.config.get("num_attention_heads") or 1
     if heads % config.ulysses_degree or _patch(weak) != _patch(transformer):
         return None
-    backends = {getattr(one, "_attention_backend", None) for one in _processors(transformer)}
-    alike = all(getattr(one, "_attention_backend", None) in backends for one in _processors(weak))
+    backends = {getattr(processor, "_attention_backend", None) for processor in _processors(transformer)}
+    alike = all(getattr(processor, "_attention_backend", None) in backends for processor in _processors(weak))
     return parallel if alike else None
 
 
@@ -74,9 +74,9 @@ def fits(transformer: Any, weak: Any) -> bool:
     """
     if type(weak) is not type(transformer) or _sizes(weak) != _sizes(transformer):
         return False
-    if any(_is_watched(module) for module in weak.modules()) or any(_moves(one) for one in transformer.modules()):
+    if any(_is_watched(module) for module in weak.modules()) or any(_moves(module) for module in transformer.modules()):
         return False
-    kinds = [{name: _kind(one) for name, one in model.named_parameters()} for model in (weak, transformer)]
+    kinds = [{name: _kind(weight) for name, weight in model.named_parameters()} for model in (weak, transformer)]
     return kinds[0] == kinds[1]
 
 

@@ -81,10 +81,10 @@ class Guide:
             )
         latents = context.inputs[site.adapter.latents]
         if not isinstance(latents, Tensor) or latents.shape[1:] != picture.clean.shape[1:]:
-            found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ConfigError(
                 f"ultraimage's small picture was enlarged to latents {tuple(picture.clean.shape)}, and the forward has "
-                f"{found}; call a pipeline that makes one picture of text, without reference images"
+                f"{shape}; call a pipeline that makes one picture of text, without reference images"
             )
         clean = picture.clean.to(latents.device, torch.float32)
         clean = clean.repeat(len(latents) // len(clean), *(1 for _ in clean.shape[1:]))

@@ -92,16 +92,16 @@ class RoPEHandler(Handler):
     def __init__(self, config: RoPE, model: Model) -> None:
         super().__init__(config, model)
         require_kind(model, config.kind, config.axes or (), option="kind")
-        given = {axis: getattr(config, f"trained_{axis}") for axis in VISUAL_AXES}
-        self._trained = trained_lengths(config.name, given, model.family)
+        options = {axis: getattr(config, f"trained_{axis}") for axis in VISUAL_AXES}
+        self._trained = trained_lengths(config.name, options, model.family)
 
     def install(self, site: Site) -> None:
         RopeSwitcher(site, self.settings.axes or (), self._trained, self._edit, self.settings.factor)
 
-    def _edit(self, own: Any, trained: float, length: float) -> Any:
+    def _edit(self, freqs: Any, trained: float, length: float) -> Any:
         config = self.settings
         return edited(
-            config.kind, own, trained=trained, length=length, period=config.period, turn=config.turn,
+            config.kind, freqs, trained=trained, length=length, period=config.period, turn=config.turn,
             indices=config.indices,
         )  # fmt: skip
 

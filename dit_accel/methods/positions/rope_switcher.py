@@ -22,16 +22,16 @@ Edit = Callable[[np.ndarray, float, float], np.ndarray]
 """(own frequencies, trained tokens, wanted tokens) -> new frequencies, of the same shape."""
 
 
-def trained_lengths(method: str, given: Mapping[str, int | None], family: Family | None) -> dict[str, int]:
+def trained_lengths(method: str, options: Mapping[str, int | None], family: Family | None) -> dict[str, int]:
     """Return axis -> tokens that a model was trained on, as given or released; raise `ConfigError` if none is known."""
-    known = {**(family.trained if family else {}), **{axis: n for axis, n in given.items() if n is not None}}
+    known = {**(family.trained if family else {}), **{axis: n for axis, n in options.items() if n is not None}}
     if not known:
         model = family.name if family else "a model with sizes of no released one"
-        names = ", ".join(f"{method}.trained_{axis}" for axis in given)
+        names = ", ".join(f"{method}.trained_{axis}" for axis in options)
         raise MissingOption(
             f"{method} needs the size that the model was trained on, which is not known of {model}; set one of {names} "
             "to its tokens",
-            needs=" or ".join(f"trained_{axis}" for axis in given),
+            needs=" or ".join(f"trained_{axis}" for axis in options),
         )
     return known
 
@@ -44,9 +44,9 @@ def require_kind(model: Model, kind: str, requested: Sequence[str] = (), option:
     """
     name, rope, config = model.adapter.name, model.adapter.rope, model.config
     if isinstance(rope, Rope) and rope.kinds is not None and kind not in rope.kinds:
-        others = " or ".join(repr(known) for known in rope.kinds if known != "none")
-        why = f"rotary frequencies of kind {kind!r} make no sense on {name}: {rope.note}; use {others}"
-        raise MissingOption(why, needs=f"{option} = {others}") if option and others else ConfigError(why)
+        kinds = " or ".join(repr(known) for known in rope.kinds if known != "none")
+        why = f"rotary frequencies of kind {kind!r} make no sense on {name}: {rope.note}; use {kinds}"
+        raise MissingOption(why, needs=f"{option} = {kinds}") if option and kinds else ConfigError(why)
     if config is None and model.family is not None and model.family.config:
         config = model.family.config
     if config is not None or not isinstance(rope, Rope):
@@ -90,7 +90,7 @@ class RopeSwitcher:
             )
         self._edit, self._factor = edit, factor
         self._made: dict[tuple[int, ...], RopeChange] = {}
-        identity = {axis: lambda own: own for axis in self._trained}
+        identity = {axis: lambda freqs: freqs for axis in self._trained}
         places = change_rope(self._rope, self._transformer, identity).attributes
         self._switches = [_Switch(*inside_hooks(owner, name)) for owner, name, _ in places]
         if self._rope.form == "object of tables":  # a switch is about to stand in its place
@@ -101,15 +101,15 @@ class RopeSwitcher:
 
     def wanted(self, layout: TokenLayout) -> dict[str, tuple[float, float]]:
         """Return axis -> (trained, wanted) tokens, of the axes that change for a layout."""
-        found = {}
+        lengths = {}
         for axis, tokens in layout.lengths.items():
             trained = self._trained.get(axis)
             if trained is None:
                 continue
             length = tokens if self._factor is None else self._factor * trained
             if length > trained:
-                found[axis] = (float(trained), float(length))
-        return found
+                lengths[axis] = (float(trained), float(length))
+        return lengths
 
     def _around(self, context: ForwardContext, run: Callable[..., Any]) -> Any:
         change = self._change(context.layout)
@@ -141,7 +141,7 @@ class RopeSwitcher:
         return self._made[key]
 
     def _edited(self, trained: float, length: float) -> Callable[[Any], np.ndarray]:
-        return lambda own: self._edit(own.numpy(), trained, length)
+        return lambda freqs: self._edit(freqs.numpy(), trained, length)
 
 
 def inside_hooks(owner: Any, name: str) -> tuple[Any, str]:

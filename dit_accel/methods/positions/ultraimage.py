@@ -160,8 +160,8 @@ class UltraImageHandler(AttentionHandler):
     def __init__(self, config: UltraImage, model: Model) -> None:
         super().__init__(config, model)
         _check_order(self.settings.focus_min or 1, self.settings.focus_max or 1)
-        given = {axis: getattr(config, f"trained_{axis}") for axis in AXES}
-        known = trained_lengths(config.name, given, model.family)
+        options = {axis: getattr(config, f"trained_{axis}") for axis in AXES}
+        known = trained_lengths(config.name, options, model.family)
         missing = [axis for axis in AXES if axis not in known]
         if missing:
             raise MissingOption(
@@ -204,11 +204,11 @@ class UltraImageHandler(AttentionHandler):
         """Return the tokens of the small picture that comes before a larger one; None: none does."""
         if not self.two_stages or not self.applies(TokenLayout(frames=1, height=height, width=width)):
             return None
-        family, own = self.model.family, tuple(self._trained.values())
+        family, grid = self.model.family, tuple(self._trained.values())
         if family is not None:
             token = family.vae[1] * family.patch[1], family.vae[1] * family.patch[2]
-            own = family.height // token[0], family.width // token[1]
-        share = min(own[0] / height, own[1] / width)
+            grid = family.height // token[0], family.width // token[1]
+        share = min(grid[0] / height, grid[1] / width)
         if self.settings.small is not None:
             share = self.settings.small / max(height, width)
         if share >= 1:
@@ -230,10 +230,10 @@ class UltraImageHandler(AttentionHandler):
             )
         return self.guide.around(site, context, run)
 
-    def _edit(self, own: Any, trained: float, length: float) -> Any:
+    def _edit(self, freqs: Any, trained: float, length: float) -> Any:
         settings = self.settings
         return edited(
-            "ultraimage", own, trained=trained, length=length, turn=settings.turn, indices=settings.indices
+            "ultraimage", freqs, trained=trained, length=length, turn=settings.turn, indices=settings.indices
         )  # fmt: skip
 
     def check_layout(self, layout: TokenLayout) -> str | None:
@@ -287,10 +287,10 @@ class UltraImageHandler(AttentionHandler):
         lowest, highest = (f(entropy, dim=(0, 2), keepdim=True) for f in (torch.amin, torch.amax))
         settings = self.settings
         factors = focus(entropy, lowest, highest, settings.focus_min or 1, settings.focus_max or 1, settings.power or 1)
-        own = factors if share is None else factors[..., share.own]
-        heads.factors = dict(zip(heads.entropy, own.float(), strict=True))
+        shard = factors if share is None else factors[..., share.own]
+        heads.factors = dict(zip(heads.entropy, shard.float(), strict=True))
         self._compared[key[:2]] = entropy, factors
-        held = [x for one in self._heads.values() for part in (one.entropy, one.factors) for x in part.values()]
+        held = [x for entry in self._heads.values() for part in (entry.entropy, entry.factors) for x in part.values()]
         self.note_held(sum(x.nbytes for x in held))
 
     def reset(self) -> None:

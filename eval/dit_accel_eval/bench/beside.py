@@ -27,12 +27,12 @@ class Beside:
     """A shape's bench in a process of its own; a context manager, and called with an arm and the steps of a run."""
 
     def __init__(
-        self, plan: Any, made: Callable[..., Any], given: tuple[Any, ...], device: torch.device, dtype: torch.dtype,
+        self, plan: Any, make: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device, dtype: torch.dtype,
         free: int | None,
     ) -> None:  # fmt: skip
         self.plan, self.device, self.dtype, self.free = plan, device, dtype, free
         limit = None if free is None or device.type != "cpu" else round(SHARE * free)
-        self._given = made, (*given, device, dtype), torch.get_num_threads(), limit
+        self._given = make, (*arguments, device, dtype), torch.get_num_threads(), limit
         self._process: Any = None
 
     def __enter__(self) -> "Beside":
@@ -48,16 +48,16 @@ class Beside:
         process = self._process = self._process or self._started()
         try:
             self._ours.send((arm, steps))
-            made = self._ours.recv()
+            answer = self._ours.recv()
         except (EOFError, OSError):
             process.join()
             code, self._process = process.exitcode, None
             if code == -signal.SIGKILL:
                 raise OutOfMemoryError("ran out of memory: the system killed its process") from None
             raise DitAccelError(f"its process ended with exit code {code}") from None
-        if isinstance(made, DitAccelError):
-            raise made
-        return made
+        if isinstance(answer, DitAccelError):
+            raise answer
+        return answer
 
     def _started(self) -> Any:
         context = get_context("spawn")
@@ -72,7 +72,7 @@ class Beside:
         return process
 
 
-def _serve(pipe: Any, made: Callable[..., Any], given: tuple[Any, ...], threads: int, limit: int | None) -> None:
+def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...], threads: int, limit: int | None) -> None:
     end_with_parent()
     _stay_under(limit)
     torch.set_num_threads(threads)
@@ -80,7 +80,7 @@ def _serve(pipe: Any, made: Callable[..., Any], given: tuple[Any, ...], threads:
     while True:
         arm, steps = pipe.recv()
         try:
-            bench = bench or made(*given)
+            bench = bench or make(*arguments)
             pipe.send(bench(arm, steps))
         except Exception as error:
             pipe.send(reason_of(error))

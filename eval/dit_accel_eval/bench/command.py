@@ -60,7 +60,7 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     device = pick_device(options.device)
     lines: list[Line] = []
     if options.shapes:
-        arms = bench_arms([sparse_part(one) for one in methods]) if methods else preset_arms()
+        arms = bench_arms([sparse_part(config) for config in methods]) if methods else preset_arms()
     else:
         arms = bench_arms(methods)
     for line in run_shapes(
@@ -115,9 +115,9 @@ def _sparse() -> list[str]:
     from dit_accel.methods import registry
     from dit_accel.methods.attention.sparse import SparseConfig
 
-    return [name for name, one in registry.methods().items() if issubclass(one, SparseConfig)]
+    return [name for name, config in registry.methods().items() if issubclass(config, SparseConfig)]
 
 
-def _spread(one: dict[str, float], factor: float, digits: int) -> str:
-    median, low, high = (f"{factor * one[key]:.{digits}f}" for key in ("median", "low", "high"))
+def _spread(figures: dict[str, float], factor: float, digits: int) -> str:
+    median, low, high = (f"{factor * figures[key]:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} [{low}, {high}]"

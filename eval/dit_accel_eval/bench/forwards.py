@@ -153,8 +153,8 @@ def bench_arms(methods: Sequence[MethodConfig]) -> list[BenchArm]:
     """Return the arms: dense by diffusers' attention backends, the methods by themselves and together."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    known = [one.value for one in AttentionBackendName if one.value != "_native_math"]  # never the fastest
-    arms = [BenchArm(name=f"dense, {one}", backend=one) for one in known]
+    known = [backend.value for backend in AttentionBackendName if backend.value != "_native_math"]  # never the fastest
+    arms = [BenchArm(name=f"dense, {backend}", backend=backend) for backend in known]
     arms += [BenchArm(name=method.name, methods=(method,)) for method in methods]
     if len(methods) > 1:
         arms.append(BenchArm(name=" + ".join(method.name for method in methods), methods=tuple(methods)))
@@ -199,18 +199,18 @@ def run_bench(
         attempt(arm, min(WARM, steps))
     takes = {arm.name: partial(attempt, arm, steps) for arm in arms if arm.name not in failed}
     runs: dict[str, list[ArmRun]] = {name: [] for name in takes}
-    for number, made in enumerate(in_turn(takes, rounds, deadline=deadline) if takes else (), 1):
+    for number, results in enumerate(in_turn(takes, rounds, deadline=deadline) if takes else (), 1):
         say(f"round {number} of {rounds} is done")
-        for name, ran in made.items():
+        for name, ran in results.items():
             runs[name] += [ran] if ran is not None else []
     running = [arm for arm in arms if arm.name not in failed]
     if all(arm.methods for arm in running):
         raise ConfigError(f"no attention backend of diffusers runs here: {failed[arms[0].name]}")
     dense = min((arm.name for arm in running if not arm.methods), key=lambda name: np.median(_rounds(runs[name])))
-    found = {arm.name: _figures(bench.plan, arm, runs[arm.name], dense, runs[dense]) for arm in running}
-    found |= {name: {"reason": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
+    figures = {arm.name: _figures(bench.plan, arm, runs[arm.name], dense, runs[dense]) for arm in running}
+    figures |= {name: {"reason": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
               for name, error in failed.items()}  # fmt: skip
-    return [_about(bench, arm) | {"memory": memory[arm.name]} | found[arm.name] for arm in arms]
+    return [_about(bench, arm) | {"memory": memory[arm.name]} | figures[arm.name] for arm in arms]
 
 
 def _rounds(runs: Sequence[ArmRun]) -> np.ndarray:
@@ -266,7 +266,7 @@ def _about(bench: Bench | Beside, arm: BenchArm) -> Line:
         "shape": plan.shape.name, "arm": arm.name, "kind": "method" if arm.methods else "dense",
         "family": plan.family.name, "layers": plan.family.layers, "heads": plan.family.heads,
         "all_heads": plan.all_heads, **plan.sizes, "tokens": plan.dense.layout.tokens,
-        "steps": plan.dense.num_inference_steps, "methods": {one.name: one.to_dict() for one in arm.methods},
+        "steps": plan.dense.num_inference_steps, "methods": {method.name: method.to_dict() for method in arm.methods},
         **machine(bench.device, bench.dtype),
     }  # fmt: skip
 
@@ -274,13 +274,13 @@ def _about(bench: Bench | Beside, arm: BenchArm) -> Line:
 def _figures(plan: Plan, arm: BenchArm, runs: Sequence[ArmRun], against: str, dense: Sequence[ArmRun]) -> Line:
     """Return what an arm took; ratios are to the fastest dense backend: of the steps, and of one attention layer."""
     last, seconds, steps = runs[-1], _rounds(runs), plan.dense.num_inference_steps
-    own, other = ([one for ran in ones for one in ran.attention] for ones in (runs, dense))
+    ours, other = ([x for ran in ones for x in ran.attention] for ones in (runs, dense))
     done = work(last.counts, dense[-1].counts / steps, last.attended, plan.dense.attention_share) / steps
     flops = done * plan.dense.total_flops / plan.dense.forwards
     return {
         "rounds": len(runs), "step_seconds": quartiles(seconds), "ratio": quartiles(_rounds(dense) / seconds),
-        "block_seconds": quartiles([one for ran in runs for one in ran.blocks]), "attention_seconds": quartiles(own),
-        "attention_ratio": float(np.median(other) / np.median(own)), "against": against, "work": done,
+        "block_seconds": quartiles([x for ran in runs for x in ran.blocks]), "attention_seconds": quartiles(ours),
+        "attention_ratio": float(np.median(other) / np.median(ours)), "against": against, "work": done,
         "attended": last.attended, "flops_a_step": flops, "tflops": flops / float(np.median(seconds)) / 1e12,
         "predicted": plan.speedup(arm.methods) if arm.methods else None,
     }  # fmt: skip

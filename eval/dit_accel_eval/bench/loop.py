@@ -29,19 +29,19 @@ def in_turn(
         started = time.perf_counter()
         if number and started + taken > deadline:
             return
-        made = {name: arm() for name, arm in arms.items()}
+        results = {name: arm() for name, arm in arms.items()}
         taken = time.perf_counter() - started
-        yield made
+        yield results
 
 
 def reason_of(error: Exception) -> DitAccelError:
     """Return why something can't run here, as an error of ours: backends that are missing have each their own."""
     if isinstance(error, DitAccelError):
         return error
-    told = str(error).strip().partition("\n")[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in told:
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in line:
         return OutOfMemoryError("ran out of memory")
-    return DitAccelError(f"{type(error).__name__}: {told}")
+    return DitAccelError(f"{type(error).__name__}: {line}")
 
 
 def device_time(device: torch.device) -> float:

@@ -31,7 +31,7 @@ def memory_of_model(plan: Any, dtype: torch.dtype) -> int:
     family, tokens = plan.family, plan.dense.layout.tokens
     with init_empty_weights():
         transformer = make_model(plan.adapter, family, plan.dense)[0]
-    weights = sum(one.numel() for one in transformer.parameters())
+    weights = sum(weight.numel() for weight in transformer.parameters())
     block = tokens * (WIDTHS * family.heads * family.head_dim + HIDDEN * (family.ffn_dim or 0))
     return dtype.itemsize * (weights + block) + PROCESS
 
@@ -58,11 +58,11 @@ def _of_system() -> Iterator[int]:
 def _of_containers() -> Iterator[int]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = {PurePosixPath(line.split(":", 2)[2]) for line in lines}
-        for root, limit, used, kept in CGROUPS:
-            for one in {above for path in own for above in (path, *path.parents)}:
-                folder = Path(root) / str(one).lstrip("/")
+        groups = {PurePosixPath(line.split(":", 2)[2]) for line in lines}
+        for root, limit, used, cached in CGROUPS:
+            for group in {above for path in groups for above in (path, *path.parents)}:
+                folder = Path(root) / str(group).lstrip("/")
                 with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such folder, or no limit
                     most, taken = (int((folder / name).read_text()) for name in (limit, used))
                     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    yield max(1, most - taken + int(stat[kept]))
+                    yield max(1, most - taken + int(stat[cached]))

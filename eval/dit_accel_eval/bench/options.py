@@ -35,7 +35,7 @@ class Shape:
     @property
     def sizes(self) -> dict[str, int | None]:
         """Height, width and frames, by the names that estimates give them."""
-        return {one.name: getattr(self, one.name) for one in fields(self)[2:]}
+        return {field.name: getattr(self, field.name) for field in fields(self)[2:]}
 
 
 def named_shapes(text: str) -> list[Shape]:
@@ -47,13 +47,13 @@ def named_shapes(text: str) -> list[Shape]:
 
 
 def _shape_of(name: str) -> Shape:
-    found = _SIZES.fullmatch(SHAPES.get(name, name))
-    if found is None:
+    match = _SIZES.fullmatch(SHAPES.get(name, name))
+    if match is None:
         raise ConfigError(
             f"no shape is called {name!r}; {did_you_mean(name, [*SHAPES, 'all'])}, or give one as "
             "FAMILY:HEIGHTxWIDTHxFRAMES, such as wan2.1-1.3b:480x832x81"
         )
-    family, height, width, frames = found.groups(default="1")
+    family, height, width, frames = match.groups(default="1")
     return Shape(name=name, family=family, height=int(height), width=int(width), num_frames=int(frames))
 
 
@@ -97,9 +97,9 @@ class BenchOptions:
             raise ConfigError(f"there is no dtype {self.dtype!r}; {did_you_mean(self.dtype, known)}")
         if (self.shapes is None) == (self.family is None):
             raise ConfigError("bench needs either --family NAME, such as wan2.1-1.3b, or --shapes all; give one")
-        given = [name for name in ("height", "width", "num_frames") if getattr(self, name) is not None]
-        if self.shapes is not None and given:
-            option = given[0].replace("_", "-")
+        names = [name for name in ("height", "width", "num_frames") if getattr(self, name) is not None]
+        if self.shapes is not None and names:
+            option = names[0].replace("_", "-")
             raise ConfigError(f"--shapes have sizes of their own, got --{option}; write FAMILY:HEIGHTxWIDTHxFRAMES")
         of_shapes = self.shapes is not None
         return replace(

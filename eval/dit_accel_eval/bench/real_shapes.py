@@ -40,7 +40,7 @@ def find_family(name: str) -> tuple[Adapter, Family]:
     """Return a family whose transformers can be made here, with its adapter."""
     adapter, family = installed.described(name)
     if adapter.name not in LATENTS:
-        known = [one.name for key in LATENTS for one in installed.adapters()[key].families]
+        known = [member.name for key in LATENTS for member in installed.adapters()[key].families]
         raise ConfigError(f"bench can't make the inputs of {name} yet; {did_you_mean(name, known)}")
     return adapter, family
 
@@ -55,9 +55,9 @@ def make_model(adapter: Adapter, family: Family, planned: Prediction) -> tuple[A
         "s": layout.visual_tokens,
     }  # fmt: skip
     torch.manual_seed(0)
-    made = getattr(diffusers, adapter.transformers[0])
-    options = {**_config(family, latents), **_layers(family, "num_single_layers" in _names(made))}
-    transformer = made(**{name: value for name, value in options.items() if name in _names(made)}).eval()
+    model = getattr(diffusers, adapter.transformers[0])
+    options = {**_config(family, latents), **_layers(family, "num_single_layers" in _names(model))}
+    transformer = model(**{name: value for name, value in options.items() if name in _names(model)}).eval()
     latents["c"] = transformer.config.in_channels
     shape = (1, *(latents[axis] for axis in LATENTS[adapter.name]))
     known = _inputs(family, layout, transformer.config, shape, MIDDLE.get(adapter.name, 500.0))

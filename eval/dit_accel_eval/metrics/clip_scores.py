@@ -18,7 +18,7 @@ from .openclip import Weighted, no_library, weighted
 from .weights import folder
 
 HEADS = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
-PUBLISHED = tuple(f"sa_0_4_vit_{one}_linear.pth" for one in ("l_14", "b_32", "b_16"))
+PUBLISHED = tuple(f"sa_0_4_vit_{size}_linear.pth" for size in ("l_14", "b_32", "b_16"))
 """The aesthetic heads that LAION has published, over the embeddings of OpenAI's weights, and where."""
 
 
@@ -36,8 +36,8 @@ def alignment(by: Weighted, sample: Sample) -> Measured:
 
 def likeness(by: Weighted, sample: Sample) -> Measured:
     """Return the cosine of each frame and the reference's: the mean over frames, and each frame's."""
-    one, two = map(by.embedder().pictures, sample.pair())
-    return mean_of((one * two).sum(1).tolist())
+    clip, reference = map(by.embedder().pictures, sample.pair())
+    return mean_of((clip * reference).sum(1).tolist())
 
 
 def _both(by: Weighted, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -58,46 +58,46 @@ def aesthetic(by: Weighted, sample: Sample) -> Measured:
         return mean_of(_head(by)(by.embedder().pictures(sample.frames))[:, 0].tolist())
 
 
-def head_path(one: Weighted) -> Path:
+def head_path(model: Weighted) -> Path:
     """Return where the aesthetic head of a model lies: beside VBench's, by LAION's name."""
-    short = one.model.removesuffix("-quickgelu").lower().replace("-", "_")
+    short = model.model.removesuffix("-quickgelu").lower().replace("-", "_")
     return folder() / "vbench" / "aesthetic_model" / "emb_reader" / f"sa_0_4_{short}_linear.pth"
 
 
-def no_head(one: Weighted) -> str | None:
+def no_head(model: Weighted) -> str | None:
     """Return why a model's aesthetic head can't be had, None if it can; another model's is refused."""
-    path = head_path(one)
+    path = head_path(model)
     if path.is_file():
-        _head(one)
+        _head(model)
         return None
-    published = f"{HEADS}/{path.name}" if path.name in PUBLISHED else f"one of your own for {one.model}"
+    published = f"{HEADS}/{path.name}" if path.name in PUBLISHED else f"one of your own for {model.model}"
     return f"the aesthetic head is not here: put {published} at {path}"
 
 
-def _head(one: Weighted) -> torch.nn.Linear:
+def _head(model: Weighted) -> torch.nn.Linear:
     """Return a model's aesthetic head; a file that is none, or one of another width, is refused."""
     import open_clip
 
-    path, made = head_path(one), torch.nn.Linear((open_clip.get_model_config(one.model) or {})["embed_dim"], 1)
+    path, head = head_path(model), torch.nn.Linear((open_clip.get_model_config(model.model) or {})["embed_dim"], 1)
     try:
-        made.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch's readers raise all kinds
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(f"{path} is no aesthetic head of {one.model} ({reason}); download it again") from None
-    return made
+        raise ConfigError(f"{path} is no aesthetic head of {model.model} ({reason}); download it again") from None
+    return head
 
 
 def _family(
-    name: str, look: Callable[[Weighted, Sample], Measured], lack: Callable[[Weighted], str | None] = lambda one: None,
+    name: str, look: Callable[[Weighted, Sample], Measured], lack: Callable[[Weighted], str | None] = lambda _: None,
     **about: Any,
 ) -> Metric:  # fmt: skip
     """Return what stands for a metric of every model; ``look`` measures by one, ``lack`` tells what that lacks."""
 
     def of(text: str) -> Metric:
-        one = Weighted(text) if no_library() else weighted(text)
+        model = Weighted(text) if no_library() else weighted(text)
         return replace(
-            family, name=f"{name}:{text}", words=f"{family.words}, {text}", measure=partial(look, one), of=None,
-            missing=lambda: no_library() or lack(one) or one.missing(),
+            family, name=f"{name}:{text}", words=f"{family.words}, {text}", measure=partial(look, model), of=None,
+            missing=lambda: no_library() or lack(model) or model.missing(),
         )  # fmt: skip
 
     family = Metric(

@@ -28,12 +28,12 @@ class Distance:
 
         self.name, self._counts = name, [0, 0]
         try:
-            made: Any = FrechetInceptionDistance() if name == "fid@inception" else KernelInceptionDistance()
+            metric: Any = FrechetInceptionDistance() if name == "fid@inception" else KernelInceptionDistance()
         except ModuleNotFoundError:
             raise ConfigError(f"{name} takes torch-fidelity; {install('eval')}") from None
         except OSError as error:
             raise ConfigError(f"{name} can't be measured: Inception's weights can't be fetched ({error})") from None
-        self._metric = made.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._metric = metric.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def add(self, clip: Clip, *, real: bool) -> None:
         """Take the frames of a clip, as 8 bits, into the set of those as they should be, or into the other."""
@@ -47,5 +47,5 @@ class Distance:
         if (fewest := min(self._counts)) < 2:
             raise ConfigError(f"{self.name} takes 2 frames of each set, and there are {fewest}; add clips")
         self._metric.subset_size = min(1000, fewest)  # KID is the mean over a hundred subsets
-        found = self._metric.compute()
-        return float(found[0] if isinstance(found, tuple) else found)
+        value = self._metric.compute()
+        return float(value[0] if isinstance(value, tuple) else value)

@@ -16,11 +16,11 @@ CONSISTENT = 1.0
 """Pixels by which a way there and back may miss its start; more, and the pixel is taken as hidden."""
 
 
-def dis_flow(one: Clip, two: Clip) -> Flow:
+def dis_flow(first: Clip, second: Clip) -> Flow:
     """Return the flow from a frame [height, width, 3] to another by OpenCV's DIS, medium preset."""
     import cv2
 
-    grey = [cv2.cvtColor(levels(frame), cv2.COLOR_RGB2GRAY) for frame in (one, two)]
+    grey = [cv2.cvtColor(levels(frame), cv2.COLOR_RGB2GRAY) for frame in (first, second)]
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # type: ignore[call-overload, attr-defined]
 
 
@@ -37,10 +37,10 @@ def is_dynamic(sample: Sample) -> Measured:
     """
     step = max(1, round(sample.fps / 8))
     frames = neighbours(sample, 1 + step)[::step]
-    moved = [strongest(dis_flow(one, two)) for one, two in itertools.pairwise(frames)]
+    moved = [strongest(dis_flow(first, second)) for first, second in itertools.pairwise(frames)]
     least = 6 * min(frames.shape[1:3]) / 256
     enough = max(1, round(4 * len(frames) / 16))
-    return Measured(value=float(sum(one > least for one in moved) >= enough), by_frame=tuple(moved))
+    return Measured(value=float(sum(distance > least for distance in moved) >= enough), by_frame=tuple(moved))
 
 
 def warp_error(sample: Sample) -> Measured:
@@ -54,16 +54,16 @@ def warp_error(sample: Sample) -> Measured:
     frames, errors = neighbours(sample), []
     height, width = frames.shape[1:3]
     down, right = np.indices((height, width), dtype=np.float32)
-    for one, two in itertools.pairwise(frames):
-        there, back = dis_flow(one, two), dis_flow(two, one)
+    for first, second in itertools.pairwise(frames):
+        there, back = dis_flow(first, second), dis_flow(second, first)
         x, y = right + there[..., 0], down + there[..., 1]
         met, drawn = (
             cv2.remap(values, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-            for values in (back, two.astype(np.float32))
+            for values in (back, second.astype(np.float32))
         )
         inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
         seen = inside & (np.linalg.norm(there + met, axis=-1) <= CONSISTENT)
-        difference = (drawn - one)[seen].astype(np.float64)
+        difference = (drawn - first)[seen].astype(np.float64)
         errors.append(math.sqrt(float((difference**2).mean())) if seen.any() else 1.0)
     return mean_of(errors)
 

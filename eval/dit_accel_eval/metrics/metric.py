@@ -115,19 +115,19 @@ class Metric:
             raise NotMeasured("it compares with the prompt, and there is none")
         if (short := min(sample.frames.shape[1:3])) < self.short_side:
             raise NotMeasured(f"it takes a short side of {self.short_side} pixels, and there are {short}")
-        found = self.measure(sample)
-        made = found if isinstance(found, Measured) else Measured(value=float(found))
+        value = self.measure(sample)
+        measured = value if isinstance(value, Measured) else Measured(value=float(value))
         low, high = self.bounds
-        if not low - ROUNDING <= made.value <= high + ROUNDING:  # false for nan
-            raise ConfigError(f"metric {self.name} gave {made.value}, outside its bounds {low:g} to {high:g}")
-        return Measured(value=min(max(made.value, low), high), by_frame=made.by_frame)
+        if not low - ROUNDING <= measured.value <= high + ROUNDING:  # false for nan
+            raise ConfigError(f"metric {self.name} gave {measured.value}, outside its bounds {low:g} to {high:g}")
+        return Measured(value=min(max(measured.value, low), high), by_frame=measured.by_frame)
 
 
 def check_clip(clip: object, what: str) -> None:
     """Refuse another shape, no frames, and values that are not finite or outside [0, 1]; errors call it ``what``."""
     if not isinstance(clip, np.ndarray) or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape:
-        found = getattr(clip, "shape", type(clip).__name__)
-        raise ConfigError(f"{what} must be frames [F, height, width, 3], F of at least 1, got {found}")
+        shape = getattr(clip, "shape", type(clip).__name__)
+        raise ConfigError(f"{what} must be frames [F, height, width, 3], F of at least 1, got {shape}")
     if not np.issubdtype(clip.dtype, np.floating):
         raise ConfigError(f"{what} must hold floats in [0, 1], got {clip.dtype}; divide 8-bit frames by 255")
     finite = np.isfinite(clip).reshape(len(clip), -1).all(1)
@@ -166,5 +166,5 @@ def neighbours(sample: Sample, least: int = 2) -> Clip:
 
 def no_module(name: str, package: str) -> str | None:
     """Return why a module can't be had, None if it can: its package is not installed."""
-    found = importlib.util.find_spec(name) is not None
-    return None if found else f"{package} is not installed; {install('eval')}"
+    spec = importlib.util.find_spec(name) is not None
+    return None if spec else f"{package} is not installed; {install('eval')}"

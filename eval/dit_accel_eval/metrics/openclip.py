@@ -68,8 +68,8 @@ class Weighted:
         """What is said of published weights: where they are, and how pictures are prepared for them."""
         import open_clip
 
-        own = JUDGES.get((self.model, self.tag))
-        return own or (open_clip.get_pretrained_cfg(self.model, self.tag) if self.tag else {})
+        judge = JUDGES.get((self.model, self.tag))
+        return judge or (open_clip.get_pretrained_cfg(self.model, self.tag) if self.tag else {})
 
     @property
     def _published(self) -> tuple[str, tuple[str, ...]]:
@@ -85,7 +85,7 @@ class Weighted:
             return self.file
         repository, files = self._published
         held = (huggingface_hub.try_to_load_from_cache(repository, file) for file in files)
-        return next((Path(one) for one in held if isinstance(one, str)), None)
+        return next((Path(path) for path in held if isinstance(path, str)), None)
 
     def missing(self) -> str | None:
         """Return why the model can't be had, None if it can, for which it is built."""
@@ -129,58 +129,58 @@ def weighted(text: str) -> Weighted:
     return Weighted(model, tag=rest)
 
 
-def fetch_model(one: Weighted) -> str | None:
+def fetch_model(model: Weighted) -> str | None:
     """Fetch published weights, and the tokenizer where it is the hub's; returns why they can't be had, None if here."""
     import open_clip
 
-    if one.path() is None:
+    if model.path() is None:
         try:
-            open_clip.download_pretrained(one.described)
+            open_clip.download_pretrained(model.described)
         except Exception as error:  # the hub's client raises all kinds
-            return f"{one} could not be fetched ({_line(error)}); {one.by_hand}"
-    return one.missing()
+            return f"{model} could not be fetched ({_line(error)}); {model.by_hand}"
+    return model.missing()
 
 
 class Embedder:
     """A model of open_clip's with the weights of a file, on a CUDA device if there is one."""
 
-    def __init__(self, one: Weighted, path: Path) -> None:
+    def __init__(self, model: Weighted, path: Path) -> None:
         import open_clip
 
-        described, scripted = one.described, _is_scripted(path)
+        described, scripted = model.described, _is_scripted(path)
         prepared: dict[str, Any] = {
             f"image_{key}": described.get(key) for key in ("mean", "std", "interpolation", "resize_mode")
         }
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._tokenizer = open_clip.get_tokenizer(one.model)
+            self._tokenizer = open_clip.get_tokenizer(model.model)
         except Exception as error:  # the hub's client raises all kinds
-            reason = f"the tokenizer of {one.model} is not here: {_line(error)}"
-            raise NotMeasured(f"{reason}; run dit-accel eval setup --clip {one}") from None
+            reason = f"the tokenizer of {model.model} is not here: {_line(error)}"
+            raise NotMeasured(f"{reason}; run dit-accel eval setup --clip {model}") from None
         try:
             theirs = _by_transformers(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made: Any = open_clip.create_model_and_transforms(
-                    one.model, pretrained=None if theirs else str(path), weights_only=not scripted,
+                parts: Any = open_clip.create_model_and_transforms(
+                    model.model, pretrained=None if theirs else str(path), weights_only=not scripted,
                     force_quick_gelu=scripted or described.get("quick_gelu", False),  # OpenAI's were trained with it
                     device=self._device, **prepared,
                 )  # fmt: skip
             if theirs:
-                made[0].load_state_dict(theirs)
+                parts[0].load_state_dict(theirs)
         except Exception as error:  # torch's readers and open_clip's networks raise all kinds
             raise ConfigError(
-                f"{path} does not hold the weights of {one.model}: {_line(error)}; name the model that it is of, "
+                f"{path} does not hold the weights of {model.model}: {_line(error)}; name the model that it is of, "
                 "or download it again"
             ) from None
-        self.network, self._prepare = made[0].eval(), made[2]
+        self.network, self._prepare = parts[0].eval(), parts[2]
 
     @torch.inference_mode()
     def pictures(self, frames: Clip) -> Tensor:
         """Return the embeddings [F, D] of unit length of frames [F, height, width, 3] in [0, 1]."""
         images = torch.stack([self._prepare(Image.fromarray(frame)) for frame in levels(frames)])
-        found = [self.network.encode_image(part.to(self._device)).float().cpu() for part in images.split(TOGETHER)]
-        return normalize(torch.cat(found), dim=1)
+        embeddings = [self.network.encode_image(part.to(self._device)).float().cpu() for part in images.split(TOGETHER)]
+        return normalize(torch.cat(embeddings), dim=1)
 
     @torch.inference_mode()
     def text(self, text: str) -> Tensor:
@@ -189,8 +189,8 @@ class Embedder:
 
 
 @cache
-def _embedder(one: Weighted, path: Path, changed: int) -> Embedder:
-    return Embedder(one, path)
+def _embedder(model: Weighted, path: Path, changed: int) -> Embedder:
+    return Embedder(model, path)
 
 
 def _is_scripted(path: Path) -> bool:
@@ -208,7 +208,7 @@ def _by_transformers(path: Path) -> dict[str, Tensor]:
     held = load_file(path) if path.suffix == ".safetensors" else {}
     if "visual_projection.weight" not in held:
         return {}
-    found = {}
+    weights = {}
     for theirs, value in held.items():
         name = theirs
         for part, mine in TRANSFORMERS.items():
@@ -216,10 +216,10 @@ def _by_transformers(path: Path) -> dict[str, Tensor]:
         if name.endswith(("text_projection", "visual.proj")):
             value = value.T
         elif "in_proj_" in name:
-            value = torch.cat([held[theirs.replace("q_proj", f"{one}_proj")] for one in "qkv"])
-        if not any(one in name for one in ("k_proj", "v_proj", "position_ids")):
-            found[name] = value
-    return found
+            value = torch.cat([held[theirs.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
+        if not any(text in name for text in ("k_proj", "v_proj", "position_ids")):
+            weights[name] = value
+    return weights
 
 
 def _line(error: Exception) -> str:

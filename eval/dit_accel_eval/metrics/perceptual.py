@@ -21,8 +21,8 @@ def _network(net: str) -> tuple[Any, Any]:
     from torchmetrics.functional.image.lpips import Alexnet, ScalingLayer, Vgg16
 
     with torch.device("meta"):  # random weights, which nobody wants, would take seconds
-        made = {"alex": Alexnet, "vgg": Vgg16}[net](pretrained=False)
-    return made, ScalingLayer()
+        network = {"alex": Alexnet, "vgg": Vgg16}[net](pretrained=False)
+    return network, ScalingLayer()
 
 
 @torch.inference_mode()
@@ -33,20 +33,20 @@ def lpips_maps(clip: Tensor, reference: Tensor, weights: dict[str, Tensor], net:
     held = {name: weights[f"conv.{at // 2}.{name.rpartition('.')[2]}"] for at, name in enumerate(names)}
     both = (functional_call(network, held, (scaled(frames),)) for frames in (clip, reference))
     pairs = [[normalize(features, dim=1) for features in layer] for layer in zip(*both, strict=True)]
-    return [conv2d((one - two).square(), weights[f"head.{at}"]) for at, (one, two) in enumerate(pairs)]
+    return [conv2d((first - second).square(), weights[f"head.{at}"]) for at, (first, second) in enumerate(pairs)]
 
 
 def lpips(clip: Tensor, reference: Tensor, weights: dict[str, Tensor], net: str) -> Tensor:
     """Return LPIPS of frames [F, 3, height, width] in [0, 1], one value each; see `lpips_maps`."""
     maps = lpips_maps(2 * clip - 1, 2 * reference - 1, weights, net)
-    return sum((one.mean((1, 2, 3)) for one in maps), start=clip.new_zeros(len(clip)))
+    return sum((layer.mean((1, 2, 3)) for layer in maps), start=clip.new_zeros(len(clip)))
 
 
 def _lpips(net: str, sample: Sample) -> Measured:
     clip, reference = sample.pair()
     weights = tensors(f"lpips-{net}")
-    pairs = zip(*(frames_first(one).split(TOGETHER) for one in (clip, reference)), strict=True)
-    return mean_of([value for one, two in pairs for value in lpips(one, two, weights, net).tolist()])
+    pairs = zip(*(frames_first(frames).split(TOGETHER) for frames in (clip, reference)), strict=True)
+    return mean_of([value for first, second in pairs for value in lpips(first, second, weights, net).tolist()])
 
 
 LPIPS = tuple(

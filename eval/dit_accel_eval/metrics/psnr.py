@@ -13,8 +13,8 @@ CAP = 100.0
 
 def psnr(clip: Clip, reference: Clip) -> float:
     """Return the peak signal-to-noise ratio in dB over all frames of clips of one shape; `CAP` for identical ones."""
-    one, two = map(frames_first, Sample(frames=clip, reference=reference).pair())
-    return min(CAP, float(peak_signal_noise_ratio(one, two, data_range=1.0)))
+    first, second = map(frames_first, Sample(frames=clip, reference=reference).pair())
+    return min(CAP, float(peak_signal_noise_ratio(first, second, data_range=1.0)))
 
 
 def _decibels(errors: Any) -> Any:

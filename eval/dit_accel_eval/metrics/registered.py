@@ -19,17 +19,17 @@ def metrics() -> dict[str, Metric]:
     known: dict[str, Metric] = {}
     for entry in entry_points(group=METRIC_GROUP):
         try:
-            given = entry.load()
+            loaded = entry.load()
         except (AttributeError, ImportError) as error:
             raise ConfigError(
                 f"the entry point {entry.name} = {entry.value!r} of {METRIC_GROUP} can't be loaded: {error}"
             ) from error
-        for one in (given,) if isinstance(given, Metric) else given:
-            if not isinstance(one, Metric):
-                raise ConfigError(f"the entry point {entry.name} of {METRIC_GROUP} must give metrics, got {one!r}")
-            if one.name in known:
-                raise ConfigError(f"a metric {one.name!r} is registered twice, last by {entry.value}; uninstall one")
-            known[one.name] = one
+        for item in (loaded,) if isinstance(loaded, Metric) else loaded:
+            if not isinstance(item, Metric):
+                raise ConfigError(f"the entry point {entry.name} of {METRIC_GROUP} must give metrics, got {item!r}")
+            if item.name in known:
+                raise ConfigError(f"a metric {item.name!r} is registered twice, last by {entry.value}; uninstall one")
+            known[item.name] = item
     return known
 
 
@@ -86,19 +86,19 @@ class Scores:
 
     def values(self) -> dict[str, float]:
         """Return metric -> its value."""
-        return {name: one.value for name, one in self.measured.items()}
+        return {name: result.value for name, result in self.measured.items()}
 
 
 def scores(names: Iterable[str], sample: Sample) -> Scores:
     """Measure a sample; a metric that can't be measured is left out, with its reason."""
-    found = Scores()
+    results = Scores()
     for name in names:
         reason = metric(name).missing()
         if reason is not None:
-            found.unavailable[name] = reason
+            results.unavailable[name] = reason
             continue
         try:
-            found.measured[name] = metric(name)(sample)
+            results.measured[name] = metric(name)(sample)
         except NotMeasured as reason:
-            found.skipped[name] = str(reason)
-    return found
+            results.skipped[name] = str(reason)
+    return results

@@ -14,8 +14,8 @@ from .metric import Measured, Metric, Sample, frames_first, mean_of
 
 def by_frame(similarity: Callable[..., Any], sample: Sample) -> Measured:
     """Return the mean over frames, and each frame's."""
-    one, two = map(frames_first, sample.pair())
-    return mean_of(similarity(one, two, data_range=1.0, reduction="none").tolist())
+    first, second = map(frames_first, sample.pair())
+    return mean_of(similarity(first, second, data_range=1.0, reduction="none").tolist())
 
 
 SSIM = Metric(

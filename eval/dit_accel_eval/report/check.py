@@ -19,8 +19,8 @@ TIMES = 5
 
 def compare(frames: Clip, reference: Clip) -> tuple[dict[str, float], dict[str, str]]:
     """Return metric -> how near frames come to a reference, and why others of `METRICS` were not measured."""
-    found = scores(METRICS, Sample(frames=frames.clip(0, 1), reference=reference.clip(0, 1)))
-    return found.values(), {**found.skipped, **found.unavailable}
+    results = scores(METRICS, Sample(frames=frames.clip(0, 1), reference=reference.clip(0, 1)))
+    return results.values(), {**results.skipped, **results.unavailable}
 
 
 def write_sheet(check: Check, path: Path) -> None:

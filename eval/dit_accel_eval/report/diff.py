@@ -29,12 +29,12 @@ def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:
         name: [second[name, clip] - first[name, clip] for clip in same if (name, clip) in both]
         for name in dict.fromkeys([*sides[0], *sides[1]])
     }
-    found, entries = judge(changes), []
-    for name, own in changes.items():
-        words = "same" if not any(own) else WORDS.get(found[name].verdict, found[name].verdict)
+    judged, entries = judge(changes), []
+    for name, gaps in changes.items():
+        words = "same" if not any(gaps) else WORDS.get(judged[name].verdict, judged[name].verdict)
         entries.append({
             "name": name, "before": _side(before, sides[0].get(name)), "after": _side(after, sides[1].get(name)),
-            "clips": len(own), "psnr_change": asdict(found[name]) if own else None, "change": words if own else "",
+            "clips": len(gaps), "psnr_change": asdict(judged[name]) if gaps else None, "change": words if gaps else "",
         })  # fmt: skip
     return entries
 
@@ -51,10 +51,10 @@ def others_of(before: SuiteReport, after: SuiteReport) -> list[str]:
     """Return what the two files do not share, so that a difference may come from it: the model, the call, versions."""
     first, second = before.results.lines[0].raw, after.results.lines[0].raw
     keys = (*ONE, "torch", "diffusers", "dit_accel", "device", "threads")
-    found = [f"{key} {first.get(key)!r}, then {second.get(key)!r}" for key in keys if first.get(key) != second.get(key)]
+    texts = [f"{key} {first.get(key)!r}, then {second.get(key)!r}" for key in keys if first.get(key) != second.get(key)]
     if before.prompts != after.prompts:
-        found.append(f"{len(before.prompts)} prompts, then {len(after.prompts)}")
-    return found
+        texts.append(f"{len(before.prompts)} prompts, then {len(after.prompts)}")
+    return texts
 
 
 def diff_markdown(entries: Sequence[dict[str, Any]]) -> str:

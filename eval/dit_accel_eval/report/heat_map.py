@@ -52,8 +52,8 @@ def report_html(report: Report) -> str:
     parts.append(folded("all that ran", lines(line for line in str(report).splitlines() if line not in first)))
     if report.steps:
         rows = [
-            (one.transformer, one.step_index, one.branch, one.dense_layers, one.sparse_layers, f"{one.density:.3f}",
-             f"{one.pooled:.3f}") for one in report.steps
+            (step.transformer, step.step_index, step.branch, step.dense_layers, step.sparse_layers,
+             f"{step.density:.3f}", f"{step.pooled:.3f}") for step in report.steps
         ]  # fmt: skip
         parts.append(folded("steps", table(_COLUMNS, rows)))
     return piece(title, *parts)
@@ -67,10 +67,10 @@ def kept_shares(report: Report, transformer: str, branch: str) -> np.ndarray:
     ran = [step for step in report.steps if step.transformer == transformer]
     calls = [call for call in report.calls if call.transformer == transformer]
     layers = max([1, *(step.dense_layers + step.sparse_layers for step in ran), *(1 + call.layer for call in calls)])
-    own = [call for call in calls if call.branch == branch]
-    shares = np.full((layers, max([1, *(len(call.by_head) for call in own)]), _steps(report)), np.nan)
+    planned = [call for call in calls if call.branch == branch]
+    shares = np.full((layers, max([1, *(len(call.by_head) for call in planned)]), _steps(report)), np.nan)
     shares[..., [step.step_index for step in ran if step.branch == branch]] = STAYED
-    for call in own:
+    for call in planned:
         shares[call.layer, :, call.step_index] = call.by_head or call.density
     return shares
 
@@ -89,7 +89,7 @@ def _draw(report: Report) -> Any:
     from matplotlib.figure import Figure
 
     forwards = [*report.steps, *(strip for section in sections for strip in section.strips)]
-    panels = list(dict.fromkeys((one.transformer, one.branch) for one in forwards))
+    panels = list(dict.fromkeys((part.transformer, part.branch) for part in forwards))
     maps = [kept_shares(report, *panel) for panel in panels] if report.calls else []
     rows = max((shares.shape[0] * shares.shape[1] for shares in maps), default=0)
     heights = [*([min(12.8, max(2.0, 0.2 + rows * 0.06))] if maps else []), *(0.9 for _ in sections)]

@@ -46,7 +46,7 @@ def read_results(path: Path) -> Results:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"results {path} can't be read ({reason}); name the file that eval run wrote") from None
     whole, _, rest = text.rpartition("\n")
-    lines = [_line(f"{path}, line {number}", one) for number, one in enumerate(whole.splitlines(), 1) if one.strip()]
+    lines = [_line(f"{path}, line {number}", line) for number, line in enumerate(whole.splitlines(), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"{path} holds no results; fill it with dit-accel eval run SUITE.toml --out {path}")
     _check_one(path, lines)
@@ -92,14 +92,14 @@ def further_metrics(lines: Sequence[ResultLine]) -> list[str]:
 
 def metric_words(metric: str) -> str:
     """Return a metric in words; its name alone where it is not installed."""
-    found = metric_about(metric)
-    return ALWAYS.get(metric) or (found.words if found else metric)
+    about = metric_about(metric)
+    return ALWAYS.get(metric) or (about.words if about else metric)
 
 
 def better_of(metric: str) -> str:
     """Return which way a metric is better: ``more``, ``less`` or ``neither``."""
-    found = metric_about(metric)
-    return "more" if metric in ALWAYS else found.better if found else "neither"
+    about = metric_about(metric)
+    return "more" if metric in ALWAYS else about.better if about else "neither"
 
 
 def _check_one(path: Path, lines: Sequence[ResultLine]) -> None:

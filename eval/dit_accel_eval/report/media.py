@@ -47,10 +47,10 @@ class Media:
             raise ConfigError(
                 f"the page's clips need the folder {folder}, which is a file; choose another name, in .html"
             )
-        others = sorted(one.name for one in folder.glob("*") if not OURS.fullmatch(one.name))
-        if others:
+        extra = sorted(path.name for path in folder.glob("*") if not OURS.fullmatch(path.name))
+        if extra:
             raise ConfigError(
-                f"the page's clips need the folder {folder}, which holds {others[0]!r} that no report wrote; move that "
+                f"the page's clips need the folder {folder}, which holds {extra[0]!r} that no report wrote; move that "
                 "away, or choose another name for the page"
             )
         self._used = set[str]()
@@ -105,18 +105,18 @@ def fps_of(report: SuiteReport) -> int:
 
 def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLine, ResultLine | None]]]:
     """Return clip -> its lines of arms whose frames were kept, each with the kept dense run of about its cost."""
-    kept = [line for line in report.results.lines if line.kept]
+    lines = [line for line in report.results.lines if line.kept]
     arms, kind = {arm.name for arm in report.judged}, report.comparison.kind
-    found: dict[int, list[tuple[ResultLine, ResultLine | None]]] = {}
+    pairs: dict[int, list[tuple[ResultLine, ResultLine | None]]] = {}
     for clip in report.worst_first():
-        own = [line for line in kept if line.clip == clip and line.arm in arms]
-        dense = [line for line in kept if line.clip == clip and line.arm not in arms]
+        ours = [line for line in lines if line.clip == clip and line.arm in arms]
+        dense = [line for line in lines if line.clip == clip and line.arm not in arms]
         dense = [line for line in dense if line.arm.startswith(f"{kind} ")]
-        if own and len(found) < most:
-            steps = [line.value(report.main) or line.work for line in own]
+        if ours and len(pairs) < most:
+            steps = [line.value(report.main) or line.work for line in ours]
             near = [min(dense, key=lambda line: abs(line.num_inference_steps - at), default=None) for at in steps]
-            found[clip] = list(zip(own, near, strict=True))
-    return found
+            pairs[clip] = list(zip(ours, near, strict=True))
+    return pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,26 +158,26 @@ def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], No
     failed: list[str] = []
     folder, fps = report.results.path.parent, fps_of(report)
 
-    def add(one: _Kept) -> str:
-        return media.add(one.label, one.key, one.frames, fps=fps, video=one.shape[0] > 1)
+    def add(run: _Kept) -> str:
+        return media.add(run.label, run.key, run.frames, fps=fps, video=run.shape[0] > 1)
 
     for clip, pairs in kept_lines(report, most).items():
         for line, dense in pairs:
             try:
-                own = _kept(folder / str(line.kept), run_of(line.raw))
+                ours = _kept(folder / str(line.kept), run_of(line.raw))
                 reference = _kept(folder / str(line.kept_reference), reference_of(line.raw))
                 rival = _kept(folder / str(dense.kept), run_of(dense.raw)) if dense else None
-                if own.shape != reference.shape:
-                    raise ConfigError(f"its frames are of shape {own.shape}, its reference's of {reference.shape}")
+                if ours.shape != reference.shape:
+                    raise ConfigError(f"its frames are of shape {ours.shape}, its reference's of {reference.shape}")
             except ConfigError as error:
                 failed.append(f"Clip {clip} of {line.arm} is not shown: {error}.")
             else:
                 count, height, width = reference.shape
                 references[clip] = {"file": add(reference), "frames": count, "width": width, "height": height}
-                entry = runs.setdefault(line.arm, {})[clip] = {"own": add(own)}
+                entry = runs.setdefault(line.arm, {})[clip] = {"own": add(ours)}
                 entry["difference"] = media.add(
-                    f"{own.label}-difference", [AMPLIFIED, own.key, reference.key],
-                    lambda own=own, reference=reference: difference(own.frames(), reference.frames()),
+                    f"{ours.label}-difference", [AMPLIFIED, ours.key, reference.key],
+                    lambda ours=ours, reference=reference: difference(ours.frames(), reference.frames()),
                     fps=fps, video=count > 1,
                 )  # fmt: skip
                 if dense and rival:

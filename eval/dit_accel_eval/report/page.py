@@ -40,8 +40,8 @@ def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -
     alone = len(reports) == 1
     clips = shown or [({}, ())] * len(reports)
     parts = [
-        _part(report, *one, prefix="" if alone else f"p{number}-", level=2 if alone else 3)
-        for number, (report, one) in enumerate(zip(reports, clips, strict=True), 1)
+        _part(report, *entry, prefix="" if alone else f"p{number}-", level=2 if alone else 3)
+        for number, (report, entry) in enumerate(zip(reports, clips, strict=True), 1)
     ]
     title = parts[0]["title"] if alone else f"{len(parts)} suites: {', '.join(report.name for report in reports)}"
     data = {"root": f"{urllib.parse.quote(folder)}/", "parts": [part.pop("data") for part in parts]}
@@ -172,8 +172,8 @@ def _groups(report: SuiteReport) -> list[tuple[str, list[ArmFigures]]]:
 
 def package_versions(lines: Sequence[ResultLine]) -> dict[str, str]:
     """Return package -> its versions among the lines; lines made before a version was kept tell none."""
-    found = {key: sorted({str(line.raw[key]) for line in lines if key in line.raw}) for key in VERSIONS}
-    return {key: ", ".join(versions) for key, versions in found.items() if versions}
+    known = {key: sorted({str(line.raw[key]) for line in lines if key in line.raw}) for key in VERSIONS}
+    return {key: ", ".join(versions) for key, versions in known.items() if versions}
 
 
 def _commands(report: SuiteReport) -> list[str]:
@@ -181,8 +181,8 @@ def _commands(report: SuiteReport) -> list[str]:
     path, lines = report.results.path, report.results.lines
     suite, out, page = (shlex.quote(name) for name in (f"{report.name}.toml", path.name, f"{path.stem}.html"))
     timed = " --time" if any(line.seconds is not None for line in lines) else ""
-    kept = " --frames frames" if any(line.kept for line in lines) else ""
-    return [f"dit-accel eval run {suite} --out {out}{timed}{kept}", f"dit-accel eval report {out} -o {page}"]
+    frames = " --frames frames" if any(line.kept for line in lines) else ""
+    return [f"dit-accel eval run {suite} --out {out}{timed}{frames}", f"dit-accel eval report {out} -o {page}"]
 
 
 def _options(line: ResultLine) -> list[tuple[str, str]]:
@@ -191,7 +191,7 @@ def _options(line: ResultLine) -> list[tuple[str, str]]:
     ran |= {f"scheduler {line.solver}": line.raw["scheduler"]} if "scheduler" in line.raw else {}
     ran |= {"call": line.raw["arm_call"]} if "arm_call" in line.raw else {}
     ran |= {**line.raw.get("guider", {}), **line.rival}
-    return [(method, ", ".join(f"{key} = {_short(one)}" for key, one in options.items() if one is not None))
+    return [(method, ", ".join(f"{key} = {_short(value)}" for key, value in options.items() if value is not None))
             for method, options in ran.items()]  # fmt: skip
 
 

@@ -119,12 +119,12 @@ def suite_report(results: Results, suite: Path | None = None) -> SuiteReport:
 
 def suite_reports(paths: Sequence[Path], suites: Sequence[Path] = ()) -> list[SuiteReport]:
     """Return the reports of files of result lines, each with the suite of its name among those that are given."""
-    read, given = [read_results(path) for path in paths], {read_suite(path).name: path for path in suites}
+    read, by_name = [read_results(path) for path in paths], {read_suite(path).name: path for path in suites}
     names = [results.name for results in read]
-    for name in given:
+    for name in by_name:
         if name not in names:
             raise ConfigError(f"--suite {name!r} is none of {', '.join(names)}, whose results these are; leave it out")
-    return [suite_report(results, given.get(results.name)) for results in read]
+    return [suite_report(results, by_name.get(results.name)) for results in read]
 
 
 def quantile_clips(lines: Sequence[ResultLine]) -> tuple[ResultLine, ResultLine]:

@@ -28,7 +28,7 @@ def write_reports(
     """Write reports by kind, ``html``, one page of all, or ``json``, which holds one; returns their paths."""
     if "json" in wanted and len(reports) > 1:
         raise ConfigError(f"json holds one file of results, got {len(reports)}; report each by itself")
-    seen = {one.results.path.resolve(): "the results that are read" for one in reports}
+    seen = {report.results.path.resolve(): "the results that are read" for report in reports}
     for kind, path in wanted.items():
         if path.resolve() in seen:
             raise ConfigError(f"{kind} would overwrite {path}, {seen[path.resolve()]}; choose another name")
@@ -45,13 +45,13 @@ def write_reports(
 def _write_page(reports: Sequence[SuiteReport], path: Path, clips: int | None) -> None:
     most = max(len(report.prompts) for report in reports) if clips is None else clips
     total = sum(len(pairs) for report in reports for pairs in kept_lines(report, most).values())
-    media, found = Media(path) if total else None, []
+    media, entries = Media(path) if total else None, []
     if media is not None:
         with Stages() as stages:
             stages.stage("clips", total)
-            found = [shown(report, media, most, stages.advance) for report in reports]
+            entries = [shown(report, media, most, stages.advance) for report in reports]
     with written_whole(path) as temporary:
-        temporary.write_text(page(*reports, shown=found, folder=media.folder.name if media else ""), encoding="utf-8")
+        temporary.write_text(page(*reports, shown=entries, folder=media.folder.name if media else ""), encoding="utf-8")
     if media is not None:
         media.tidy()
 
@@ -70,7 +70,7 @@ def data_of(report: SuiteReport) -> dict[str, Any]:
             for clip, prompt in report.prompts.items()
         ],
         "arms": [_arm(report, arm) for arm in report.arms],
-        "pairs": [{**asdict(one), "verdict": one.verdict} for one in report.pairs], "warnings": [*report.warnings],
+        "pairs": [{**asdict(pair), "verdict": pair.verdict} for pair in report.pairs], "warnings": [*report.warnings],
     }  # fmt: skip
 
 
@@ -83,11 +83,11 @@ def _arm(report: SuiteReport, arm: ArmFigures) -> dict[str, Any]:
         "name": arm.name, "dense": report.is_dense(arm), "clips": arm.clips,
         **{key: setting[key] for key in SETTING}, **{key: setting[key] for key in FURTHER if key in setting},
         "psnr": asdict(arm.psnr), "means": dict(arm.means),
-        "against_fewer_steps": {key: asdict(found) for key, found in arm.ahead.items()},
+        "against_fewer_steps": {key: asdict(lead) for key, lead in arm.ahead.items()},
         "metrics": {
-            name: {**asdict(found), "better": better_of(name),
+            name: {**asdict(figures), "better": better_of(name),
                    "against_fewer_steps": asdict(arm.differences[name]) if name in arm.differences else None}
-            for name, found in arm.metrics.items()
+            for name, figures in arm.metrics.items()
         },
         "runs": [{key: line.raw[key] for key in keys if key in line.raw} for line in runs],
     }  # fmt: skip

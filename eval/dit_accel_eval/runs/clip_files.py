@@ -35,8 +35,8 @@ class ClipFile:
         """Return the frames, [F, height, width, 3] in [0, 1], also of a picture in which `eval run` kept several."""
         if self.path.suffix.lower() in PICTURES:
             pictures = np.asarray(read_image(self.path))
-            kept = _kept_frames(self.path)
-            frames = strip_frames(pictures, kept) if kept else pictures[None]
+            count = _kept_frames(self.path)
+            frames = strip_frames(pictures, count) if count else pictures[None]
         else:
             frames = np.stack([np.asarray(frame) for frame in read_video(self.path)])
             _check_whole(self.path)
@@ -85,27 +85,27 @@ def clips_in(path: Path) -> list[ClipFile]:
         return [ClipFile(name=path.stem, path=path)]
     if not path.is_dir():
         raise ConfigError(f"there is no file or folder {path}; name one that holds clips")
-    files = sorted(one for one in path.rglob("*") if one.suffix.lower() in (*PICTURES, *VIDEOS) and one.is_file())
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (*PICTURES, *VIDEOS) and file.is_file())
     if not files:
         raise ConfigError(f"the folder {path} holds no clips: no file that ends in {', '.join((*VIDEOS, *PICTURES))}")
-    found = [ClipFile(name=one.relative_to(path).with_suffix("").as_posix(), path=one) for one in files]
-    names = [one.name for one in found]
-    for one in found:
-        if names.count(one.name) > 1:
-            raise ConfigError(f"{path} holds several clips called {one.name}, which differ in the suffix; rename one")
-    return found
+    clips = [ClipFile(name=file.relative_to(path).with_suffix("").as_posix(), path=file) for file in files]
+    names = [clip.name for clip in clips]
+    for clip in clips:
+        if names.count(clip.name) > 1:
+            raise ConfigError(f"{path} holds several clips called {clip.name}, which differ in the suffix; rename one")
+    return clips
 
 
 def paired(clips: list[ClipFile], path: Path, references: Path | None) -> Iterator[tuple[ClipFile, ClipFile | None]]:
     """Give each clip with the reference of its name; two files are a pair whatever they are called."""
     if references is None:
-        yield from ((one, None) for one in clips)
+        yield from ((clip, None) for clip in clips)
         return
-    known = {one.name: one for one in clips_in(references)}
+    known = {clip.name: clip for clip in clips_in(references)}
     if path.is_file() and references.is_file():
         yield clips[0], next(iter(known.values()))
         return
-    for one in clips:
-        if one.name not in known:
-            raise ConfigError(f"{references} has no reference called {one.name!r}; {did_you_mean(one.name, known)}")
-        yield one, known[one.name]
+    for clip in clips:
+        if clip.name not in known:
+            raise ConfigError(f"{references} has no reference called {clip.name!r}; {did_you_mean(clip.name, known)}")
+        yield clip, known[clip.name]

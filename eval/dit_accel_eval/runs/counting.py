@@ -65,8 +65,8 @@ class Counter:
 
         @functools.wraps(forward)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            given = (*args, *kwargs.values())
-            self._ran[kind] += next(len(value) for value in given if isinstance(value, torch.Tensor))
+            values = (*args, *kwargs.values())
+            self._ran[kind] += next(len(value) for value in values if isinstance(value, torch.Tensor))
             started = self._now()
             out = forward(*args, **kwargs)
             self.seconds[kind].append(self._now() - started)
@@ -109,11 +109,11 @@ def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, 
     """Return by step and layer the exact share of a run's tiles, mean over branches; None where no call had a plan."""
     if report is None or not report.calls:
         return ()
-    found: dict[tuple[int, int], list[float]] = {}
+    densities: dict[tuple[int, int], list[float]] = {}
     for call in report.calls:
-        found.setdefault((call.step_index, call.layer), []).append(call.density)
-    layers = 1 + max(layer for _, layer in found)
-    means = {key: sum(shares) / len(shares) for key, shares in found.items()}
+        densities.setdefault((call.step_index, call.layer), []).append(call.density)
+    layers = 1 + max(layer for _, layer in densities)
+    means = {key: sum(shares) / len(shares) for key, shares in densities.items()}
     return tuple(tuple(means.get((step, layer)) for layer in range(layers)) for step in range(steps))
 
 

@@ -60,25 +60,25 @@ def check_name(name: str) -> None:
 @functools.cache
 def embedded_weights(name: str) -> str:
     """Return 12 hexadecimal digits that tell a model's weights from others', by all its safetensors files."""
-    folder, found = assets().model_path(name), hashlib.sha256()
+    folder, digest = assets().model_path(name), hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        found.update(path.relative_to(folder).as_posix().encode())
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
-def settled_call(name: str, files: ModelFiles, usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def settled_call(name: str, files: ModelFiles, usual: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's call: the usual ones that its pipeline takes, changed by what is given."""
     known = [key for key in CallSignature.of(pipeline_class(files)).parameters if key not in GIVEN]
-    for key in given:
+    for key in changes:
         if key not in known:
             raise ConfigError(f"a suite's call of {name} takes no {key!r}; {did_you_mean(key, known)}")
-    return {**{key: value for key, value in usual.items() if key in known and value is not None}, **given}
+    return {**{key: value for key, value in usual.items() if key in known and value is not None}, **changes}
 
 
-def embedded_call(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def embedded_call(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of an embedded model's call: its defaults, changed by what is given."""
-    return settled_call(name, read_model_files(str(assets().model_path(name))), assets().model_defaults(name), given)
+    return settled_call(name, read_model_files(str(assets().model_path(name))), assets().model_defaults(name), changes)
 
 
 def embedded_prompts(name: str, count: int = 2) -> tuple[str, ...]:
@@ -124,10 +124,10 @@ def check_given(source: str) -> tuple[ModelFiles, Family]:
     return files, family
 
 
-def model_call(files: ModelFiles, given: Mapping[str, Any]) -> dict[str, Any]:
+def model_call(files: ModelFiles, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of another model's call: its family's sizes, changed by what is given, and checked."""
     _, family = files.identify()
-    settled = settled_call(files.name, files, {name: getattr(family, name) for name in SIZES}, given)
+    settled = settled_call(files.name, files, {name: getattr(family, name) for name in SIZES}, changes)
     CallSignature.of(pipeline_class(files)).check({"prompt": "", **settled})
     return settled
 
@@ -150,10 +150,10 @@ def local_folder(source: str) -> Path:
 @functools.cache
 def given_weights(source: str) -> str:
     """Return 12 hexadecimal digits that tell a model's weights and configs from others'."""
-    folder, found = local_folder(source), hashlib.sha256()
-    for path in sorted(one for kind in ("*.safetensors", "*.bin", "*.json") for one in folder.rglob(kind)):
-        found.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
-    return found.hexdigest()[:12]
+    folder, digest = local_folder(source), hashlib.sha256()
+    for path in sorted(file for kind in ("*.safetensors", "*.bin", "*.json") for file in folder.rglob(kind)):
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def file_hash(path: Path) -> str:

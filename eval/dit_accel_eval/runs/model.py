@@ -48,7 +48,7 @@ class Times(Timings):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, to a tenth of a millisecond."""
         seconds = {key: round(getattr(self, key), DIGITS) for key in ("text", "denoise", "decode", "processor")}
-        return {"threads": self.threads, **seconds, "steps": [round(one, DIGITS) for one in self.steps]}
+        return {"threads": self.threads, **seconds, "steps": [round(step, DIGITS) for step in self.steps]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class SuiteModel:
         return ModelRun(
             frames=any_pictures_of(out).astype(np.float32, copy=False), counts=sum(counts, self._counter.take()),
             attended=share, seconds=timings.denoise, times=Times(**asdict(timings), threads=torch.get_num_threads()),
-            by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
+            by_step=tuple((count, shares.get(step, 1.0)) for step, count in enumerate(counts)),
             density=density_map(report, len(counts)), memory=peak_memory() if counted else None,
         )  # fmt: skip
 
@@ -132,14 +132,14 @@ def guided(pipe: Any, guider: Tables) -> Iterator[None]:
     check_guided(type(pipe))
     ((name, options),) = guider.items()
     try:
-        made = getattr(diffusers, name)(**options)
+        guide = getattr(diffusers, name)(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} does not accept {dict(options)}: {error}") from None
-    own, pipe.guider = pipe.guider, made
+    previous, pipe.guider = pipe.guider, guide
     try:
         yield
     finally:
-        pipe.guider = own
+        pipe.guider = previous
 
 
 def check_guided(pipeline: type) -> None:
@@ -175,7 +175,7 @@ def check_options(kind: str, name: str, options: Iterable[str], known: Collectio
     """Return the options that one of diffusers' classes takes; refuse a name of another kind, or another option."""
     import diffusers
 
-    known = [one for one in dir(diffusers) if one.endswith("Scheduler")] if known is None else known
+    known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler")] if known is None else known
     if name not in known:
         raise ConfigError(f"diffusers has no {kind} {name!r}; {did_you_mean(name, known)}")
     taken = [*inspect.signature(getattr(diffusers, name)).parameters]

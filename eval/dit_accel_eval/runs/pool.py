@@ -19,7 +19,7 @@ def run_beside(
     given: tuple[Any, ...] = (), look: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Do some work in processes; what stops this one ends them at once."""
-    others, ctrl_c = set(active_children()), {signal.SIGINT}
+    running, ctrl_c = set(active_children()), {signal.SIGINT}
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(begin, given)) as pool:
         try:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, ctrl_c)  # which the processes inherit: it is for this one
@@ -33,7 +33,7 @@ def run_beside(
                     future.result()
                 look()
         except BaseException:
-            for process in set(active_children()) - others:
+            for process in set(active_children()) - running:
                 process.terminate()
             raise
 

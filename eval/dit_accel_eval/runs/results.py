@@ -240,13 +240,13 @@ def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
 
 def keep_beside(folder: Path, beside: Path, line: Line, clip: Clip, reference: Clip) -> Line:
     """Keep the frames of a line's run, and the reference's once; returns their paths, from the result lines' folder."""
-    own, other = (kept_path(folder, name, line["clip"]) for name in (line["arm"], REFERENCE))
-    keep(own, clip, run_of(line))
+    ours, other = (kept_path(folder, name, line["clip"]) for name in (line["arm"], REFERENCE))
+    keep(ours, clip, run_of(line))
     try:
         read_kept(other, reference_of(line))
     except ConfigError:  # there is none, or one of earlier weights
         keep(other, reference, reference_of(line))
-    paths = {"kept": own, "kept_reference": other}
+    paths = {"kept": ours, "kept_reference": other}
     return {key: Path(os.path.relpath(path, beside)).as_posix() for key, path in paths.items()}
 
 
@@ -264,10 +264,10 @@ def _opened(path: Path, made_by: Mapping[str, Any]) -> Iterator[tuple[Any, int]]
     try:
         with Image.open(path) as image:
             about = json.loads(image.info[_KEY])
-            found, count = about["made_by"], about["frames"]
+            origin, count = about["made_by"], about["frames"]
             for name, value in json.loads(json.dumps(dict(made_by))).items():
-                if found.get(name) != value:
-                    raise ConfigError(f"{path} holds frames of {name} {found.get(name)!r}, not {value!r}")
+                if origin.get(name) != value:
+                    raise ConfigError(f"{path} holds frames of {name} {origin.get(name)!r}, not {value!r}")
             yield image, count
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
         if isinstance(error, ConfigError):

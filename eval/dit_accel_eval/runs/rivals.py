@@ -47,9 +47,9 @@ def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[Non
     import cache_dit
     from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 
-    given = dict(options)
-    order = given.pop(CALIBRATOR, None)
-    configs: dict[str, Any] = {"cache_config": DBCacheConfig(**given)} if given else {}
+    settings = dict(options)
+    order = settings.pop(CALIBRATOR, None)
+    configs: dict[str, Any] = {"cache_config": DBCacheConfig(**settings)} if settings else {}
     if order is not None:
         configs["calibrator_config"] = TaylorSeerCalibratorConfig(taylorseer_order=order)
     with _unchanged(pipe), _silent():

@@ -56,13 +56,13 @@ class Arm:
     def to_dict(self) -> dict[str, Any]:
         """Return what the arm runs, without its name, as JSON knows it."""
         names = ("num_inference_steps", "solver", "flow_shift")
-        methods = {one.name: one.to_dict() for one in self.methods}
+        methods = {config.name: config.to_dict() for config in self.methods}
         return {**{name: getattr(self, name) for name in names}, "methods": methods, **self._tables()}
 
     def run_options(self) -> dict[str, Any]:
         """Return the arguments with which a model runs this arm; what is as usual is left out."""
-        found = {"steps": self.num_inference_steps, "solver": self.solver, "flow_shift": self.flow_shift}
-        return {**found, **self._tables(), "methods": self.methods}
+        options = {"steps": self.num_inference_steps, "solver": self.solver, "flow_shift": self.flow_shift}
+        return {**options, **self._tables(), "methods": self.methods}
 
     def _tables(self) -> dict[str, Any]:
         return {key: dict(value) for key in TABLES if (value := getattr(self, key))}
@@ -75,12 +75,12 @@ def dense_arm(steps: int) -> Arm:
 
 def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...]:
     """Return the arms of a suite's ``[[arm]]`` tables, all of different names."""
-    made = {}
+    arms = {}
     for arm in (arm for values in tables for arm in _arms(values, path)):
-        if arm.name in made:
+        if arm.name in arms:
             raise ConfigError(f"{path} has two arms called {arm.name!r}; rename one")
-        made[arm.name] = arm
-    return tuple(made.values())
+        arms[arm.name] = arm
+    return tuple(arms.values())
 
 
 def read_table(path: Path, version: int, kinds: Mapping[str, Any], remedy: str) -> dict[str, Any]:
@@ -117,13 +117,13 @@ def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
     check_kinds(plain, {**kinds, **dict.fromkeys(TABLES, dict)}, where)
     steps = plain.pop("num_inference_steps", None)
     several = steps if isinstance(steps, list) else [steps]
-    if not several or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in several):
+    if not several or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in several):
         raise ConfigError(f"{where} has num_inference_steps = {steps}; give one or several whole numbers from 1")
     try:
         check_steps(max(several))
         methods = tuple(
-            one for key, value in tables.items()
-            for one in (_natives(value) if key == NATIVE else [method(key)(**value)])
+            config for key, value in tables.items()
+            for config in (_natives(value) if key == NATIVE else [method(key)(**value)])
         )  # fmt: skip
         plain |= _solver(plain)
         _check_tables(plain, methods)
@@ -183,7 +183,7 @@ def _check_tables(plain: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -
     if plain.get("guider"):
         import diffusers
 
-        known = [one for one in dir(diffusers) if one.endswith("Guidance") and one != "BaseGuidance"]
+        known = [entry for entry in dir(diffusers) if entry.endswith("Guidance") and entry != "BaseGuidance"]
         check_options("guider", *_one_class(plain["guider"], "guider", "ClassifierFreeGuidance"), known)
     if plain.get("rival"):
         name, options = _one_class(plain["rival"], "rival", "cache-dit")

@@ -171,8 +171,8 @@ def pair_figures(
         clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
         both[pair] = [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
     psnrs, scores = (
-        {pair: [factor * (own - other) for own, other in ((one.value(metric), two.value(metric)) for one, two in ends)
-                if own is not None and other is not None] for pair, ends in both.items()}
+        {pair: [factor * (value - other) for value, other in ((a.value(metric), b.value(metric)) for a, b in ends)
+                if value is not None and other is not None] for pair, ends in both.items()}
         for metric, factor in (("psnr", 1), ("score", 100))
     )  # fmt: skip
     ahead, scored = judge(psnrs, {pair: pair.margin for pair in pairs}), judge(scores)

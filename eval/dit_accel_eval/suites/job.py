@@ -65,16 +65,16 @@ class Job:
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
         if suite.judge:
             return model
-        own = f"{suite.reference_solver}, {suite.reference_steps} steps of its own"
-        reference = own if suite.reference_steps else f"{BEST}, agreeing to {AGREE:g} dB"
+        words = f"{suite.reference_solver}, {suite.reference_steps} steps of its own"
+        reference = words if suite.reference_steps else f"{BEST}, agreeing to {AGREE:g} dB"
         return {**model, "call": suite_call(suite, suite.call), "reference": reference}
 
     def arm_setting(self, arm: Arm) -> Line:
         """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call."""
-        own = arm.to_dict()
+        setting = arm.to_dict()
         if self.judge:
-            return {**own, "call": suite_call(self.suite, {**self.suite.call, **arm.call})}
-        return own | ({"arm_call": own.pop("call")} if arm.call else {})
+            return {**setting, "call": suite_call(self.suite, {**self.suite.call, **arm.call})}
+        return setting | ({"arm_call": setting.pop("call")} if arm.call else {})
 
     def settings(self, lines: Sequence[ResultLine]) -> dict[str, Line]:
         """Return arm -> what its lines must say, of the suite's arms and the rivals among lines."""
@@ -89,11 +89,11 @@ def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
     return range(suite.first_clip, suite.first_clip + count)
 
 
-def suite_call(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
+def suite_call(suite: Suite, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the call of a suite's model: its defaults, changed by what was given."""
     if suite.embedded:
-        return embedded_call(suite.model, given)
-    return model_call(check_given(suite.source)[0], given)
+        return embedded_call(suite.model, arguments)
+    return model_call(check_given(suite.source)[0], arguments)
 
 
 @contextlib.contextmanager
@@ -121,8 +121,8 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
 
 def _check_fits(job: Job, clips: Sequence[int], known: Sequence[ResultLine], family: Family) -> None:
     """Refuse runs of a rival that is not installed, and a disk without room for what clips lack."""
-    made = {line.key for line in known}
-    lacking = [arm for arm in job.suite.arms for clip in clips if (arm.name, clip) not in made]
+    keys = {line.key for line in known}
+    lacking = [arm for arm in job.suite.arms for clip in clips if (arm.name, clip) not in keys]
     if not lacking:
         return
     require_rivals(name for arm in lacking for name in arm.rival)
@@ -197,29 +197,29 @@ def check_lines(path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, 
         of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"
         for of, settled, remedy in (("", expected, "delete it and run again"), of_arm):
             for name, value in settled.items():
-                found = line.get(name)
-                if (_known_options(found, value) if name == "methods" and found else found) != value:
-                    text = f"holds results of {of}{name} {found!r}, this suite has {value!r}"
+                entry = line.get(name)
+                if (_known_options(entry, value) if name == "methods" and entry else entry) != value:
+                    text = f"holds results of {of}{name} {entry!r}, this suite has {value!r}"
                     raise ConfigError(f"{path} {text}; {remedy}")
 
 
 def _known_options(methods: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line's methods without options of earlier releases, which are now what their default was."""
-    found = {}
+    known = {}
     for method, options in methods.items():
         spelt = options | ({"predictor": "corrected"} if options.get("corrected") else {})  # an option of its own then
-        found[method] = {key: value for key, value in spelt.items() if key in settled.get(method, spelt)}
-    return found
+        known[method] = {key: value for key, value in spelt.items() if key in settled.get(method, spelt)}
+    return known
 
 
-def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], own: OwnClips | None) -> None:
+def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], clips: OwnClips | None) -> None:
     """Refuse lines of another prompt or seed than their clip has in the suite."""
     for line in lines:
         clip = line["clip"]
-        here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
-        if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
+        here = (clips.prompt(clip), clips.seed(clip)) if clips is not None and clip < len(clips) else None
+        if (clips is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
             continue
-        text = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
+        text = "a held-out prompt" if clips is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
         raise ConfigError(
             f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
             f"{text}; write its results to another file"

@@ -54,13 +54,13 @@ class Rung:
     @property
     def best_elsewhere(self) -> tuple[str, float] | None:
         """What came nearest on the confirming clips, and its mean PSNR there; None: nothing ran there."""
-        return max(self.confirming.items(), key=lambda one: one[1]) if self.confirming else None
+        return max(self.confirming.items(), key=lambda item: item[1]) if self.confirming else None
 
     @property
     def confirmed(self) -> bool:
         """Whether prompts that did not choose the rung find none that is better by more than `LOOSE`."""
-        own, best = self.confirming.get(setting_words(self.solver, self.flow_shift)), self.best_elsewhere
-        return own is not None and best is not None and own >= best[1] - LOOSE
+        psnr, best = self.confirming.get(setting_words(self.solver, self.flow_shift)), self.best_elsewhere
+        return psnr is not None and best is not None and psnr >= best[1] - LOOSE
 
     def __str__(self) -> str:
         return f"{self.num_inference_steps} {setting_words(self.solver, self.flow_shift)}"
@@ -86,7 +86,7 @@ class Ladder:
 
     def arm(self, steps: int) -> Arm:
         """Return the dense run of so many steps, by the rung of the nearest number of them, of two alike the lower."""
-        rung = min(self.rungs, key=lambda one: abs(math.log(one.num_inference_steps / steps)))
+        rung = min(self.rungs, key=lambda rung: abs(math.log(rung.num_inference_steps / steps)))
         return Arm(name=f"{TUNED} {steps}", num_inference_steps=steps, solver=rung.solver, flow_shift=rung.flow_shift)
 
     def __str__(self) -> str:

@@ -53,22 +53,22 @@ def line_of(sampled: Sampled) -> Line:
     seconds of its denoising loop beside those of the dense run right after it. Repeated ones tell the median's seconds.
     """
     job, reference = sampled.job, sampled.reference
-    made = sorted(sampled.runs, key=lambda run: run.seconds)[len(sampled.runs) // 2]
+    run = sorted(sampled.runs, key=lambda run: run.seconds)[len(sampled.runs) // 2]
     line = _about(sampled)
     if reference is None:
         assert job.judge is not None
-        line |= {**job.judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
+        line |= {**job.judge.measures(sampled.model, sampled.clip, run), **_cost(run, None, 0.0)}
     else:
         share = sampled.model.own_share
         line |= {"reference_steps": reference.steps, "reference_agreement": reference.agreement}
-        line |= {**_measured(sampled, made, reference), **works(made.counts, reference.step, made.attended, share)}
-        line |= {"forwards": made.counts.blocks / reference.step.blocks, **_cost(made, reference.step, share)}
-        if reference.seconds and made.times and sampled.model.device.type == "cpu":
+        line |= {**_measured(sampled, run, reference), **works(run.counts, reference.step, run.attended, share)}
+        line |= {"forwards": run.counts.blocks / reference.step.blocks, **_cost(run, reference.step, share)}
+        if reference.seconds and run.times and sampled.model.device.type == "cpu":
             plain = not (sampled.arm.methods or sampled.arm.guider or sampled.arm.rival)
-            steps = sampled.arm.num_inference_steps if plain else made.times.processor / reference.seconds
+            steps = sampled.arm.num_inference_steps if plain else run.times.processor / reference.seconds
             line["steps_in_time"] = float(steps)
         if job.frames is not None:
-            line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
+            line |= keep_beside(job.frames, job.out.parent, line, run.frames, reference.frames)
     if len(sampled.runs) > 1:
         line["repeated"] = repeat_figures(sampled.runs)
     if sampled.beside:
@@ -81,8 +81,8 @@ def line_of(sampled: Sampled) -> Line:
 def repeat_figures(runs: Sequence[ModelRun]) -> dict[str, Any]:
     """Return the seconds of the denoising loop of repeated runs, in order, with their median and quartiles."""
     seconds = [run.seconds for run in runs]
-    low, middle, high = (round(float(one), DIGITS) for one in np.percentile(seconds, [25, 50, 75]))
-    return {"seconds": [round(one, DIGITS) for one in seconds], "median": middle, "quartiles": [low, high]}
+    low, middle, high = (round(float(value), DIGITS) for value in np.percentile(seconds, [25, 50, 75]))
+    return {"seconds": [round(value, DIGITS) for value in seconds], "median": middle, "quartiles": [low, high]}
 
 
 def _about(sampled: Sampled) -> Line:
@@ -98,28 +98,28 @@ def _about(sampled: Sampled) -> Line:
     }  # fmt: skip
 
 
-def _cost(made: ModelRun, dense_step: Counts | None, share: float) -> Line:
+def _cost(run: ModelRun, dense_step: Counts | None, share: float) -> Line:
     """Return what a run took, as far as it is known: by stage, by step and in memory, beside whatever else ran."""
-    line: Line = {"attended": made.attended}
-    if made.times is not None:
-        line["times"] = made.times.to_dict()
-    if made.by_step and dense_step is not None:
-        line["step_work"] = [round(work(counts, dense_step, part, share), DIGITS) for counts, part in made.by_step]
-    if made.density:
-        line["density"] = [[None if one is None else round(one, DIGITS) for one in step] for step in made.density]
-    if made.memory is not None:
-        line["peak_memory_bytes"] = dict(made.memory)
+    line: Line = {"attended": run.attended}
+    if run.times is not None:
+        line["times"] = run.times.to_dict()
+    if run.by_step and dense_step is not None:
+        line["step_work"] = [round(work(counts, dense_step, part, share), DIGITS) for counts, part in run.by_step]
+    if run.density:
+        line["density"] = [[None if part is None else round(part, DIGITS) for part in step] for step in run.density]
+    if run.memory is not None:
+        line["peak_memory_bytes"] = dict(run.memory)
     return line
 
 
-def _measured(sampled: Sampled, made: ModelRun, reference: Reference) -> Line:
+def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
     """Return PSNR, SSIM and the judge's score, and what the suite names: values, by frame, and why some are missing."""
     suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
     held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None
     if suite.embedded and (frames := assets().model_defaults(suite.model).get("num_frames")) is not None:
         trained = int(frames)
     # a reference of the model's own steps is kept in float16: what equals it is to equal it
-    made_frames = made.frames.astype(np.float16).astype(np.float32) if suite.reference_steps else made.frames
+    made_frames = run.frames.astype(np.float16).astype(np.float32) if suite.reference_steps else run.frames
     try:
         sample = Sample(
             frames=made_frames, reference=reference.frames, prompt=model.prompt(clip), trained_frames=trained,
@@ -127,16 +127,16 @@ def _measured(sampled: Sampled, made: ModelRun, reference: Reference) -> Line:
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
-    found = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)
-    values = found.values()
+    results = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)
+    values = results.values()
     line: dict[str, Any] = {name: values.pop(name) for name in ALWAYS}
     if held_out:
-        line["score"] = assets().model_score(suite.model, clip, made.frames)
+        line["score"] = assets().model_score(suite.model, clip, run.frames)
     else:
-        found.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
+        results.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
     if suite.metrics:
-        by_frame = {name: one.by_frame for name, one in found.measured.items() if name in suite.metrics}
+        by_frame = {name: result.by_frame for name, result in results.measured.items() if name in suite.metrics}
         line["metrics"] = values
-        line["by_frame"] = {name: [round(x, DIGITS) for x in one] for name, one in by_frame.items() if one is not None}
-    line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(found, key))}
+        line["by_frame"] = {name: [round(x, DIGITS) for x in row] for name, row in by_frame.items() if row is not None}
+    line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(results, key))}
     return line

@@ -108,8 +108,8 @@ class Runner:
     def model(self) -> SuiteModel:
         """The model, whose own runs are not counted."""
         suite, machine = self.job.suite, self.job.machine
-        given = None if suite.embedded else (suite.source, machine.dtype(suite.dtype), machine)
-        return _loaded(suite.model, json.dumps(suite.call, sort_keys=True), suite.own, given)
+        origin = None if suite.embedded else (suite.source, machine.dtype(suite.dtype), machine)
+        return _loaded(suite.model, json.dumps(suite.call, sort_keys=True), suite.own, origin)
 
     def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> None:
         """Run what one clip lacks: arms, then the dense runs that cost as much; ``look`` follows each."""
@@ -120,8 +120,8 @@ class Runner:
         with threads(job.threads):
             if job.timed:
                 self.model.run(clip, steps=1, solver=BEST)  # warms up
-            own = {"steps": job.suite.reference_steps, "solver": job.suite.reference_solver}
-            reference = None if job.judge else reference_run(self.model, clip, job.cache, **own)
+            options = {"steps": job.suite.reference_steps, "solver": job.suite.reference_solver}
+            reference = None if job.judge else reference_run(self.model, clip, job.cache, **options)
             if reference and reference.agreement < AGREE and job.talk:
                 print(f"clip {clip}: {reference.steps} steps agree with half as many to "
                       f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
@@ -181,14 +181,14 @@ def _lacks(job: Job, arm: Arm, line: ResultLine | None) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype, Machine] | None) -> SuiteModel:
+def _loaded(name: str, call: str, clips: OwnClips | None, origin: tuple[str, Dtype, Machine] | None) -> SuiteModel:
     """Return a job's model, loaded once a process: an embedded one, or ``given`` by source, number format, machine."""
-    if given is None:
+    if origin is None:
         arguments = json.loads(call)
-        return EmbeddedModel(name, arguments) if own is None else EmbeddedModel(name, arguments, own=own)
-    assert own is not None  # `checked` refuses it
-    source, dtype, machine = given
-    return GivenModel(name, source, json.loads(call), own, dtype, machine)
+        return EmbeddedModel(name, arguments) if clips is None else EmbeddedModel(name, arguments, own=clips)
+    assert clips is not None  # `checked` refuses it
+    source, dtype, machine = origin
+    return GivenModel(name, source, json.loads(call), clips, dtype, machine)
 
 
 @contextlib.contextmanager

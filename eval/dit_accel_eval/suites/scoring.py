@@ -30,27 +30,27 @@ def score_files(
     distances = [Distance(name) for name in sets]
     clips = clips_in(path)
     pairs = list(paired(clips, path, references))
-    said = prompts_by_name(prompts, [one.path.name for one in clips]) if prompts else {}
-    lossy = [one.path.name for pair in pairs for one in pair if one is not None and not one.is_exact()]
+    said = prompts_by_name(prompts, [clip.path.name for clip in clips]) if prompts else {}
+    lossy = [file.path.name for pair in pairs for file in pair if file is not None and not file.is_exact()]
     if lossy and comparing:
         warn(f"{len(lossy)} of the files are compressed with loss ({lossy[0]}), {CAP}")
     frames = 0
     for clip, reference in pairs:
         sample = _sample(clip, reference, said.get(clip.path.name, prompt), fps, trained_frames)
         frames += len(sample.frames)
-        for one in distances:
-            own, other = sample.pair()
-            one.add(own, real=False)
-            one.add(other, real=True)
-        found = scores(single, sample)
-        line: Line = {"clip": clip.name, "reference": reference and reference.path.name, "metrics": found.values()}
-        line["by_frame"] = {name: one.by_frame for name, one in found.measured.items() if one.by_frame is not None}
-        line |= {key: text for key in ("skipped", "unavailable") if (text := getattr(found, key))}
+        for distance in distances:
+            ours, other = sample.pair()
+            distance.add(ours, real=False)
+            distance.add(other, real=True)
+        scored = scores(single, sample)
+        line: Line = {"clip": clip.name, "reference": reference and reference.path.name, "metrics": scored.values()}
+        line["by_frame"] = {name: item.by_frame for name, item in scored.measured.items() if item.by_frame is not None}
+        line |= {key: text for key in ("skipped", "unavailable") if (text := getattr(scored, key))}
         yield line
     if distances:
         if frames < ENOUGH and "fid@inception" in sets:
             warn(f"fid@inception of {frames} frames is above that of many; hold it only against others of as many")
-        yield {"clip": None, "frames": frames, "metrics": {one.name: one.value() for one in distances}}
+        yield {"clip": None, "frames": frames, "metrics": {distance.name: distance.value() for distance in distances}}
 
 
 def _compared(

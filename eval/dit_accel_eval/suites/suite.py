@@ -118,8 +118,8 @@ def read_suite(path: Path) -> Suite:
     remedy = "no suite at {}; name a TOML file such as eval/suites/knee-wan-tiny.toml"
     data = read_table(path, SUITE_VERSION, KINDS, remedy)
     arms = data.pop("arm", [])
-    own = _own_clips(data, path)
-    data |= {"clips": len(own)} if own is not None else {}
+    clips = _own_clips(data, path)
+    data |= {"clips": len(clips)} if clips is not None else {}
     missing = [key for key in ("name", "model", "clips") if key not in data]
     if missing or not arms:
         or_prompts = ", or prompts = [...] of your own" if missing == ["clips"] else ""
@@ -128,7 +128,7 @@ def read_suite(path: Path) -> Suite:
         if data.get(key, least) < least:
             raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
     chosen = data.get("chosen_on", [0, 0])
-    if [type(one) for one in chosen] != [int, int] or not 0 <= chosen[0] <= chosen[1]:
+    if [type(bound) for bound in chosen] != [int, int] or not 0 <= chosen[0] <= chosen[1]:
         raise ConfigError(f"{path} has chosen_on = {data['chosen_on']}; give the first and the last clip, as [0, 15]")
     judge = data.get("judge")
     if judge and not (judge.endswith(".py") and (path.parent / judge).is_file()):
@@ -145,7 +145,7 @@ def read_suite(path: Path) -> Suite:
         raise ConfigError(f"{path}: {error}") from None
     data |= {"chosen_on": tuple(chosen)} if "chosen_on" in data else {}
     suite = Suite(
-        **data, arms=listed, own=own, folder=path.parent, pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
+        **data, arms=listed, own=clips, folder=path.parent, pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
         ladder=read_ladder(path.parent / rivals) if rivals else None,
     )  # fmt: skip
     _check_model(suite, path)
@@ -155,7 +155,7 @@ def read_suite(path: Path) -> Suite:
 
 def read_pairs(tables: Sequence[Any], arms: Sequence[Arm], where: str) -> tuple[Pair, ...]:
     """Return the pairs of a suite's ``[[compare]]`` tables."""
-    names, found = [arm.name for arm in arms], list[Pair]()
+    names, pairs = [arm.name for arm in arms], list[Pair]()
     for values in tables:
         if not isinstance(values, dict):
             raise ConfigError(f"{where} has compare = {values!r}; write [[compare]] with arm and against below it")
@@ -167,10 +167,10 @@ def read_pairs(tables: Sequence[Any], arms: Sequence[Arm], where: str) -> tuple[
         for name in (pair.arm, pair.against):
             if name not in names:
                 raise ConfigError(f"{where} compares {name!r}, which is none of its arms; {did_you_mean(name, names)}")
-        if pair.arm == pair.against or str(pair) in map(str, found):
+        if pair.arm == pair.against or str(pair) in map(str, pairs):
             raise ConfigError(f"{where} compares {pair.arm!r} with {pair.against!r}, itself or a second time; drop it")
-        found.append(pair)
-    return tuple(found)
+        pairs.append(pair)
+    return tuple(pairs)
 
 
 def _check_judging(suite: Suite, path: Path) -> None:
@@ -191,10 +191,10 @@ def _check_judging(suite: Suite, path: Path) -> None:
             "clips against no reference; leave them out"
         )
     for what in ("model", "reference_steps", "reference_solver", "call") if ladder else ():
-        own, other = getattr(suite, what), getattr(ladder, what, BEST)
-        if own != other:
+        ours, other = getattr(suite, what), getattr(ladder, what, BEST)
+        if ours != other:
             raise ConfigError(
-                f"{path} has {what} {own!r}, and its rivals were chosen with {other!r}; make rivals for it with "
+                f"{path} has {what} {ours!r}, and its rivals were chosen with {other!r}; make rivals for it with "
                 "best_rival.py"
             )
 

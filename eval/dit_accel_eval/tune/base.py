@@ -107,7 +107,7 @@ class TuningRun:
     def _keep(self, point: Any, score: Any) -> None:
         self._scores[_key(point)] = score
         if self._ranks.first:
-            scores = [(json.loads(key), one) for key, one in self._scores.items()]
+            scores = [(json.loads(key), value) for key, value in self._scores.items()]
             with written_whole(self._path) as temporary:
                 content = {"version": VERSION, "settings": self._settings, "scores": scores}
                 temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -138,9 +138,9 @@ def _key(point: Any) -> str:
 
 def replaced_method(request: Request, config_type: type[Config], usual: Config | None = None) -> tuple[Config, Any]:
     """Return the request's config of a type, else the usual one, and the request's other methods."""
-    others = tuple(method for method in request.methods if not isinstance(method, config_type))
+    rest = tuple(method for method in request.methods if not isinstance(method, config_type))
     known = (method for method in request.methods if isinstance(method, config_type))
-    return next(known, usual or config_type()), others
+    return next(known, usual or config_type()), rest
 
 
 def run_settings(request: Request) -> dict[str, Any]:

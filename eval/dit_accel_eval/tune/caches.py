@@ -121,18 +121,18 @@ class _Changes:
         note: Note = {"transformer": context.transformer, "step": context.step_index}
         assert isinstance(handler, TeaHandler)
         signal = handler.signal(context)
-        stored, given = handler.stored(context), target_sample(output)
+        stored, sample = handler.stored(context), target_sample(output)
         if self._last is not None and self._last[:2] == (context.transformer, context.step_index - 1):
             _, _, signal_before, stored_before, given_before = self._last
             note["signal"] = float(mean_change(signal, signal_before) / mean_size(signal_before))
             note["output"] = float(mean_change(stored, stored_before) / mean_size(given_before))
-        self._last = context.transformer, context.step_index, signal, stored, given
+        self._last = context.transformer, context.step_index, signal, stored, sample
         return note
 
 
 def _fit(transformer: str, notes: Sequence[Note]) -> dict[str, Any]:
-    own = [note for note in notes if note["transformer"] == transformer]
-    signal, output = (np.array([note[name] for note in own]) for name in ("signal", "output"))
+    points = [note for note in notes if note["transformer"] == transformer]
+    signal, output = (np.array([note[name] for note in points]) for name in ("signal", "output"))
     different = len({*signal.round(12).tolist()})
     if different <= DEGREE:
         raise ConfigError(
@@ -146,7 +146,7 @@ def _fit(transformer: str, notes: Sequence[Note]) -> dict[str, Any]:
     off, spread = float(np.sqrt(np.mean((fitted - output) ** 2))), float(output.std())
     return {
         "transformer": transformer, "polynomial": polynomial, "lowest": float(signal.min()),
-        "highest": float(signal.max()), "points": len(own), "off": off, "spread": spread,
+        "highest": float(signal.max()), "points": len(points), "off": off, "spread": spread,
     }  # fmt: skip
 
 
@@ -154,8 +154,8 @@ def watched_runs(
     request: Request, output: Path, config: CalibratedConfig, new_watch: Callable[[], Watch], stages: Stages | None
 ) -> tuple[TuningRun, list[list[Note]], str, int]:
     """Generate every prompt with all steps computed; return the run, each prompt's notes, the model and the steps."""
-    others = replaced_method(request, type(config))[1]
-    runs = TuningRun(dataclasses.replace(request, methods=(config, *others)), output, ".toml", stages)
+    rest = replaced_method(request, type(config))[1]
+    runs = TuningRun(dataclasses.replace(request, methods=(config, *rest)), output, ".toml", stages)
     with runs.attached() as attachment:
         handlers = attachment.engine.handlers
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))

@@ -43,7 +43,7 @@ def tune_heads(
         if value < 1:
             raise ConfigError(f"tune heads needs {name} >= 1, got {value}")
     selection = HeadSelection.of(objective)
-    judges = [objective_of(one, embedded_name(request.model)) for one in selection.objectives]
+    judges = [objective_of(part, embedded_name(request.model)) for part in selection.objectives]
     ranks, (request, config) = ranks or Ranks(), _split(request)
     softpag = {**config.to_dict(), "heads": None}
     runs = TuningRun(request, output, ".json", stages, ranks, objective=objective, softpag=softpag)
@@ -55,20 +55,20 @@ def tune_heads(
     score = lambda trial: _judged(runs, config, judges, trial)  # noqa: E731
     words = lambda trial: f"{'+'.join(trial[0])}, prompt {trial[1] + 1}"  # noqa: E731
     counts = {"prompts": len(request.prompts), "rounds": rounds, "per_round": per_round}
-    found = search(heads, lambda trials: runs.search(trials, score, words), **counts, worth=selection.worth)
+    ranking = search(heads, lambda trials: runs.search(trials, score, words), **counts, worth=selection.worth)
     ranks.close()
-    if not found:
+    if not ranking:
         raise ConfigError(f"no head passes the objective {objective!r}; lower what it asks for")
-    chosen = {"heads": [one[1] for one in found], "objective": objective, "model": known.name}
-    chosen["scores"] = [one[2] for one in found]
+    chosen = {"heads": [entry[1] for entry in ranking], "objective": objective, "model": known.name}
+    chosen["scores"] = [entry[2] for entry in ranking]
     if ranks.first:
         with written_whole(output) as temporary:
             temporary.write_text(json_text(chosen) + "\n", encoding="utf-8")
     return Tuned(
         output=output,
-        found={**chosen, "rounds": [one[0] for one in found], "clips": runs.scored},
+        found={**chosen, "rounds": [entry[0] for entry in ranking], "clips": runs.scored},
         columns=("round", "head", objective),
-        rows=[(str(number), head, f"{score:.4f}") for number, head, score in found],
+        rows=[(str(number), head, f"{score:.4f}") for number, head, score in ranking],
         remarks=[f"{runs.scored} clips were judged"],
     )
 
@@ -78,8 +78,8 @@ def _judged(runs: TuningRun, config: SoftPAG, judges: Sequence[Objective], trial
     chosen, prompt = trial
     text, softpag = runs.request.prompts[prompt], dataclasses.replace(config, heads=chosen)
     with attached(runs.pipe, (*runs.request.methods, softpag), runs.request.backend):
-        made = runs.run(text, seed=runs.request.seed + prompt)
-    score = [float(judge(made.frames.astype(np.float32) / 255.0, text)) for judge in judges]
+        clip = runs.run(text, seed=runs.request.seed + prompt)
+    score = [float(judge(clip.frames.astype(np.float32) / 255.0, text)) for judge in judges]
     if not all(map(math.isfinite, score)):
         raise ConfigError(f"the objective gave {score} for {chosen}; it must give a finite number")
     return score
@@ -87,11 +87,11 @@ def _judged(runs: TuningRun, config: SoftPAG, judges: Sequence[Objective], trial
 
 def _split(request: Request) -> tuple[Request, SoftPAG]:
     """Return the request without SoftPAG and, where it has no scale, without guidance; and the SoftPAG searched."""
-    config, others = replaced_method(request, SoftPAG, SoftPAG(u=1.0))
+    config, rest = replaced_method(request, SoftPAG, SoftPAG(u=1.0))
     if config.heads is not None:
         raise ConfigError(f"tune heads finds the heads itself, got softpag.heads = {config.heads!r}; leave them out")
     scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-    return dataclasses.replace(request, methods=others, guidance_scale=scale), config
+    return dataclasses.replace(request, methods=rest, guidance_scale=scale), config
 
 
 def cost(heads: int, rounds: int, per_round: int, prompts: int) -> int:
@@ -105,13 +105,13 @@ def search(
 ) -> list[tuple[int, str, float]]:  # fmt: skip
     """Select heads round by round, until none is left: round from 1, head, and its worth, the best of a round first."""
     order = {head: at for at, head in enumerate(heads)}
-    found: list[tuple[int, str, float]] = []
+    ranking: list[tuple[int, str, float]] = []
     for number in range(1, rounds + 1):
-        selected = [head for _, head, _ in found]
+        selected = [head for _, head, _ in ranking]
         left = [head for head in heads if head not in selected]
         sets = [tuple(sorted((*selected, head), key=order.__getitem__)) for head in left]
         values = evaluate([(chosen, prompt) for chosen in sets for prompt in range(prompts)])
         scores = {head: worth(values[at * prompts : (at + 1) * prompts]) for at, head in enumerate(left)}
         best = sorted(left, key=lambda head: (-scores[head], order[head]))[:per_round]
-        found += [(number, head, scores[head]) for head in best if scores[head] > -math.inf]
-    return found
+        ranking += [(number, head, scores[head]) for head in best if scores[head] > -math.inf]
+    return ranking

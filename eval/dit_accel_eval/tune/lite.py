@@ -70,10 +70,10 @@ def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, sta
     One vote may add a relative L1 error of ``target_error`` to the next call. Found are of each of the ``steps`` the
     median threshold and the means of `Found`'s figures, and each prompt's PSNR to its dense run.
     """
-    config, others = _lite_of(request)
+    config, rest = _lite_of(request)
     if not 0 < target_error < 1:
         raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
-    request = dataclasses.replace(request, methods=(config, *others))
+    request = dataclasses.replace(request, methods=(config, *rest))
     runs = TuningRun(request, output, ".toml", stages, target_error=target_error)
     steps = runs.request.num_inference_steps
     with runs.attached() as attachment:
@@ -88,7 +88,7 @@ def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, sta
         ran = len(tuned.timings.steps)
         if not tuner.found:
             raise ConfigError(NOTHING_VOTES.format(steps=ran))
-        frames, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
+        frames, reference = (np.divide(run.frames, 255, dtype=np.float32) for run in (tuned, dense))
         return {"prompt": prompt, "psnr": psnr(frames, reference), "calls": tuner.found, "steps": ran}
 
     parts = runs.over_prompts(tuned_beside_dense)
@@ -98,10 +98,10 @@ def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, sta
     write_thresholds(output, table)
     runs.finish()
     by_step = _by_step(calls, table)
-    found = {name: getattr(table, name) for name in ("model", "criterion", "num_inference_steps", "target_error")}
+    about = {name: getattr(table, name) for name in ("model", "criterion", "num_inference_steps", "target_error")}
     return Tuned(
         output=output,
-        found={**found, "steps": by_step, "prompts": [{key: one[key] for key in ("prompt", "psnr")} for one in parts]},
+        found={**about, "steps": by_step, "prompts": [{key: run[key] for key in ("prompt", "psnr")} for run in parts]},
         columns=("step", "threshold", "tiles kept", "error added", "error to dense"),
         rows=[
             (str(row["step"]), f"{row['threshold']:.2f}", f"{row['kept']:.3f}", f"{row['added']:.4f}",
@@ -168,7 +168,7 @@ def _check_something_votes(settings: SparseConfig, steps: int | None, layers: in
 
 def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:
     """Return the LiteAttention config to tune, and the other methods."""
-    config, others = replaced_method(request, LiteAttention)
+    config, rest = replaced_method(request, LiteAttention)
     for name in ("threshold", "target_density", "thresholds_file"):
         value = getattr(config, name)
         if value is not None:
@@ -177,7 +177,7 @@ def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]
         raise ConfigError(
             "tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error; use one"
         )
-    return config, others
+    return config, rest
 
 
 def error_of(out: Tensor, reference: Tensor) -> float:
@@ -201,9 +201,9 @@ class Rerun:
         vote = dataclasses.replace(self.vote, threshold=threshold_of(self.vote.criterion, level))
         return self._attend(dataclasses.replace(self.selection, vote=vote))[2]
 
-    def after(self, kept: Tensor | None) -> tuple[float, float]:
+    def after(self, bits: Tensor | None) -> tuple[float, float]:
         """Return the error that bits add to this call, and the share of the tiles that they leave exact."""
-        selection = dataclasses.replace(self.selection, keep=kept, vote=None, reverse=not self.selection.reverse)
+        selection = dataclasses.replace(self.selection, keep=bits, vote=None, reverse=not self.selection.reverse)
         out, exact = self._attend(selection)
         tiles = self.plan.tiles
         assert tiles is not None
@@ -249,11 +249,11 @@ class Tuner(LiteHandler):
             lambda level: again.after(again.votes(level))[0], self.target_error, self._levels.get(context.key, START)
         )
         self._levels[context.key] = level
-        kept = plan.selection.keep
+        bits = plan.selection.keep
         if level > -math.inf:
-            kept = again.votes(level)
-            super().after(plan, call, context, result._replace(kept=kept))
-        added, share = again.after(kept)
+            bits = again.votes(level)
+            super().after(plan, call, context, result._replace(kept=bits))
+        added, share = again.after(bits)
         dense = dense_rows(plan, call, torch.arange(call.q.shape[2], device=result.out.device))
         self.found.append({
             "transformer": context.transformer, "branch": context.branch, "layer": context.layer,

@@ -38,23 +38,23 @@ def objective_of(name: str, model: str | None) -> Objective:
         hint = did_you_mean(name, ("checker", *metrics())).replace("dit-accel models", "dit-accel eval metrics")
         raise ConfigError(f"there is no objective {name!r}; {hint}, or give module:function")
     try:
-        found = getattr(importlib.import_module(module), function)
+        value = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"the objective {name} can't be imported: {error}; give module:function") from None
-    if not callable(found):
-        raise ConfigError(f"the objective {name} is {found!r}; it must be a function of a clip and its prompt")
-    return cast(Objective, found)
+    if not callable(value):
+        raise ConfigError(f"the objective {name} is {value!r}; it must be a function of a clip and its prompt")
+    return cast(Objective, value)
 
 
 def _measured(name: str) -> Objective:
-    found = metric(name)
-    if found.reference or found.better == "neither":
-        lack = "compares with a reference" if found.reference else "says neither more nor less is better"
+    quality = metric(name)
+    if quality.reference or quality.better == "neither":
+        lack = "compares with a reference" if quality.reference else "says neither more nor less is better"
         raise ConfigError(f"the objective {name!r} {lack}; take a metric of a clip alone, such as {EXAMPLE}")
-    if (reason := found.missing()) is not None:
+    if (reason := quality.missing()) is not None:
         raise ConfigError(f"the objective {name!r} can't be measured: {reason}")
-    sign = -1 if found.better == "less" else 1
-    return lambda clip, prompt: sign * found(Sample(frames=clip, prompt=prompt)).value
+    sign = -1 if quality.better == "less" else 1
+    return lambda clip, prompt: sign * quality(Sample(frames=clip, prompt=prompt)).value
 
 
 def _checker(model: str | None) -> Objective:
@@ -114,7 +114,7 @@ class HeadSelection:
 
     def worth(self, scores: Sequence[Sequence[float]]) -> float:
         """Return what a head is ranked by, from each clip's scores; -inf: it does not pass."""
-        means = [math.fsum(one) / len(scores) for one in zip(*scores, strict=True)]
+        means = [math.fsum(values) / len(scores) for values in zip(*scores, strict=True)]
         if self.kind != "harmonic":
             return means[0] if all(map(float.__ge__, means, self.least)) else -math.inf
         if min(means) <= 0:

@@ -96,23 +96,23 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
         mean = np.mean(runs.over_prompts(measured), axis=0)
     both = (mean + mean.T) / 2
     curve = np.array([np.diagonal(both, distance).mean() for distance in range(len(both))])
-    found, name = spectrum(curve, frequencies), family.name if family else adapter.name
+    peaks, name = spectrum(curve, frequencies), family.name if family else adapter.name
     rows = [
-        (f"{period:.1f}", f"{share:.1%}", "yes" if place in found.family else "")
-        for place, (period, share) in enumerate(zip(found.periods, found.amplitudes, strict=True))
+        (f"{period:.1f}", f"{share:.1%}", "yes" if place in peaks.family else "")
+        for place, (period, share) in enumerate(zip(peaks.periods, peaks.amplitudes, strict=True))
     ]
     remarks = [
-        f"the family of period {found.periods[found.dominant]:.1f} holds {found.share:.0%} of the amplitude: "
-        + ("attention does not repeat, so that no bands are set" if found.period is None else "attention repeats"),
-        f"fit's error {found.error:.0%}",
+        f"the family of period {peaks.periods[peaks.dominant]:.1f} holds {peaks.share:.0%} of the amplitude: "
+        + ("attention does not repeat, so that no bands are set" if peaks.period is None else "attention repeats"),
+        f"fit's error {peaks.error:.0%}",
     ]
-    config = UltraViCo(period=found.period, gamma=found.gamma, trained_frames=family.trained_frames if family else None)
+    config = UltraViCo(period=peaks.period, gamma=peaks.gamma, trained_frames=family.trained_frames if family else None)
     about = f"{len(curve)} latent frames, {len(request.prompts)} prompts"
     write_config(output, config, [f"Measured by dit-accel tune period on {name}: {about}.", *remarks])
     runs.finish()
     return Tuned(
         output=output,
-        found={"model": name, "frames": len(curve), "curve": curve.tolist(), "found": dataclasses.asdict(found)},
+        found={"model": name, "frames": len(curve), "curve": curve.tolist(), "found": dataclasses.asdict(peaks)},
         columns=("period in frames", "share", "in the family"),
         rows=rows,
         remarks=remarks,

@@ -48,14 +48,14 @@ def tune_pipeline(
     requested, model = read_target(target), request.model or EMBEDDED
     _check(request, output)
     suite, prompts = _suite(request, model, requested)
-    own = _sizes(request, suite)["num_inference_steps"]
-    arms = _space(space, suite, own)
+    steps = _sizes(request, suite)["num_inference_steps"]
+    arms = _space(space, suite, steps)
     suite = dataclasses.replace(suite, arms=arms)
     job = Job(
         suite=suite, out=output.with_suffix(".runs.jsonl"), cache=cache or default_cache(), timed=False, talk=False,
         threads=1 if suite.embedded else None, machine=Machine(device=request.device, offload=request.offload),
     )  # fmt: skip
-    search = Search(job=job, target=requested, stages=stages or Stages(quiet=True), own=own, prompts=prompts)
+    search = Search(job=job, target=requested, stages=stages or Stages(quiet=True), own=steps, prompts=prompts)
     search.stages.note(f"{len(arms)} settings: {search.cost(arms)}")
     by_hand = () if space else [arm for arm in arms if arm.name in BY_HAND]
     whole = search.tried(arms, by_hand)
@@ -65,13 +65,13 @@ def tune_pipeline(
         model=model_key(suite.model), **_sizes(request, suite), metric=requested.quality,
         quality=round(chosen.quality, 4), speedup=round(chosen.speedup, 4), prompts=chosen.prompts,
     )  # fmt: skip
-    kept = _write(output, chosen.arm, request.guidance_scale, requested, measured)
+    path = _write(output, chosen.arm, request.guidance_scale, requested, measured)
     ran = {line.arm for line in result_lines(job.out)} & {arm.name for arm in arms}
-    return _tuned(output, kept, requested, chosen, best, (len(ran), len(arms)))
+    return _tuned(output, path, requested, chosen, best, (len(ran), len(arms)))
 
 
 def _tuned(
-    output: Path, kept: Path, target: Target, chosen: Measurement, best: list[Measurement], tried: tuple[int, int]
+    output: Path, path: Path, target: Target, chosen: Measurement, best: list[Measurement], tried: tuple[int, int]
 ) -> Tuned:
     """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"
@@ -80,15 +80,15 @@ def _tuned(
     return Tuned(
         output=output,
         found={
-            "kept": str(kept), "target": dataclasses.asdict(target), "chosen": chosen.to_dict(),
+            "kept": str(path), "target": dataclasses.asdict(target), "chosen": chosen.to_dict(),
             "frontier": [point.to_dict() for point in best], "tried": list(tried),
         },
         columns=("setting", target.quality, "work in dense steps", "speed-up"),
-        rows=[(one.arm.name, f"{one.quality:.4g}", f"{one.work:.2f}", f"{one.speedup:.2f}") for one in best],
+        rows=[(point.arm.name, f"{point.quality:.4g}", f"{point.work:.2f}", f"{point.speedup:.2f}") for point in best],
         remarks=[
             f"{chosen.arm.name}: {target.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} over "
             f"{chosen.prompts} prompts that the search never saw; requested was {target.name} {target.value:g}",
-            f"`dit-accel recommend` lists it first for this model, from {kept}",
+            f"`dit-accel recommend` lists it first for this model, from {path}",
             f"tried {tried[0]} of {tried[1]} settings",
         ],
     )  # fmt: skip
@@ -121,16 +121,16 @@ def _suite(request: Request, model: str, target: Target) -> tuple[Suite, Prompts
             "a metric"
         )
     prompts = split(len(request.prompts))
-    own = OwnClips(prompts=request.prompts, seeds=(request.seed,) if request.seed else ())
-    return dataclasses.replace(suite, own=own, clips=len(own)), prompts
+    clips = OwnClips(prompts=request.prompts, seeds=(request.seed,) if request.seed else ())
+    return dataclasses.replace(suite, own=clips, clips=len(clips)), prompts
 
 
-def _space(path: Path | None, suite: Suite, own: int) -> tuple[Arm, ...]:
+def _space(path: Path | None, suite: Suite, steps: int) -> tuple[Arm, ...]:
     if path is None:
         if suite.embedded:
             return default_space(suite.model)
         adapter, family = check_given(suite.source)[0].identify()
-        return space_of(own, adapter, family, scheduler=shipped_scheduler(suite.source))
+        return space_of(steps, adapter, family, scheduler=shipped_scheduler(suite.source))
     requested = read_suite(path)
     if requested.model != suite.model:
         raise ConfigError(

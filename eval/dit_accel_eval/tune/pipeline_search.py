@@ -93,8 +93,8 @@ class Target:
     @property
     def sign(self) -> int:
         """1 where more of the metric is better, -1 where less is."""
-        found = metric_about(self.quality)
-        return -1 if found and found.better == "less" else 1
+        about = metric_about(self.quality)
+        return -1 if about and about.better == "less" else 1
 
     def missed(self, point: "Measurement") -> float:
         """Return by how much a setting misses the target; 0 if it meets it."""
@@ -171,14 +171,14 @@ class Search:
     def _point(self, arm: Arm, lines: Sequence[ResultLine]) -> Measurement:
         values = [value for line in lines if (value := line.value(self.target.quality)) is not None]
         if len(values) < len(lines):
-            kept = (reasons for line in lines for reasons in (line.skipped, line.unavailable))
-            reason = next(filter(None, (one.get(self.target.quality) for one in kept)), "it has no value")
+            gaps = (reasons for line in lines for reasons in (line.skipped, line.unavailable))
+            reason = next(filter(None, (gap.get(self.target.quality) for gap in gaps)), "it has no value")
             raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
-        work, found = float(np.mean([line.work for line in lines])), clip_mean(values)
+        work, quality = float(np.mean([line.work for line in lines])), clip_mean(values)
         return Measurement(
-            arm=arm, prompts=len(lines), work=work, speedup=self.own / work, quality=found.mean,
+            arm=arm, prompts=len(lines), work=work, speedup=self.own / work, quality=quality.mean,
             error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
-            interval=None if found.low is None or found.high is None else (found.low, found.high),
+            interval=None if quality.low is None or quality.high is None else (quality.low, quality.high),
         )  # fmt: skip
 
     def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Measurement]:
@@ -202,7 +202,7 @@ class Search:
         def objective(trial: Any) -> float:
             known = kinds[trial.suggest_categorical("kind", list(kinds))]
             count = trial.suggest_int("steps", min(steps), max(steps))
-            arm = known[min(known, key=lambda one: abs(one - count))]
+            arm = known[min(known, key=lambda number: abs(number - count))]
             if arm.name not in losses:
                 losses[arm.name] = None
                 if arm in by_hand or max(least_work(arm), known_work(arm, seen)) <= self.most_work(seen):
@@ -240,7 +240,7 @@ class Search:
 
     def cost(self, arms: Sequence[Arm]) -> str:
         """Return in words about how many runs the search takes: of the settings that run a `KEPT`-th goes on."""
-        count, rounds = self.most_tried(arms), [len(one) for one in self.prompts.rounds]
+        count, rounds = self.most_tried(arms), [len(clips) for clips in self.prompts.rounds]
         steps, held = [arm.num_inference_steps for arm in arms], len(self.prompts.held)
         runs = count * rounds[0] + math.ceil(count / KEPT) * (rounds[-1] - rounds[0]) + 2 * held
         return (
@@ -264,32 +264,32 @@ class Search:
         if self.target.name == SPEEDUP:
             return 1e6 * self.target.missed(point) - sign * point.quality
         lines = last_lines(result_lines(self.job.out))
-        found = []
+        losses = []
         for clip in self.prompts.rounds[-1][: point.prompts]:
             ran = [lines[name, clip] for name in self.ran if (name, clip) in lines]
             # a search that goes on has lines of later settings, which must not change what it proposes
             steps = {line.num_inference_steps for line in ran if line.is_rival}
             steps = steps.union(*(line.rival_steps for line in ran))
             rivals = [lines[dense_arm(count).name, clip] for count in steps]
-            dense = sorted((one.work, sign * (one.value(self.target.quality) or 0.0)) for one in rivals)
-            works, ladder = (np.array(one) for one in zip(*dense, strict=True))
-            own = lines[point.arm.name, clip]
-            values = [sign * (own.value(self.target.quality) or 0.0), sign * self.target.value]
+            dense = sorted((line.work, sign * (line.value(self.target.quality) or 0.0)) for line in rivals)
+            works, ladder = (np.array(column) for column in zip(*dense, strict=True))
+            ours = lines[point.arm.name, clip]
+            values = [sign * (ours.value(self.target.quality) or 0.0), sign * self.target.value]
             same, goal = np.interp(values, np.maximum.accumulate(ladder), works, right=self.own)
-            found.append(own.work / same * goal + max(goal - same, (same - goal) / 2))
-        return float(np.mean(found))
+            losses.append(ours.work / same * goal + max(goal - same, (same - goal) / 2))
+        return float(np.mean(losses))
 
     def chosen(self, points: Sequence[Measurement]) -> Measurement:
         """Return the cheapest setting that meets the target by a standard error, else by its mean, else the nearest."""
         target = self.target
-        worse = [dataclasses.replace(one, quality=one.quality - target.sign * one.error) for one in points]
-        sure = [one for one, low in zip(points, worse, strict=True) if not target.missed(low)]
+        worse = [dataclasses.replace(point, quality=point.quality - target.sign * point.error) for point in points]
+        sure = [point for point, low in zip(points, worse, strict=True) if not target.missed(low)]
         return min(points if target.name == SPEEDUP else sure or points, key=target.rank)
 
     def judged(self, points: Sequence[Measurement], by_hand: Sequence[Arm] = ()) -> Measurement:
         """Return the choice as measured on the held-out prompts, or the best by hand where that is better there."""
-        hand = [one for one in points if one.arm in by_hand]
-        arms = {one.arm.name: one.arm for one in (self.chosen(points), *([self.chosen(hand)] if hand else []))}
+        hand = [point for point in points if point.arm in by_hand]
+        arms = {point.arm.name: point.arm for point in (self.chosen(points), *([self.chosen(hand)] if hand else []))}
         self.stages.stage(f"judging {' and '.join(arms)} on {len(self.prompts.held)} held-out prompts")
         best = min(self.measured(list(arms.values()), self.prompts.held), key=self.target.rank)
         if self.target.missed(best):
@@ -324,5 +324,5 @@ def least_work(arm: Arm) -> float:
 
 def known_work(arm: Arm, points: Sequence[Measurement]) -> float:
     """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
-    same = (one for one in points if one.arm.methods == arm.methods)
-    return max((one.work for one in same if one.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)
+    same = (point for point in points if point.arm.methods == arm.methods)
+    return max((point.work for point in same if point.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)

@@ -53,10 +53,10 @@ def tune_profile(
         "runs": [{"prompt": part["prompt"], "foreground": part["foreground"]} for part in parts],
         "transformers": {
             name: {
-                "weights": weights_digest(one), "names": profiler.names[name], "blocks": len(profiler.names[name]),
+                "weights": weights_digest(module), "names": profiler.names[name], "blocks": len(profiler.names[name]),
                 **_entry(name, parts, criterion, cached),
             }
-            for name, one in transformers.items()
+            for name, module in transformers.items()
         },
     }  # fmt: skip
     with written_whole(output) as temporary:
@@ -67,9 +67,9 @@ def tune_profile(
 
 def _check(attachment: Any, profiler: Profiler, cached: int | None) -> None:
     """Refuse methods that skip blocks, and more cached blocks than there are."""
-    for one in attachment.engine.handlers:
-        if "cache" in one.exclusive:
-            raise ConfigError(f"tune profile watches every block at each step, and {one.name} skips some; leave it out")
+    name = next((handler.name for handler in attachment.engine.handlers if "cache" in handler.exclusive), None)
+    if name is not None:
+        raise ConfigError(f"tune profile watches every block at each step, and {name} skips some; leave it out")
     for name, blocks in profiler.names.items():
         if cached is not None and cached > len(blocks):
             raise ConfigError(f"tune profile's cached = {cached}, and {name} has {len(blocks)} blocks; ask for fewer")
@@ -81,16 +81,16 @@ def _part(prompt: str, profiler: Profiler) -> dict[str, Any]:
         "prompt": prompt,
         "foreground": [share for _, share in sorted(profiler.foreground.items())],
         "transformers": {
-            name: {criterion: _matrix(found[criterion], len(profiler.names[name])) for criterion in CRITERIA}
-            for name, found in profiler.scores.items()
+            name: {criterion: _matrix(scores[criterion], len(profiler.names[name])) for criterion in CRITERIA}
+            for name, scores in profiler.scores.items()
         },
     }
 
 
-def _matrix(found: Mapping[tuple[int, int], float], blocks: int) -> list[list[float | None]]:
+def _matrix(values: Mapping[tuple[int, int], float], blocks: int) -> list[list[float | None]]:
     """Return the values by block and step, None where there is none."""
-    steps = 1 + max((step for _, step in found), default=-1)
-    return [[found.get((block, step)) for step in range(steps)] for block in range(blocks)]
+    steps = 1 + max((step for _, step in values), default=-1)
+    return [[values.get((block, step)) for step in range(steps)] for block in range(blocks)]
 
 
 def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached: int | None) -> dict[str, Any]:
@@ -98,9 +98,9 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
     seen = [part["transformers"][name] for part in parts if name in part["transformers"]]
     if not seen:
         raise ConfigError(f"{name} never ran; show something for which it does, or ask for more steps")
-    by_step = {one: mean_of_known([np.array(found[one], float) for found in seen]) for one in CRITERIA}
-    scores = {one: mean_of_known([*values.T]) if values.size else np.full(len(values), np.nan)
-              for one, values in by_step.items()}  # fmt: skip
+    by_step = {kind: mean_of_known([np.array(entry[kind], float) for entry in seen]) for kind in CRITERIA}
+    scores = {kind: mean_of_known([*values.T]) if values.size else np.full(len(values), np.nan)
+              for kind, values in by_step.items()}  # fmt: skip
     if np.isnan(scores[criterion]).all():
         raise ConfigError(
             f"tune profile found nothing to tell {name}'s blocks apart by {criterion!r}: no foreground, or too few "
@@ -108,8 +108,8 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
         )
     blocks, edge = cached_blocks(scores[criterion].tolist(), cached)
     return {
-        "cached": blocks, "split_at": edge, "scores": {one: _plain(values) for one, values in scores.items()},
-        "by_step": {one: [_plain(row) for row in values] for one, values in by_step.items()},
+        "cached": blocks, "split_at": edge, "scores": {kind: _plain(values) for kind, values in scores.items()},
+        "by_step": {kind: [_plain(row) for row in values] for kind, values in by_step.items()},
     }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _tuned(output: Path, content: Mapping[str, Any]) -> Tuned:
     rows: list[tuple[str, ...]] = []
     remarks: list[str] = []
     for name, entry in content["transformers"].items():
-        for block, scores in enumerate(zip(*(entry["scores"][one] for one in CRITERIA), strict=True)):
+        for block, scores in enumerate(zip(*(entry["scores"][kind] for kind in CRITERIA), strict=True)):
             spelt = ("" if score is None else f"{score:.3f}" for score in scores)
             rows.append((name, str(block), *spelt, "cached" if block in entry["cached"] else ""))
         remarks.append(f"{name}: blocks {spell_numbers(entry['cached']) or 'none'} may be cached")
@@ -135,9 +135,9 @@ def cached_blocks(scores: Sequence[float], count: int | None = None) -> tuple[li
     """Return the blocks of lowest scores, ``count`` or all below the largest gap, and the threshold above them."""
     known = sorted((score, block) for block, score in enumerate(scores) if score == score)
     if count is None:
-        gaps = [two[0] - one[0] for one, two in itertools.pairwise(known)]
+        gaps = [high[0] - low[0] for low, high in itertools.pairwise(known)]
         count = 1 + int(np.argmax(gaps)) if gaps else 0
-    edges = [one[0] for one in known[max(count - 1, 0) : count + 1]] or [0.0]
+    edges = [entry[0] for entry in known[max(count - 1, 0) : count + 1]] or [0.0]
     return sorted(block for _, block in known[:count]), float(np.mean(edges))
 
 

@@ -40,7 +40,7 @@ class Profiler:
         self._attachment, self._attention = attachment, attention
         self.engine, self.denoising = attachment.engine, attachment.denoising
         self._states: dict[str, TransformerState] = {layer.state.name: layer.state for layer in self.engine.layers}
-        self._blocks = {name: find_blocks(one.adapter, one.transformer) for name, one in self._states.items()}
+        self._blocks = {name: find_blocks(state.adapter, state.transformer) for name, state in self._states.items()}
         self._of_layer = {name: self._layers(name) for name in self._states}
         self.names = {name: [block.name for block in blocks] for name, blocks in self._blocks.items()}
         self._clear()
@@ -70,14 +70,14 @@ class Profiler:
 
     def _layers(self, name: str) -> dict[int, int]:
         """Return layer index -> block index of a transformer."""
-        found, state = {}, self._states[name]
+        blocks, state = {}, self._states[name]
         names = {id(module): path for path, module in state.transformer.named_modules()}
         for layer in state.layers:
             path = names[id(layer.module)]
             owner = next((b for b in self._blocks[name] if path.startswith(f"{b.name}.") or path == b.name), None)
             if owner is not None:
-                found[layer.index] = owner.index
-        return found
+                blocks[layer.index] = owner.index
+        return blocks
 
     def _leads(self, name: str) -> bool:
         """Tell whether the running branch is the first of its step."""
@@ -94,8 +94,8 @@ class Profiler:
         if len(rows) > QUERIES:
             rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:QUERIES]
         rows = (rows + layout.visual.start).to(call.q.device)
-        found = attention_received(call.q, call.k, scale=call.scale, key_mask=call.key_mask(), rows=rows)
-        self._received[block].append(found[layout.visual])
+        received = attention_received(call.q, call.k, scale=call.scale, key_mask=call.key_mask(), rows=rows)
+        self._received[block].append(received[layout.visual])
 
     def _added(self, name: str, block: Block, module: Any, args: Any, kwargs: Any, result: Any) -> None:
         if not self._leads(name):
@@ -179,7 +179,7 @@ def foreground_ratio(received: np.ndarray, foreground: np.ndarray) -> float:
 
     Source: ProfilingDiT (arXiv 2504.03140), whose threshold is not published: here the mean. NaN without foreground.
     """
-    high, own = received > received.mean(), foreground.reshape(len(foreground), -1)
-    counts = own.sum(1)
-    both = (high.reshape(own.shape) & own).sum(1)
+    high, inside = received > received.mean(), foreground.reshape(len(foreground), -1)
+    counts = inside.sum(1)
+    both = (high.reshape(inside.shape) & inside).sum(1)
     return float((both[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")

@@ -71,22 +71,22 @@ def tune_schedule(
         placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
             the prompts chooses. None: the request's steps of the model's own scheduler.
     """
-    config, others = _config(request)
+    config, rest = _config(request)
     tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
-    for one in tried:
-        if not 2 <= computed <= one.steps:
-            raise ConfigError(f"tune schedule computes from 2 to all of {one.steps} steps, got computed = {computed}")
+    for steps in (option.steps for option in tried):
+        if not 2 <= computed <= steps:
+            raise ConfigError(f"tune schedule computes from 2 to all of {steps} steps, got computed = {computed}")
     half = len(request.prompts) if len(tried) == 1 else len(request.prompts) // 2
     if not half:
         raise ConfigError("tune schedule takes 2 prompts or more to choose among placements, got 1; add some")
-    kept = {"placement": [one.text for one in tried], "computed": computed, "cache": config.to_dict()}
-    runs = TuningRun(dataclasses.replace(request, methods=others), output, ".toml", stages, **kept)
+    settings = {"placement": [option.text for option in tried], "computed": computed, "cache": config.to_dict()}
+    runs = TuningRun(dataclasses.replace(request, methods=rest), output, ".toml", stages, **settings)
     with runs.attached(config):  # refuses methods that don't go together
         tuner = _Tuner(runs, config)
     parts = [runs.search(
-        [(one.text or one.steps, prompt) for prompt in request.prompts[:half]],
-        lambda point, one=one: tuner.calibrated(one, point[1]), lambda point: f"{point[0]} steps, {point[1]}",
-    ) for one in tried]  # fmt: skip
+        [(option.text or option.steps, prompt) for prompt in request.prompts[:half]],
+        lambda point, option=option: tuner.calibrated(option, point[1]), lambda point: f"{point[0]} steps, {point[1]}",
+    ) for option in tried]  # fmt: skip
     lists = [_searched(of, config, computed) for of in parts]
     paths = [of[computed][1] for of in lists]
     choosing = [("choosing", prompt) for prompt in request.prompts[half:]]
@@ -111,9 +111,9 @@ def _write(output: Path, config: StaticCache, best: Placement, path: Sequence[in
 def _tuned(output: Path, model: str, computed: int, placements: Sequence[dict[str, Any]]) -> Tuned:
     """Return what was found, with the lists as a table: all of them where one placement was tried."""
     rows = [
-        (one["steps"], one["flow_shift"] or "own", count, one["error"][count], one["psnr"] or "", spell_numbers(path))
-        for one in placements
-        for count, path in one["lists"].items()
+        (row["steps"], row["flow_shift"] or "own", count, row["error"][count], row["psnr"] or "", spell_numbers(path))
+        for row in placements
+        for count, path in row["lists"].items()
         if count == computed or len(placements) == 1 < count
     ]
     return Tuned(
@@ -136,13 +136,13 @@ def _found(placement: Placement, quality: float | None, lists: Lists) -> dict[st
 
 def _config(request: Request) -> tuple[StaticCache, tuple[Any, ...]]:
     """Return the request's cache, and its other methods; a cache that says when is computed is refused."""
-    config, others = replaced_method(request, StaticCache, StaticCache(predictor="taylor"))
+    config, rest = replaced_method(request, StaticCache, StaticCache(predictor="taylor"))
     for name, value in config.to_dict().items():
         if name not in FREE and value != getattr(StaticCache(), name):
             raise ConfigError(f"tune schedule finds what is computed, got staticcache.{name} = {value!r}; leave it out")
     if config.predictor == "corrected":
         raise ConfigError("tune schedule knows no error of staticcache.predictor = 'corrected'; use 'taylor'")
-    return config, others
+    return config, rest
 
 
 def _listed(config: StaticCache, steps: int, path: Sequence[int]) -> StaticCache:
@@ -189,7 +189,7 @@ class _Tuner:
 
     def judged(self, prompt: str, tried: Sequence[Placement], paths: Sequence[Sequence[int]]) -> list[float]:
         """Return the PSNR of each placement's list on a prompt, to a run of many more steps."""
-        converged = self._run(Placement(FINER * max(one.steps for one in tried), text="finer"), prompt)[0]
+        converged = self._run(Placement(FINER * max(option.steps for option in tried), text="finer"), prompt)[0]
         return [
             psnr(self._run(placement, prompt, _listed(self._config, placement.steps, path))[0], converged)
             for placement, path in zip(tried, paths, strict=True)
@@ -197,8 +197,8 @@ class _Tuner:
 
     def _run(self, placement: Placement, prompt: str, *caches: StaticCache) -> tuple[np.ndarray, Trace]:
         """Return a run's frames, in [0, 1], and what its solver saw."""
-        own = self._shipped if not placement.text else make_scheduler(self._shipped, BEST, placement.shift)
-        self._runs.pipe.scheduler = own
-        with self._runs.attached(*caches), traced(own) as trace:
-            made = self._runs.run(prompt, num_inference_steps=placement.steps)
-        return made.frames.astype(np.float32) / 255, trace
+        scheduler = self._shipped if not placement.text else make_scheduler(self._shipped, BEST, placement.shift)
+        self._runs.pipe.scheduler = scheduler
+        with self._runs.attached(*caches), traced(scheduler) as trace:
+            result = self._runs.run(prompt, num_inference_steps=placement.steps)
+        return result.frames.astype(np.float32) / 255, trace

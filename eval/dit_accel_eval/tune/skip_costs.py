@@ -74,8 +74,8 @@ class SkipCosts:
         """Return the weights of the computed steps in each forecast from a list's last step to ``upto``, [gap, N]."""
         units = np.eye(len(self.times) - 1)
         before = self._given_before(path)
-        kept = [*path[-self.reads :]] if self.predictor != "heun" else [*path[-2:]]
-        values, times = [units[step] for step in kept], [self.times[step] for step in kept]
+        steps = [*path[-self.reads :]] if self.predictor != "heun" else [*path[-2:]]
+        values, times = [units[step] for step in steps], [self.times[step] for step in steps]
         if before is not None:
             values.insert(1, before[1])
             times.insert(1, before[0])
@@ -99,7 +99,7 @@ class SkipCosts:
         if self.predictor == "chebyshev":
             return forecast.chebyshev(times, at, self.order, (self.times[0], self.times[-1]))
         if self.predictor == "heun":
-            skipped = [self.times[one] for one in range(last + 1, step)]
+            skipped = [self.times[index] for index in range(last + 1, step)]
             return forecast.heun(times, skipped, at, None if before is None else before[0])
         return [1.0]
 
@@ -111,16 +111,16 @@ def best_lists(cost: Callable[[Sequence[int], int], float], steps: int, computed
     the state is the last two, exact for forecasts that read two. The first step is always computed.
     """
     best: dict[tuple[int, int], Listed] = {(-1, 0): (0.0, (0,))}
-    found: Lists = {}
+    lists: Lists = {}
     for count in range(1, computed + 1):
-        found[count] = min((so_far + cost(path, steps), path) for so_far, path in best.values())
+        lists[count] = min((so_far + cost(path, steps), path) for so_far, path in best.values())
         longer: dict[tuple[int, int], Listed] = {}
         for so_far, path in best.values():
             for following in range(path[-1] + 1, steps):
-                one = so_far + cost(path, following), (*path, following)
-                longer[path[-1], following] = min(one, longer.get((path[-1], following), one))
+                candidate = so_far + cost(path, following), (*path, following)
+                longer[path[-1], following] = min(candidate, longer.get((path[-1], following), candidate))
         best = longer
-    return found
+    return lists
 
 
 def grown(moved: Sequence[float], early: int) -> np.ndarray:
@@ -136,14 +136,14 @@ def searched(costs: SkipCosts, computed: int) -> Lists:
     A logarithm is no sum over gaps; weighing each prompt by one over what the last list cost it comes down to it.
     """
     steps, scale = len(costs.times) - 1, np.ones(len(costs.products))
-    found: Lists = {}
+    lists: Lists = {}
     for _ in range(ROUNDS):
         even = dataclasses.replace(costs, products=costs.products / scale[:, None, None])
-        found = best_lists(even, steps, computed)
-        total = costs.of_list(found[computed][1])
+        lists = best_lists(even, steps, computed)
+        total = costs.of_list(lists[computed][1])
         scale = total if total.min() > 0 else scale
-    roots = {count: np.sqrt(costs.of_list(path)) for count, (_, path) in found.items()}
+    roots = {count: np.sqrt(costs.of_list(path)) for count, (_, path) in lists.items()}
     return {
         count: (float(np.exp(np.log(roots[count]).mean())) if roots[count].min() > 0 else 0.0, path)
-        for count, (_, path) in found.items()
+        for count, (_, path) in lists.items()
     }

@@ -60,14 +60,14 @@ def space_of(
     def taken(arm: Arm) -> bool:
         if arm.flow_shift is not None and not (shifts and arm.flow_shift != shift_of(scheduler)):
             return False
-        known = (one.name in family.recipes or not isinstance(one, CALIBRATED) for one in arm.methods)
-        return all(known) and not any(one.name in refused for one in arm.methods)
+        known = (config.name in family.recipes or not isinstance(config, CALIBRATED) for config in arm.methods)
+        return all(known) and not any(config.name in refused for config in arm.methods)
 
-    found = [dense_arm(steps) for steps in usual]
-    found += [
+    arms = [dense_arm(steps) for steps in usual]
+    arms += [
         dataclasses.replace(arm, methods=tuple(_tiled(arm.methods, tile))) for arm in _arms(usual) if taken(arm)
     ]  # fmt: skip
-    return tuple(sorted(found, key=lambda arm: arm.num_inference_steps))
+    return tuple(sorted(arms, key=lambda arm: arm.num_inference_steps))
 
 
 def _arms(usual: set[int]) -> tuple[Arm, ...]:

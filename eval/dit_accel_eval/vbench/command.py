@@ -49,18 +49,18 @@ def evaluate(job: VideoJob, *, methods: MethodList) -> None:
         from .official import RESULTS, measure_officially
 
         STOP.files = f"each dimension's results stand in {job.output}, and the same command goes on with the next"
-        found = measure_officially(job, job.official)
+        results = measure_officially(job, job.official)
     else:
         from .run import LINES, RESULTS, measure
 
         STOP.files = f"what was measured stands in {job.file(LINES)}, and the same command goes on there"
-        found = measure(job)
-    _print_scores(found, job.file(RESULTS), whole=job.official is not None and not job.custom, json=job.json)
+        results = measure(job)
+    _print_scores(results, job.file(RESULTS), whole=job.official is not None and not job.custom, json=job.json)
 
 
 def _refuse(job: VideoJob, methods: MethodList) -> None:
     """Refuse options that can't be requested together, and unknown dimensions, before anything is read."""
-    requested = {one.name for one in fields(job) if getattr(job, one.name) not in (None, False, [])}
+    requested = {field.name for field in fields(job) if getattr(job, field.name) not in (None, False, [])}
     requested |= {"methods"} if methods else set()
     if len(requested & {"totals", "videos"}) != 1:
         raise ConfigError("name either raw scores with --totals or a folder of videos with --videos")
@@ -94,13 +94,13 @@ def _generate(job: VideoJob, methods: MethodList) -> None:
         work = generating.own_pieces(texts, job.clips, job.samples, job.seed)
     else:
         every = read_full_info(prompts_path(job.full_info))
-        names = job.dimensions or [name for name in DIMENSIONS if any(name in one.dimensions for one in every)]
+        names = job.dimensions or [name for name in DIMENSIONS if any(name in prompt.dimensions for prompt in every)]
         worded = () if job.augmented is None else generating.read_augmented(job.augmented, every)
         wanted = first_of(every, names, job.subset)
         work = generating.video_pieces(every, wanted, names, job.clips, job.samples, job.seed, worded)
     work = generating.share_of_work(work, job.shard)
-    given = {name: value for name, value in fields_of(Request, job).items() if name != "seed"}
-    request = Request(**{**given, "prompts": (work[0].prompt,), "output": work[0].path, "methods": tuple(methods)})
+    values = {name: value for name, value in fields_of(Request, job).items() if name != "seed"}
+    request = Request(**{**values, "prompts": (work[0].prompt,), "output": work[0].path, "methods": tuple(methods)})
     left = generating.remaining(work, request)
     known = ((name, getattr(resolve(request)[0], name)) for name in generating.SIZES)
     sizes = ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
@@ -112,14 +112,14 @@ def _generate(job: VideoJob, methods: MethodList) -> None:
     tell(f"{job.clips} is whole; measure it: dit-accel eval vbench --videos {job.clips}{then}")
 
 
-def _print_scores(found: dict[str, list[Any]], results: Path, *, whole: bool, json: bool) -> None:
-    scores = {name: held[0] for name, held in found.items()}
+def _print_scores(by_name: dict[str, list[Any]], results: Path, *, whole: bool, json: bool) -> None:
+    scores = {name: held[0] for name, held in by_name.items()}
     sums = asdict(totals(scores)) if whole and len(scores) == len(DIMENSIONS) else None
     if json:
         print_json({"scores": scores, "totals": sums, "results": str(results)})
         return
     table = plain_table("dimension", "score", "videos", right=("score", "videos"))
-    for name, (score, entries) in found.items():
+    for name, (score, entries) in by_name.items():
         table.add_row(name, f"{score:.4f}", str(len(entries)))
     OUT.print(table)
     if sums is not None:
@@ -128,15 +128,15 @@ def _print_scores(found: dict[str, list[Any]], results: Path, *, whole: bool, js
 
 
 def _print_totals(path: Path, json: bool) -> None:
-    found = totals(read_scores(path))
+    sums = totals(read_scores(path))
     if json:
-        print_json(asdict(found))
+        print_json(asdict(sums))
         return
     table = plain_table("dimension", "group", "in its range", right=("in its range",))
-    for name, value in found.normalized.items():
+    for name, value in sums.normalized.items():
         table.add_row(name, DIMENSIONS[name].group, f"{100 * value:.2f}")
     OUT.print(table)
-    OUT.print(f"Quality {100 * found.quality:.2f}  Semantic {100 * found.semantic:.2f}  Total {100 * found.total:.2f}")
+    OUT.print(f"Quality {100 * sums.quality:.2f}  Semantic {100 * sums.semantic:.2f}  Total {100 * sums.total:.2f}")
 
 
 def set_up_prompts(archives: Path | None, json: bool) -> None:

@@ -47,7 +47,7 @@ _ALL = (
     Dimension(name="overall_consistency", group="semantic", high=0.364, least=-1.0),
 )  # fmt: skip
 
-DIMENSIONS: dict[str, Dimension] = {one.name: one for one in _ALL}
+DIMENSIONS: dict[str, Dimension] = {entry.name: entry for entry in _ALL}
 """In the official order."""
 
 
@@ -78,29 +78,29 @@ def totals(raw: Mapping[str, Any]) -> Totals:
             f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {len(missing)} are missing: "
             f"{', '.join(missing)}; measure those, too, no total stands for a part"
         )
-    normalized = {name: (scores[name] - one.low) / (one.high - one.low) for name, one in DIMENSIONS.items()}
+    normalized = {name: (scores[name] - bounds.low) / (bounds.high - bounds.low) for name, bounds in DIMENSIONS.items()}
     groups = {}
     for group in GROUP_WEIGHTS:
-        own = [one for one in DIMENSIONS.values() if one.group == group]
-        groups[group] = sum(one.weight * normalized[one.name] for one in own) / sum(one.weight for one in own)
+        parts = [part for part in DIMENSIONS.values() if part.group == group]
+        groups[group] = sum(part.weight * normalized[part.name] for part in parts) / sum(part.weight for part in parts)
     total = sum(weight * groups[group] for group, weight in GROUP_WEIGHTS.items()) / sum(GROUP_WEIGHTS.values())
     return Totals(**groups, total=total, normalized=normalized)
 
 
 def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
     """Return dimension -> score by official names; refuses other names, those given twice, and impossible scores."""
-    found: dict[str, float] = {}
-    for given, score in raw.items():
-        one = dimension(given)
-        if one.name in found:
-            raise ConfigError(f"dimension {one.name} is given twice, last as {given!r}; leave one out")
+    scores: dict[str, float] = {}
+    for spelling, score in raw.items():
+        entry = dimension(spelling)
+        if entry.name in scores:
+            raise ConfigError(f"dimension {entry.name} is given twice, last as {spelling!r}; leave one out")
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise ConfigError(f"the score of {one.name} must be a number, got {score!r}")
-        if not one.least <= score <= 1:
+            raise ConfigError(f"the score of {entry.name} must be a number, got {score!r}")
+        if not entry.least <= score <= 1:
             percent = "; divide percentages by 100" if 1 < score <= 100 else ""
-            raise ConfigError(f"the raw score of {one.name} must lie in [{one.least:g}, 1], got {score}{percent}")
-        found[one.name] = float(score)
-    return found
+            raise ConfigError(f"the raw score of {entry.name} must lie in [{entry.least:g}, 1], got {score}{percent}")
+        scores[entry.name] = float(score)
+    return scores
 
 
 def read_scores(path: Path) -> dict[str, Any]:

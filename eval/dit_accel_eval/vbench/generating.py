@@ -47,22 +47,22 @@ def video_pieces(
     Each has another seed, whichever are wanted, from ``seed`` on. Where there are augmented prompts, one for each of
     ``every``, video j of prompt i has seed 100000 i + j, as VBench's own row of Wan 2.1 14B (VBench's issue 163).
     """
-    texts = [one.text for one in every]
+    texts = [prompt.text for prompt in every]
     order = texts if augmented else list(dict.fromkeys(texts))
     apart = 100_000 if augmented else max(FILTERED_SAMPLES, samples or 0)
-    found = []
-    for one in wanted:
-        count = FILTERED_SAMPLES if FLICKERING in one.dimensions and FLICKERING in names else SAMPLES
-        place = order.index(one.text)
-        prompt = augmented[place] if augmented else one.text
-        found += _of_prompt(prompt, one.text, folder, samples or count, seed + apart * place)
-    return found
+    pieces = []
+    for item in wanted:
+        count = FILTERED_SAMPLES if FLICKERING in item.dimensions and FLICKERING in names else SAMPLES
+        place = order.index(item.text)
+        prompt = augmented[place] if augmented else item.text
+        pieces += _of_prompt(prompt, item.text, folder, samples or count, seed + apart * place)
+    return pieces
 
 
 def own_pieces(texts: Sequence[str], folder: Path, samples: int | None, seed: int) -> list[Piece]:
     """Return the videos ``{prompt}-{i}.mp4`` of prompts of one's own, 5 of each or so many, each of another seed."""
     count, every = samples or SAMPLES, enumerate(dict.fromkeys(texts))
-    return [one for number, text in every for one in _of_prompt(text, text, folder, count, seed + number * count)]
+    return [piece for number, text in every for piece in _of_prompt(text, text, folder, count, seed + number * count)]
 
 
 def _of_prompt(prompt: str, name: str, folder: Path, count: int, first: int) -> list[Piece]:
@@ -75,13 +75,13 @@ def _of_prompt(prompt: str, name: str, folder: Path, count: int, first: int) -> 
 
 def read_augmented(path: Path, every: Sequence[Prompt]) -> tuple[str, ...]:
     """Return a file's prompts, a line for each of VBench's in their order; another number of lines is refused."""
-    found = read_texts(path, "--augmented")
-    if len(found) != len(every):
+    texts = read_texts(path, "--augmented")
+    if len(texts) != len(every):
         raise ConfigError(
-            f"{path} has {len(found)} augmented prompts, and VBench {len(every)}; give a line for each, in order, "
+            f"{path} has {len(texts)} augmented prompts, and VBench {len(every)}; give a line for each, in order, "
             "such as VBench's repository has them in prompts/augmented_prompts"
         )
-    return found
+    return texts
 
 
 def read_texts(path: Path, option: str) -> tuple[str, ...]:
@@ -99,10 +99,10 @@ def share_of_work(work: Sequence[Piece], shard: str | None) -> list[Piece]:
     number, _, count = shard.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ConfigError(f"--shard must be i/n with i from 0 to n - 1, such as 0/8, got {shard!r}")
-    found = list(work)[int(number) :: int(count)]
-    if not found:
+    share = list(work)[int(number) :: int(count)]
+    if not share:
         raise ConfigError(f"--shard {shard} has nothing to do: there are {len(work)} videos; take fewer shares")
-    return found
+    return share
 
 
 def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
@@ -116,13 +116,13 @@ def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
             left.append(piece)
             continue
         try:
-            made = json.loads(side_car_path(piece.path).read_text(encoding="utf-8"))
+            data = json.loads(side_car_path(piece.path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise ConfigError(f"{piece.path} has no side-car that tells how it was made; move it away") from None
         for name, value in (common | {"seed": piece.seed, "prompt": piece.prompt}).items():
-            if made.get(name) != value:
+            if data.get(name) != value:
                 raise ConfigError(
-                    f"{piece.path} was made with {name} {made.get(name)!r}, requested is {value!r}; name another folder"
+                    f"{piece.path} was made with {name} {data.get(name)!r}, requested is {value!r}; name another folder"
                 )
     return left
 

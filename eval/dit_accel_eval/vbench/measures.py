@@ -42,7 +42,7 @@ class VideoScore:
 
 def over_videos(scores: Sequence[VideoScore]) -> float:
     """Return the mean of videos' scores, each weighed by its parts."""
-    return sum(one.value * one.parts for one in scores) / sum(one.parts for one in scores)
+    return sum(score.value * score.parts for score in scores) / sum(score.parts for score in scores)
 
 
 def _check_pairs(frames: int) -> None:
@@ -63,15 +63,15 @@ def frame_flickering(frames: Frames) -> VideoScore:
     """Return one minus the mean absolute difference of neighbouring 8-bit frames over 255."""
     _check_pairs(len(frames))
     levels = frames.astype(np.int16)
-    changes = [float(np.abs(two - one).mean()) for one, two in itertools.pairwise(levels)]
+    changes = [float(np.abs(second - first).mean()) for first, second in itertools.pairwise(levels)]
     return VideoScore(value=(255 - float(np.mean(changes))) / 255)
 
 
 def text_likeness(text: Tensor, frames: Tensor) -> VideoScore:
     """Return the mean cosine of a text's embedding [D] with those of frames [F, D], all of unit length."""
-    found = (frames @ text).double().tolist()
+    cosines = (frames @ text).double().tolist()
     return VideoScore(
-        value=float(np.mean(found)), parts=len(found), more={"frame_results": found, "cur_sim": found[-1]}
+        value=float(np.mean(cosines)), parts=len(cosines), more={"frame_results": cosines, "cur_sim": cosines[-1]}
     )
 
 
@@ -79,12 +79,12 @@ def clip_features(by: Weighted, frames: Frames) -> Tensor:
     """Return CLIP's embeddings [F, D] of unit length of frames resized without antialiasing, bicubic."""
     from torchvision.transforms import functional as pictures
 
-    given = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    given = pictures.resize(given, [SIDE], pictures.InterpolationMode.BICUBIC, antialias=False)
-    given = pictures.normalize(pictures.center_crop(given, [SIDE]) / 255, *COLORS)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    pixels = pictures.resize(pixels, [SIDE], pictures.InterpolationMode.BICUBIC, antialias=False)
+    pixels = pictures.normalize(pictures.center_crop(pixels, [SIDE]) / 255, *COLORS)
     network = by.embedder().network
     with torch.inference_mode():
-        parts = given.to(next(network.parameters()).device).split(TOGETHER)
+        parts = pixels.to(next(network.parameters()).device).split(TOGETHER)
         return torch.cat([network.encode_image(part, normalize=True).float().cpu() for part in parts])
 
 

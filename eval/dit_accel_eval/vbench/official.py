@@ -48,8 +48,8 @@ def measure_officially(job: VideoJob, environment: Path) -> dict[str, list[Any]]
     every = [] if job.custom else read_full_info(full_info)
     for name in (name for name in names if every and name != FLICKERING):
         all_videos_of(every, job.clips, name)
-    newest = max(one.stat().st_mtime for one in job.clips.iterdir())
-    found, failed = {}, {}
+    newest = max(path.stat().st_mtime for path in job.clips.iterdir())
+    results, failed = {}, {}
     for name in names:
         result = job.file(f"official_{name}_eval_results.json")
         if result.is_file() and result.stat().st_mtime > newest:
@@ -61,11 +61,11 @@ def measure_officially(job: VideoJob, environment: Path) -> dict[str, list[Any]]
                 failed[name] = reason
                 warn(f"{name} is left out: {reason}")
                 continue
-        found[name] = _read(result, name)
-    if not found:
+        results[name] = _read(result, name)
+    if not results:
         raise ConfigError("; ".join(f"{name} can't be measured: {reason}" for name, reason in failed.items()))
-    job.write(RESULTS, found)
-    return found
+    job.write(RESULTS, results)
+    return results
 
 
 def interpreter(environment: Path, tell: Callable[[str], None]) -> tuple[Path, Path]:
@@ -90,18 +90,18 @@ def interpreter(environment: Path, tell: Callable[[str], None]) -> tuple[Path, P
 def _run(job: VideoJob, python: Path, full_info: Path, name: str, result: Path) -> str | None:
     """Measure one dimension in a process; returns why it failed, None if its results are there."""
     prompts = [] if job.prompts is None else json.loads(job.prompts.read_text(encoding="utf-8"))
-    kept = job.file("official_filtered")
+    target = job.file("official_filtered")
     if filters := name == FLICKERING and not (job.filtered or job.custom):
-        shutil.rmtree(kept, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="dit-accel-vbench-") as scratch:
-        given = {
+        request = {
             "videos": str(job.clips.resolve()), "output": str(job.output.resolve()), "dimension": name,
             "name": result.name.removesuffix("_eval_results.json"), "custom": job.custom, "prompts": prompts,
             "full_info": str(full_info), "device": job.device or "cuda", "local": job.folder is not None,
-            "filter_to": str(kept.resolve()) if filters else None,
+            "filter_to": str(target.resolve()) if filters else None,
         }  # fmt: skip
         file = Path(scratch) / "given.json"
-        file.write_text(json.dumps(given), encoding="utf-8")
+        file.write_text(json.dumps(request), encoding="utf-8")
         more = {} if job.folder is None else {"VBENCH_CACHE_DIR": str(job.folder.resolve())}
         ended = _call([str(python), str(DRIVER), str(file)], **more)
     if ended.returncode == 0 and result.is_file():

@@ -20,23 +20,23 @@ def main(path: str) -> None:
     package: Any = import_module("vbench")  # by name: a type checker takes this file's own folder for it
 
     with open(path, encoding="utf-8") as file:
-        given = SimpleNamespace(**json.load(file))
-    videos = given.videos
-    if given.filter_to:
+        request = SimpleNamespace(**json.load(file))
+    videos = request.videos
+    if request.filter_to:
         from vbench.cli import static_filter as filtering
         from vbench.utils import init_submodules
 
-        filtering.DEVICE = given.device
+        filtering.DEVICE = request.device
         model = os.path.join(filtering.CACHE_DIR, "raft_model", "models", "raft-things.pth")
-        init_submodules(["dynamic_degree"], local=given.local)  # fetches RAFT where it is missing
+        init_submodules(["dynamic_degree"], local=request.local)  # fetches RAFT where it is missing
         filtering.static_filter(SimpleNamespace(
-            model=model, videos_path=videos, result_path=given.filter_to, store_name="filtered.json", small=False,
+            model=model, videos_path=videos, result_path=request.filter_to, store_name="filtered.json", small=False,
             mixed_precision=False, alternate_corr=False, filter_scope="temporal_flickering",
         ))  # fmt: skip
-        videos = os.path.join(given.filter_to, "filtered_videos")
-    package.VBench(torch.device(given.device), given.full_info, given.output).evaluate(
-        videos_path=videos, name=given.name, prompt_list=given.prompts, dimension_list=[given.dimension],
-        local=given.local, read_frame=False, mode="custom_input" if given.custom else "vbench_standard",
+        videos = os.path.join(request.filter_to, "filtered_videos")
+    package.VBench(torch.device(request.device), request.full_info, request.output).evaluate(
+        videos_path=videos, name=request.name, prompt_list=request.prompts, dimension_list=[request.dimension],
+        local=request.local, read_frame=False, mode="custom_input" if request.custom else "vbench_standard",
         imaging_quality_preprocessing_mode="longer",
     )  # fmt: skip
 

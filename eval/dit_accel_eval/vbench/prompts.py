@@ -69,16 +69,16 @@ def videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int =
     """Return the videos ``{prompt}-{i}`` of a dimension's prompts that are there, i from 0."""
     files, wanted = files_in(folder), []
     for prompt in served(prompts, name):
-        own = (files.get(f"{prompt.text}-{number}") for number in range(samples))
-        wanted.append(Wanted(prompt=prompt, paths=tuple(path for path in own if path is not None)))
+        paths = (files.get(f"{prompt.text}-{number}") for number in range(samples))
+        wanted.append(Wanted(prompt=prompt, paths=tuple(path for path in paths if path is not None)))
     return wanted
 
 
 def all_videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int = SAMPLES) -> list[Wanted]:
     """Return all videos of a dimension's prompts; those that are missing are named."""
     wanted = videos_of(prompts, folder, name, samples)
-    there = {path.stem for one in wanted for path in one.paths}
-    every = [f"{one.prompt.text}-{number}" for one in wanted for number in range(samples)]
+    there = {path.stem for videos in wanted for path in videos.paths}
+    every = [f"{videos.prompt.text}-{number}" for videos in wanted for number in range(samples)]
     missing = [stem for stem in every if stem not in there]
     if missing:
         shown = ", ".join(f"'{stem}.mp4'" for stem in missing[:3])
@@ -91,16 +91,16 @@ def all_videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: i
 
 def served(prompts: Sequence[Prompt], name: str) -> Iterable[Prompt]:
     """Return a dimension's prompts, each text once; a dimension that has none is refused."""
-    found = {one.text: one for one in prompts if name in one.dimensions}
-    if not found:
+    by_text = {prompt.text: prompt for prompt in prompts if name in prompt.dimensions}
+    if not by_text:
         raise ConfigError(f"no prompt of the file serves {name}; name another with --full-info")
-    return found.values()
+    return by_text.values()
 
 
 def first_of(prompts: Sequence[Prompt], names: Sequence[str], count: int | None) -> list[Prompt]:
     """Return the prompts of dimensions in the file's order: the first ``count`` of each, all for None."""
-    wanted = {one.text for name in names for one in list(served(prompts, name))[:count]}
-    return [one for one in prompts if one.text in wanted]
+    wanted = {prompt.text for name in names for prompt in list(served(prompts, name))[:count]}
+    return [prompt for prompt in prompts if prompt.text in wanted]
 
 
 def known_names(requested: Sequence[str]) -> tuple[str, ...]:
@@ -116,15 +116,15 @@ def files_in(folder: Path) -> dict[str, Path]:
     """Return a folder's videos by their names; one that is not there or empty, and two of one name, are refused."""
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; name one that holds videos {{prompt}}-{{i}}.mp4")
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES and path.is_file():
-            if path.stem in found:
+            if path.stem in files:
                 raise ConfigError(f"{folder} holds {path.stem!r} twice, as .mp4 and .gif; remove one")
-            found[path.stem] = path
-    if not found:
+            files[path.stem] = path
+    if not files:
         raise ConfigError(f"the folder {folder} holds no videos: no file that ends in {' or '.join(SUFFIXES)}")
-    return found
+    return files
 
 
 def check_custom(names: Sequence[str]) -> None:

@@ -34,13 +34,13 @@ def measure(job: VideoJob) -> dict[str, list[Any]]:
     wanted = _wanted(job)
     job.check_files(LINES, RESULTS, INFO, ABOUT)
     with held(job.file(LINES), "the results file"):
-        found = {name: _dimension(job, name, videos) for name, videos in wanted.items()}
-    about = {name: {"networks": WAYS[name].hashes(), "videos": len(entries)} for name, (_, entries) in found.items()}
-    info = [{"prompt_en": one.prompt.text, "dimension": [name], "video_list": [str(path) for path in one.paths]}
-            for name, videos in wanted.items() for one in videos]  # fmt: skip
-    for what, content in ((INFO, info), (ABOUT, about), (RESULTS, found)):
+        results = {name: _dimension(job, name, videos) for name, videos in wanted.items()}
+    about = {name: {"networks": WAYS[name].hashes(), "videos": len(entries)} for name, (_, entries) in results.items()}
+    info = [{"prompt_en": item.prompt.text, "dimension": [name], "video_list": [str(path) for path in item.paths]}
+            for name, videos in wanted.items() for item in videos]  # fmt: skip
+    for what, content in ((INFO, info), (ABOUT, about), (RESULTS, results)):
         job.write(what, content)
-    return found
+    return results
 
 
 def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
@@ -52,7 +52,7 @@ def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
             warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
         return dict.fromkeys(names, of_prompts.custom_videos(job.clips, job.prompts))
     every = of_prompts.read_full_info(prompts_path(job.full_info))
-    names = _measurable(job, [name for name in DIMENSIONS if any(name in one.dimensions for one in every)])
+    names = _measurable(job, [name for name in DIMENSIONS if any(name in prompt.dimensions for prompt in every)])
     some = every if job.subset is None else of_prompts.first_of(every, names, job.subset)
     wanted = {}
     for name in names:
@@ -68,12 +68,12 @@ def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
     names = job.dimensions or usual
     reasons = {name: reason for name in names if name in WAYS and (reason := _missing(job, name))}
     elsewhere = [name for name in names if name not in WAYS]
-    told = [f"{name} can't be measured: {reason}" for name, reason in reasons.items()]
+    texts = [f"{name} can't be measured: {reason}" for name, reason in reasons.items()]
     if elsewhere:
-        told += [f"{', '.join(elsewhere)} can't be measured here; --official ENV measures them by the vbench package"]
-    if told and (job.dimensions or len(reasons) + len(elsewhere) == len(names)):
-        raise ConfigError("; ".join(told))
-    for text in told:
+        texts += [f"{', '.join(elsewhere)} can't be measured here; --official ENV measures them by the vbench package"]
+    if texts and (job.dimensions or len(reasons) + len(elsewhere) == len(names)):
+        raise ConfigError("; ".join(texts))
+    for text in texts:
         warn(text)
     return [name for name in names if name in WAYS and name not in reasons]
 
@@ -90,20 +90,20 @@ def _missing(job: VideoJob, name: str) -> str | None:
 
 def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
     """Measure one dimension; returns its official result."""
-    tell(f"{name}: {sum(len(one.paths) for one in wanted)} videos")
+    tell(f"{name}: {sum(len(videos.paths) for videos in wanted)} videos")
     used = WAYS[name].hashes()
     earlier = {_key(line): line for line in read_lines(job.file(LINES)) if line["dimension"] == name}
     scores: list[tuple[Path, VideoScore]] = []
-    for one in wanted:
-        for path in one.paths:
+    for videos in wanted:
+        for path in videos.paths:
             stat = path.stat()
             line: Line = {"dimension": name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
                           "networks": used}  # fmt: skip
             if (before := earlier.get(_key(line))) is None:
-                before = line | _scored(name, path, one.prompt)
+                before = line | _scored(name, path, videos.prompt)
                 append_line(job.file(LINES), before)
             scores.append((path, VideoScore(value=before["value"], parts=before["parts"], more=before["more"])))
-    entries = [{"video_path": str(path), "video_results": one.value, **one.more} for path, one in scores]
+    entries = [{"video_path": str(path), "video_results": score.value, **score.more} for path, score in scores]
     return [over_videos([score for _, score in scores]), entries]
 
 
@@ -120,12 +120,12 @@ def _scored(name: str, path: Path, prompt: Prompt) -> Line:
         raise ConfigError(f"{name} can't be measured of {path}: {error}") from None
 
 
-def _still(job: VideoJob, kept: Sequence[Wanted]) -> list[Wanted]:
+def _still(job: VideoJob, wanted: Sequence[Wanted]) -> list[Wanted]:
     """Return the prompts that have still videos; warns of those with fewer than 5, and refuses where there is none."""
-    found = [one for one in kept if one.paths]
-    few, none = sum(len(one.paths) < SAMPLES for one in kept), len(kept) - len(found)
-    if not found:
+    still = [videos for videos in wanted if videos.paths]
+    few, none = sum(len(videos.paths) < SAMPLES for videos in wanted), len(wanted) - len(still)
+    if not still:
         raise ConfigError(f"there are no still videos of {FLICKERING}, so it has no score; generate some")
     if few:
-        warn(f"{few} of {len(kept)} prompts of {FLICKERING} have fewer than {SAMPLES} videos, {none} have none")
-    return found
+        warn(f"{few} of {len(wanted)} prompts of {FLICKERING} have fewer than {SAMPLES} videos, {none} have none")
+    return still

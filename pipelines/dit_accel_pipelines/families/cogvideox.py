@@ -56,7 +56,7 @@ def cogvideox_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
     """Return CogVideoX 1.5's limits: its positions are cut out of the trained grid; version 1's are scaled to it."""
     if config.get("patch_size_t") is None:
         return {}
-    sizes = {axis: config.get(f"sample_{axis}", own) for axis, own in (("height", 60), ("width", 90))}
+    sizes = {axis: config.get(f"sample_{axis}", default) for axis, default in (("height", 60), ("width", 90))}
     return {axis: size // config.get("patch_size", 2) for axis, size in sizes.items()}
 
 

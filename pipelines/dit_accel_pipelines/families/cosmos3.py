@@ -15,8 +15,8 @@ from dit_accel.adapters.rope_axes import interleaved
 
 def last_vision_item(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``vision_token_shapes``, which count tokens: the last item is the one that is made."""
-    *given, (frames, height, width) = inputs["vision_token_shapes"]
-    before = inputs["und_len"] + sum(math.prod(shape) for shape in given)
+    *shapes, (frames, height, width) = inputs["vision_token_shapes"]
+    before = inputs["und_len"] + sum(math.prod(shape) for shape in shapes)
     return frames, height, width, before, inputs["sequence_length"] - before - frames * height * width
 
 

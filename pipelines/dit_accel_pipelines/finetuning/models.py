@@ -26,10 +26,10 @@ def _encoded(pipe: Any, video: Tensor) -> Tensor:
     return pipe.vae.encode(video.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode().float()
 
 
-def _normalised(found: Tensor, mean: Any, std: Any, scale: float = 1.0) -> Tensor:
+def _normalised(latents: Tensor, mean: Any, std: Any, scale: float = 1.0) -> Tensor:
     """Return latents less the mean of each channel, over its deviation; either as numbers or a tensor."""
-    mean, std = (torch.as_tensor(part, device=found.device).float().view(1, -1, 1, 1, 1) for part in (mean, std))
-    return (found - mean) * scale / std
+    mean, std = (torch.as_tensor(part, device=latents.device).float().view(1, -1, 1, 1, 1) for part in (mean, std))
+    return (latents - mean) * scale / std
 
 
 def _longest(pipe: Any) -> int:

@@ -129,9 +129,9 @@ def _check_processes(recipe: FineTuning, adapter: Adapter, processes: int) -> No
 
 
 def _check_place(method: MethodConfig) -> None:
-    others = handler_of(method).places - TRAINED_PLACES
-    if others:
-        where = " and ".join(sorted(place.value for place in others))
+    places = handler_of(method).places - TRAINED_PLACES
+    if places:
+        where = " and ".join(sorted(place.value for place in places))
         raise ConfigError(
             f"{method.name} acts on {where}, which says nothing to a model in training; train with methods on "
             "attention and positions, and attach it afterwards"

@@ -150,19 +150,19 @@ def describe_model(
         OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
 
 
-def _line(one: "Written") -> None:
+def _line(output: "Written") -> None:
     """Print an output in one write, so that lines of several processes stay whole."""
-    sys.stdout.write(f"{one.record['output']}\n")
+    sys.stdout.write(f"{output.record['output']}\n")
     sys.stdout.flush()
 
 
-def _print_written(one: "Written") -> None:
-    if one.kept:
+def _print_written(output: "Written") -> None:
+    if output.kept:
         TALK.print("kept: its side-car tells the same request", markup=False, soft_wrap=True)
         return
-    steps, seconds = one.record["num_inference_steps"], one.record["seconds"]
+    steps, seconds = output.record["num_inference_steps"], output.record["seconds"]
     text = f"{steps} steps in {seconds['denoise']:.1f} s, decoded in {seconds['decode']:.1f} s"
-    lines = [text, *([str(one.report)] if one.report else [])]
-    if one.check:
-        lines += [f"check: {one.check}", f"both and their difference: {one.record['check']['picture']}"]
+    lines = [text, *([str(output.report)] if output.report else [])]
+    if output.check:
+        lines += [f"check: {output.check}", f"both and their difference: {output.record['check']['picture']}"]
     TALK.print("\n".join(lines), markup=False, soft_wrap=True)

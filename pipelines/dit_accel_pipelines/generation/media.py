@@ -99,8 +99,8 @@ def write_media(path: Path, frames: Frames, *, fps: float, seeking: bool = False
         preset = ("veryfast", "-g", "8") if seeking else ("slow",)
         _encode(_ffmpeg(), frames, fps, (*preset, "-movflags", "+faststart", f"file:{path}"))
     elif suffix == ".gif":
-        first, *others = map(_to_image, frames)
-        first.save(path, save_all=True, append_images=others, duration=max(20, round(1000 / fps)), loop=0)
+        first, *pictures = map(_to_image, frames)
+        first.save(path, save_all=True, append_images=pictures, duration=max(20, round(1000 / fps)), loop=0)
     elif suffix == ".png":
         _to_image(frames[0] if len(frames) == 1 else np.asarray(contact_sheet([frames]))).save(path)
     else:

@@ -108,7 +108,7 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
     In the help the class's own fields stand before those of its bases.
     """
     signature = inspect.signature(command, eval_str=True)
-    taken, *others = signature.parameters.values()
+    taken, *parameters = signature.parameters.values()
     hints = typing.get_type_hints(taken.annotation, include_extras=True)
     declared = [inspect.get_annotations(cls) for cls in taken.annotation.__mro__]
     fields = sorted(
@@ -124,7 +124,7 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name]) for field in fields
     ]
-    run.__signature__ = signature.replace(parameters=[*options, *others])  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(parameters=[*options, *parameters])  # type: ignore[attr-defined]
     return run
 
 

@@ -40,11 +40,11 @@ class CallSignature:
         parameter = self.parameters.get(argument)
         return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
-    def check(self, given: Mapping[str, Any]) -> None:
+    def check(self, arguments: Mapping[str, Any]) -> None:
         """Refuse arguments that the pipeline does not take, and a call that lacks what it needs."""
         if not self.takes("prompt"):
             raise ConfigError(f"{self.name} takes no prompt, so generate can't run it; call it from Python")
-        for argument, value in given.items():
+        for argument, value in arguments.items():
             if not self.takes(argument):
                 raise ConfigError(f"{self.name} takes no {argument}, got {_shown(value)}; {self._instead(argument)}")
         needed = [
@@ -52,12 +52,12 @@ class CallSignature:
             for name, parameter in self.parameters.items()
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
-        missing = [name for name in needed if name not in {*ALWAYS_GIVEN, *given}]
+        missing = [name for name in needed if name not in {*ALWAYS_GIVEN, *arguments}]
         beyond = [name for name in missing if name not in PICTURES]
         if beyond:
             raise ConfigError(f"{self.name} needs {', '.join(beyond)}, which generate can't give; call it from Python")
         taken = [name for name in PICTURES if self.takes(name)]
-        if not missing and STARTS_FROM_PICTURES.search(self.name) and not any(name in given for name in taken):
+        if not missing and STARTS_FROM_PICTURES.search(self.name) and not any(name in arguments for name in taken):
             missing = taken
         if missing:
             options = " or ".join(f"--{name} FILE" for name in missing)
@@ -67,8 +67,8 @@ class CallSignature:
     def _instead(self, argument: str) -> str:
         """Say what to do about an argument that is not taken."""
         if argument == "guidance_scale":
-            others = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
-            guidance = " and ".join(others) or "a guider"
+            scales = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
+            guidance = " and ".join(scales) or "a guider"
             return f"leave it out, or call the pipeline from Python: its guidance is set by {guidance}"
         return "leave it out"
 

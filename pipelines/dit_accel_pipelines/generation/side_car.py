@@ -38,14 +38,14 @@ class Generation:
 
 
 def side_car(
-    request: Request, made: Generation, output: Path, *, loading: float, command: Sequence[str]
+    request: Request, generation: Generation, output: Path, *, loading: float, command: Sequence[str]
 ) -> dict[str, Any]:
     """Return the content of a side-car as plain values."""
-    timings = made.timings
-    frames, height, width = made.frames.shape[:3]
+    timings = generation.timings
+    frames, height, width = generation.frames.shape[:3]
     return {
         "output": str(output),
-        "prompt": made.prompt,
+        "prompt": generation.prompt,
         "negative_prompt": request.negative_prompt,
         "image": str(request.image) if request.image else None,
         "video": str(request.video) if request.video else None,
@@ -64,5 +64,5 @@ def side_car(
             "steps": timings.steps,
         },
         "peak_memory_bytes": peak_memory(),
-        "report": made.report.to_dict() if made.report else None,
+        "report": generation.report.to_dict() if generation.report else None,
     }  # fmt: skip

@@ -86,9 +86,9 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
     models = dict.fromkeys([model, *embedded_names()])
 
     def compare(
-        request: gradio.Request, progress: Any = gradio.Progress(), *given: Any,  # noqa: B008 - Gradio looks there
+        request: gradio.Request, progress: Any = gradio.Progress(), *inputs: Any,  # noqa: B008 - Gradio looks there
     ) -> list[Any]:  # fmt: skip
-        prompt, config, *values = given
+        prompt, config, *values = inputs
         whole = [value if isinstance(value, str) else int(value or 0) for value in values]
         choices = {"config": config, **dict(zip(FIELDS, whole, strict=True))}
         session = str(request.session_hash)
@@ -155,7 +155,7 @@ def _outputs(gradio: Any) -> list[Any]:
 
 def _run(
     comparing: Callable[..., Any], progress: Any, stop: threading.Event, folder: Path, prompt: str,
-    given: dict[str, Any],
+    choices: dict[str, Any],
 ) -> Any:  # fmt: skip
     """Compare; or return why there is nothing to compare, as one plain sentence for the result's place."""
     from .side_by_side import Stopped, Watched
@@ -164,7 +164,7 @@ def _run(
         progress((done, total) if total else 0, desc=what, unit="steps")
 
     try:
-        return comparing(prompt, Path(tempfile.mkdtemp(dir=folder)), **given, stages=Watched(tell, stop))
+        return comparing(prompt, Path(tempfile.mkdtemp(dir=folder)), **choices, stages=Watched(tell, stop))
     except Stopped:
         return STOPPED
     except DitAccelError as error:
@@ -175,22 +175,22 @@ def _run(
     return f"**Not made:** {html.escape(text, quote=False)}"
 
 
-def _shown(gradio: Any, made: Any) -> list[Any]:
+def _shown(gradio: Any, comparison: Any) -> list[Any]:
     """Return what the page's outputs become; the clips stay where there is but a sentence."""
-    if isinstance(made, str):
-        return [made, *[gradio.skip()] * 7]
-    check, psnr = made.check, made.check.metrics.get("psnr")
+    if isinstance(comparison, str):
+        return [comparison, *[gradio.skip()] * 7]
+    check, psnr = comparison.check, comparison.check.metrics.get("psnr")
     near = "" if psnr is None else f" · PSNR **{psnr:.1f} dB**"
     lines = [
         f"dense **{check.dense_seconds:.2f} s** · with methods **{check.accelerated_seconds:.2f} s** · "
         f"**{check.speedup:.2f} times** as fast, the whole call{near}",
-        *(f"- {text}" for text in made.notes),
+        *(f"- {text}" for text in comparison.notes),
     ]
-    files = [str(one) for one in (made.dense, made.accelerated, made.difference)]
-    video = made.dense.suffix == ".mp4"
-    clips = [gradio.update(value=one if video else None, visible=video) for one in files]
-    pictures = [gradio.update(value=None if video else one, visible=not video) for one in files]
-    return ["\n\n".join(lines), *clips, *pictures, made.report]
+    files = [str(path) for path in (comparison.dense, comparison.accelerated, comparison.difference)]
+    video = comparison.dense.suffix == ".mp4"
+    clips = [gradio.update(value=path if video else None, visible=video) for path in files]
+    pictures = [gradio.update(value=None if video else path, visible=not video) for path in files]
+    return ["\n\n".join(lines), *clips, *pictures, comparison.report]
 
 
 def _require_gradio() -> None:

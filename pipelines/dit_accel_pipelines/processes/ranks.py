@@ -63,8 +63,8 @@ class Ranks:
         for begin in range(0, len(jobs), self.count):
             part = jobs[begin : begin + self.count]
             mine = part[self.rank] if self.rank < len(part) else None
-            made = self._gathered((None, None) if mine is None else _tried(lambda one=mine: work(one)))
-            for job, result in zip(part, made, strict=False):
+            results = self._gathered((None, None) if mine is None else _tried(lambda job=mine: work(job)))
+            for job, result in zip(part, results, strict=False):
                 done(job, _require(result))
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ def _tried(work: Callable[[], Any]) -> tuple[Any, DitAccelError | None]:
         return None, error
 
 
-def _require(made: tuple[Any, DitAccelError | None]) -> Any:
-    if made[1] is not None:
-        raise made[1]
-    return made[0]
+def _require(attempt: tuple[Any, DitAccelError | None]) -> Any:
+    if attempt[1] is not None:
+        raise attempt[1]
+    return attempt[0]

@@ -133,9 +133,9 @@ class LiteHandler(SparseHandler):
         if state.calls == 0:
             state.counts = state.calibrator.count(scores, free, fixed)
         elif state.counts is not None:
-            kept = state.calibrator.keeps(scores, free, state.counts, settings.target_density)
-            kept = kept if context.heads is None else kept[:, context.heads.own]
-            self._keep(state, pack_bits(kept))
+            chosen = state.calibrator.keeps(scores, free, state.counts, settings.target_density)
+            chosen = chosen if context.heads is None else chosen[:, context.heads.own]
+            self._keep(state, pack_bits(chosen))
             state.counts = None
 
     def after(self, plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
@@ -150,8 +150,8 @@ class LiteHandler(SparseHandler):
         if not self.is_active_somewhere(step):
             return False
         first = 1 if self.settings.target_density is None else 2
-        states = [one for key, one in self._states.items() if (key[0], key[2]) == (step.transformer, step.branch)]
-        return not states or any(one.calls < first or one.calls == self.settings.refresh_every for one in states)
+        states = [state for key, state in self._states.items() if (key[0], key[2]) == (step.transformer, step.branch)]
+        return not states or any(state.calls < first or state.calls == self.settings.refresh_every for state in states)
 
     def reset(self) -> None:
         self._states.clear()
@@ -176,7 +176,7 @@ class LiteHandler(SparseHandler):
         """Make ``bits`` those of the next call; the old ones live on only where a plan waits for its backward."""
         first, state.bits = state.bits is None, bits
         if first:
-            self.note_held(sum(one.bits.nbytes for one in self._states.values() if one.bits is not None))
+            self.note_held(sum(state.bits.nbytes for state in self._states.values() if state.bits is not None))
 
     def _fixed_bits(self, tiles: TileLists, order: Tensor | None, context: CallContext) -> FixedBits:
         """Return the tiles that no vote decides; the same for all calls on the same tiles."""

@@ -95,7 +95,7 @@ class LiteAttention(SparseConfig):
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; the criterion's usual threshold where none is set."""
         full: Any = SparseConfig.filled(self, recipe)
-        if any(given is not None for given in (full.threshold, full.target_density, full.thresholds_file)):
+        if any(option is not None for option in (full.threshold, full.target_density, full.thresholds_file)):
             return full
         return replace(full, threshold=THRESHOLDS[full.criterion])
 

@@ -25,9 +25,9 @@ class FixedBits(NamedTuple):
     first: Tensor | None
 
 
-def _are_ranges(given: Sequence[int]) -> bool:
-    rising = all(a < b if place % 2 == 0 else a <= b for place, (a, b) in enumerate(pairwise(given)))
-    return len(given) % 2 == 0 and rising and min(given, default=0) >= 0
+def _are_ranges(numbers: Sequence[int]) -> bool:
+    rising = all(a < b if place % 2 == 0 else a <= b for place, (a, b) in enumerate(pairwise(numbers)))
+    return len(numbers) % 2 == 0 and rising and min(numbers, default=0) >= 0
 
 
 Ranges = Annotated[tuple[int, ...], Rule("start, end, start, end ... of visual tokens, rising from 0", _are_ranges)]
@@ -60,8 +60,8 @@ def fixed_bits(settings: Any, context: CallContext, tiles: TileLists, order: Ten
     skip = range_tiles(settings.must_skip, layout, order, block, inward=True) & ~keep
     shape = tiles.query_tiles, tiles.key_tiles
     if keep.any():
-        kept = pack_bits(keep.expand(shape)).to(context.device)
-        pinned = kept if pinned is None else pinned | kept
+        bits = pack_bits(keep.expand(shape)).to(context.device)
+        pinned = bits if pinned is None else pinned | bits
     if skip.any():
         first = pack_bits(~skip.expand(shape)).to(context.device)
         left = first if pinned is None else first | pinned

@@ -72,8 +72,8 @@ class DensityCalibrator:
         if self._cut is None:
             above = torch.as_tensor(self._counts).flip(1).cumsum(1).flip(1) + torch.as_tensor(self._fixed)[:, None]
             self._cut = (above > target * self._tiles).sum(1, keepdim=True)
-        kept = torch.arange(_BINS, device=counts.device) >= self._cut
-        quota = (counts * kept).sum(1, keepdim=True)
+        bins = torch.arange(_BINS, device=counts.device) >= self._cut
+        quota = (counts * bins).sum(1, keepdim=True)
         ranked = scores.masked_fill(~free, -torch.inf)
         places = ranked.flatten(1).argsort(dim=1, descending=True, stable=True)
         first = torch.arange(places.shape[1], device=places.device) < quota

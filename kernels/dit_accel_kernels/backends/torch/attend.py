@@ -31,11 +31,16 @@ GPU_CHUNKS = 256  # a GPU's chunks are this many times larger
 WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
 
 
-def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
+def attend(
+    problem: Problem, *, need_lse: bool, by_loop: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits.
+
+    `by_loop` False leaves the compiled loop out.
+    """
     tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
     problem, exact = resolved(problem)
-    if fused.takes(problem.q.device, problem.q.dtype):
+    if by_loop and fused.takes(problem.q.device, problem.q.dtype):
         out, lse = fused.attend_by_loop(problem, tally, need_lse=need_lse)
     else:
         out, lse = _by_chunks(problem, in_tiles(problem), tally, need_lse=need_lse, remember=not selects)

@@ -83,9 +83,7 @@ def add_rest(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor
     The call has no selection and is in tiled order; `out` [B, H, S_q, Dv] in q's dtype has contiguous rows; natural-log
     `lse` float32 [B, H, S_q] is contiguous; rows without a key have 0 and -inf.
     """
-    check(problem)
-    results = _attend(problem, True, (out, lse))
-    return results[0], results[1]
+    return _attend(problem, True, (out, lse))[:2]
 
 
 def _attend(

@@ -47,12 +47,10 @@ def _interpreter_problem(dtype: torch.dtype | None, precision: str | None) -> st
     version = importlib.metadata.version("triton")
     if precision == "fp8" and not multiplies(torch.float8_e4m3fn):
         return f"'int8' in Triton's interpreter (found 'fp8', to which Triton {version} does not round there)"
-    if dtype != torch.bfloat16 or multiplies(dtype):
-        return None
-    return (
-        f"float16 or float32 in Triton's interpreter (found {dtype}, of which Triton {version} "
-        "multiplies the bit patterns there; TRITON_INTERPRET=1 is set)"
-    )
+    if dtype == torch.bfloat16 and not multiplies(dtype):
+        bits = f"of which Triton {version} multiplies the bit patterns there; TRITON_INTERPRET=1 is set"
+        return f"float16 or float32 in Triton's interpreter (found {dtype}, {bits})"
+    return None
 
 
 def interpreted() -> bool:

@@ -1,0 +1,79 @@
+"""What was measured on this machine, kept on disk: self checks and races, a file for each machine and its versions.
+
+The folder is the user's alone (`cache_folder`), a file is replaced as a whole, and one that is cut short, another
+machine's or somebody else's counts as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ..backends.torch.compiled import cache_folder, is_own
+
+_lock = threading.RLock()
+
+
+class Measured:
+    """Measurements of one machine by name; read once, and written with what other processes added meanwhile."""
+
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
+        self._path: Path | None = None
+        self._held: dict[str, Any] | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        """What is kept under a name, or None."""
+        with _lock:
+            if self._held is None:
+                self._held = self._read()
+            return self._held.get(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Keep something, in this process and, where that can be, on the disk."""
+        with _lock:
+            held = self._held if self._held is not None else self._read()
+            self._held = {**held, key: value}
+            if self._path is None:
+                return
+            try:
+                self._write({**self._read(), key: value})
+            except OSError as error:
+                self._path = None
+                warnings.warn(f"measurements of kernels can't be kept ({error}): they hold for this run", stacklevel=2)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            digest = hashlib.sha256(self.machine.encode()).hexdigest()[:16]
+            self._path = cache_folder() / f"measured-{digest}.json"
+            if not self._path.exists():
+                return {}
+            found = json.loads(self._path.read_text()) if is_own(self._path) else None
+        except ValueError:
+            found = None
+        except (OSError, RuntimeError) as error:
+            self._path = None
+            warnings.warn(f"measurements of kernels can't be kept ({error}): they hold for this run", stacklevel=2)
+            return {}
+        if not isinstance(found, dict) or found.get("machine") != self.machine:
+            why = "it is cut short, another machine's or another user's"
+            warnings.warn(f"{self._path} counts as none, since {why}: it is written anew", stacklevel=2)
+            return {}
+        return found["kept"] if isinstance(found.get("kept"), dict) else {}
+
+    def _write(self, held: dict[str, Any]) -> None:
+        assert self._path is not None
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".measured-")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"machine": self.machine, "kept": held}, file, indent=1)
+            os.replace(name, self._path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

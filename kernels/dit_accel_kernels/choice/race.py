@@ -1,0 +1,285 @@
+"""Which kernel "auto" takes: those that pass their self check run on a call's own queries, keys and values, once.
+
+Dense attention by torch runs beside them, so that a caller knows what the lists gain (`Chosen.speed`). A race decides
+for all calls of one kind and of about one size and density, from `LEAST_FLOPS` on, and is kept on disk. There is none
+under `DIT_ACCEL_MEASURE=0`, inside a captured graph, or where torch is to be deterministic: then the first of our own
+kernels that takes the call and passes is chosen. Of several processes the first one races and the others follow it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import lru_cache, partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..cache import capturing
+from ..problem import Problem
+from ..tiles import TileLists
+from .candidates import CANDIDATES, OURS, machine
+from .measured import Measured
+from .self_check import Kind, fault, kind_of
+
+SWITCH = "DIT_ACCEL_MEASURE"
+"""Environment variable: 0 measures and checks nothing; the first of our kernels that takes a call computes it."""
+
+LEAST_FLOPS = 5e9  # of the dense call, below which a race would take longer than it can save
+DENSE_TOKENS = 1024  # of the dense calls that are timed for those of a model
+SLICE_FLOPS = 5e9  # of the dense call that is timed on a CPU: as few heads as have so many
+TURNS, MOST = 3, 3
+WAIT = 30.0  # seconds that other processes wait for what the first one says
+TRIED = "self check begun by process"
+
+
+class Chosen(NamedTuple):
+    """What computes a call, and its speed over dense attention, None if that is not measured."""
+
+    name: str
+    speed: float | None = None
+
+
+_lock = threading.RLock()
+_said: dict[str, str] = {}
+_decided: dict[tuple, tuple[str, float | None]] = {}  # by what a class is made of, for the calls after the first
+
+
+@lru_cache(maxsize=16)
+def measured(device: torch.device) -> Measured:
+    """The measurements of a device."""
+    return Measured(machine(device))
+
+
+def measures() -> bool:
+    """Whether kernels are checked and raced in this process."""
+    return os.environ.get(SWITCH) != "0"
+
+
+def decisions() -> list[str]:
+    """What was chosen in this process and why, a line for each kind of call, and what was refused."""
+    return list(_said.values())
+
+
+def choose(problem: Problem, least: float | None = None) -> Chosen:
+    """What computes a call whose backend is "auto", by a race from `least` operations on.
+
+    Its time is taken to fall with the density of its tiles.
+    """
+    kind, exact = kind_of(problem), torch.are_deterministic_algorithms_enabled()
+    if not measures():
+        return Chosen(_first(problem, kind, check=False))
+    call = (kind, problem.q.shape, problem.num_k, problem.groups, problem.tiles_exact, exact)
+    decided = _decided.get(call)
+    if decided is None:
+        decided = _decide(problem, kind, LEAST_FLOPS if least is None else least)
+        if not capturing(kind.device):
+            _decided[call] = decided
+    name, share = decided
+    return Chosen(name, None if share is None else share / max(problem.density, 1e-9))
+
+
+def _decide(problem: Problem, kind: Kind, least: float) -> tuple[str, float | None]:
+    """The kernel of a class of calls by a race, kept or run now, and its share of the ideal; or the first of ours."""
+    key = _class_of(problem, kind)
+
+    def find() -> dict[str, Any] | None:
+        kept = measured(kind.device)[key]
+        if kept is None and _may_race(problem, least):
+            kept = measured(kind.device)[key] = _raced(problem, kind)
+        return kept
+
+    with _lock:
+        kept = _agreed(key, find) if _flops(problem) >= least else None
+    if kept is None:
+        return _first(problem, kind, check=not capturing(kind.device)), None
+    _said[key] = f"{key}: {kept['why']}"
+    return kept["name"], kept["share"]
+
+
+def _first(problem: Problem, kind: Kind, *, check: bool) -> str:
+    """The first of our kernels that takes a call, and passes its check where it may be checked."""
+    for name in OURS:
+        if CANDIDATES[name].takes(problem) and not (check and refused(name, kind)):
+            return name
+    return "gather"
+
+
+def refused(name: str, kind: Kind) -> str | None:
+    """Why a kernel is not used for calls of a kind, from its self check, run once and kept; None: it passes.
+
+    A process that a check ended, by a crash of the kernel, leaves the note that it had begun: the kernel is not tried
+    again.
+    """
+    candidate, kept = CANDIDATES[name], measured(kind.device)
+    key = f"{name} {candidate.version}, {kind}".replace(" ,", ",")
+    found = kept[key]
+    if isinstance(found, str) and found.startswith(TRIED):
+        process = int(found.rsplit(" ", 1)[1])
+        found = None if process == os.getpid() or _lives(process) else "its self check ended the process"
+        if found:
+            kept[key] = found
+    if found is None:
+        if candidate.package:  # ours have run on every call of our tests
+            kept[key] = f"{TRIED} {os.getpid()}"
+        found = fault(kind, candidate.attend) or ""
+        kept[key] = found
+    if found:
+        _said[key] = f"{key}: not used, since {found}"
+    return found or None
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _class_of(problem: Problem, kind: Kind) -> str:
+    """The name of the calls that one race decides: of one kind and about as many tokens, heads and tiles."""
+    tokens = 1 << round(math.log2(max(1, problem.num_q * problem.num_k)) / 2)
+    heads = problem.q.shape[0] * problem.q.shape[1]
+    share = "" if problem.selection is not None else f", density 1/{1 << round(-math.log2(max(problem.density, 1e-3)))}"
+    return f"{kind}, about {tokens} tokens, {1 << round(math.log2(max(1, heads)))} heads{share}"
+
+
+def too_short(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
+    """Whether a call, [B, S, H, D] or [B, H, S, D], is too short for a race to pay."""
+    return 2.0 * q.numel() * k.shape[1 if layout == "bshd" else 2] * (1 + v.shape[3] / q.shape[3]) < LEAST_FLOPS
+
+
+def _flops(problem: Problem) -> float:
+    batch, heads, tokens, dim = problem.q.shape
+    return 2.0 * batch * heads * tokens * problem.num_k * (dim + problem.v.shape[-1])
+
+
+def _may_race(problem: Problem, least: float) -> bool:
+    return not (
+        _flops(problem) < least
+        or problem.precision is not None
+        or torch.are_deterministic_algorithms_enabled()
+        or capturing(problem.q.device)
+    )
+
+
+def _agreed(key: str, find: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What the only process finds, or the first of several, whom the others follow; None where it says nothing."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return find()
+    store, name = dist.distributed_c10d._get_default_store(), f"dit-accel {key}"
+    if dist.get_rank() == 0:
+        kept = find()
+        store.set(name, json.dumps(kept))
+        return kept
+    try:
+        store.wait([name], timedelta(seconds=WAIT))
+        return json.loads(store.get(name))
+    except (RuntimeError, ValueError):
+        _said[key] = f"{key}: the first process said nothing in {WAIT:.0f} s, so the first of our kernels is taken"
+        return None
+
+
+def _raced(problem: Problem, kind: Kind) -> dict[str, Any]:
+    """The fastest of the kernels that take a call and pass, and its share of the ideal: dense time x density / time."""
+    sample = part(problem)
+    passing = []
+    for waits in (False, True):
+        for name, candidate in CANDIDATES.items():
+            if name == "reference" or candidate.waits != waits or len(passing) == MOST or (waits and passing):
+                continue
+            if candidate.takes(sample) and not refused(name, kind):
+                passing.append(name)
+    times = timed({**{name: _call(name, sample) for name in passing}, "dense": partial(_dense, sample)}, sample)
+    dense = times.pop("dense", None)
+    if not times:
+        return {"name": "gather", "share": None, "why": "nothing else could run"}
+    name = min(times, key=times.__getitem__)
+    speed = None if dense is None else dense / times[name]
+    others = "".join(f", {other} {times[other] / times[name]:.2f} times as long" for other in times if other != name)
+    gain = f", {speed:.2f} times as fast as dense attention at {sample.density:.0%} of the tiles" if speed else ""
+    share = None if speed is None else speed * sample.density
+    return {"name": name, "share": share, "why": f"{name}{gain}{others}", "seconds": {**times, "dense": dense}}
+
+
+def _call(name: str, problem: Problem) -> Callable[[], Any]:
+    """A call by a candidate, the order of tokens that it wants included: that takes time, too."""
+    candidate = CANDIDATES[name]
+    return lambda: candidate.attend(problem if candidate.in_order else problem.tiled())
+
+
+def _dense(problem: Problem) -> Any:
+    q, k, v = problem.q, problem.k, problem.v
+    return scaled_dot_product_attention(q, k, v, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def part(problem: Problem) -> Problem:
+    """The part of a call that is timed: on a CPU few of its heads, where they share lists; all of them on a GPU."""
+    heads, key_heads = problem.q.shape[1], problem.k.shape[1]
+    few = math.ceil(SLICE_FLOPS / max(1.0, _flops(problem) / len(problem.q) / heads))
+    if problem.q.device.type != "cpu" or problem.groups > 1 or few >= heads or key_heads != heads:
+        return problem
+    selection, scale = problem.selection, problem.head_scale
+    if selection is not None:
+        bits = {
+            name: x[:1, :few].contiguous() for name in ("keep", "routed") if (x := getattr(selection, name)) is not None
+        }
+        selection = replace(selection, **bits)
+    masks = "key_length", "key_mask", "key_valid"
+    rows = {name: x[:1] for name in masks if (x := getattr(problem, name)) is not None}
+    q, k, v = (x[:1, :few] for x in (problem.q, problem.k, problem.v))
+    return replace(
+        problem, q=q, k=k, v=v, selection=selection, head_scale=None if scale is None else scale[:1, :few], **rows,
+        identity_mix=None,
+    )  # fmt: skip
+
+
+def timed(calls: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, float]:
+    """Seconds of each call, the median of three in turn, so that a slow first one does not count; without who fails."""
+    device, taken = problem.q.device, {name: [] for name in calls}
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for _ in range(TURNS):
+            for name in list(taken):
+                try:
+                    began = _now(device)
+                    calls[name]()
+                    taken[name].append(_now(device) - began)
+                except Exception as error:  # out of memory too: another way may need less
+                    del taken[name]
+                    if device.type != "cpu":
+                        torch.accelerator.empty_cache()
+                    _said[name] = f"{name} lost a race, since it failed: {' '.join(str(error).split())[:200]}"
+    return {name: median(seconds) for name, seconds in taken.items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+@lru_cache(maxsize=64)
+def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Chosen | None:
+    """What computes a model's own dense call fastest, by a race on few tokens; None where nothing is measured."""
+    if not measures():
+        return None
+    random = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
+    q, k, v = (torch.randn(1, 2, DENSE_TOKENS, dim, generator=random).to(device, dtype) for _ in range(3))
+    lists = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=128, block_k=128)
+    problem = Problem(
+        q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5, heads_first=True
+    )  # fmt: skip
+    return choose(problem, least=0.0)
