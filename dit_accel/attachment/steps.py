@@ -37,7 +37,7 @@ class Course:
         return self.ends if self._way == 0 else (self.ends[self._way < 0],)
 
     def move(self, timestep: Tensor) -> int:
-        """Note a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is the last forward's.
+        """Note a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is unchanged.
 
         ``timestep``: one per row, frame or token, or per several of these; what is given as clean keeps its own.
         """
