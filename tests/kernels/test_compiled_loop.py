@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dit_accel_kernels import torch_way
-from dit_accel_kernels.backends.torch import binding, compiled
+from dit_accel_kernels.backends.torch import binding, compiled, shipped
 from kernel_cases import attend, qkv, random_lists
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
@@ -26,6 +26,7 @@ extern "C" {
 int64_t panel() { return 16; }
 int64_t call_bytes() { return %s; }
 int64_t has_pairs() { return 0; }
+int64_t tile_words() { return 1; }
 int64_t attend(void*) { return 0; }
 %s
 }
@@ -134,6 +135,34 @@ def test_without_cxx_the_next_compiler_is_tried(quick, monkeypatch, tmp_path):
     written(tmp_path / "g++", f'exec {real} "$@"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert again().why == "compiled by g++"
+
+
+@needs_compiler
+def test_the_packages_own_library_is_taken_where_it_fits(quick, monkeypatch):
+    """The best one that a processor has instructions for; else, and where CXX names a compiler, what is built."""
+    built, processor = name_of(compiled.compiled_loop()), ["flags : fpu"]
+    monkeypatch.setattr(compiled, "processor_text", lambda: processor[0])
+    paths = {kind: shipped.path_of(kind, compiled.SOURCE) for kind in shipped.KINDS}
+    paths["avx2"].parent.mkdir()
+    paths["avx2"].write_bytes(b"for another system")
+    processor[0] = f"flags : {' '.join(shipped.AVX2)}"
+    assert again().why == "compiled by c++"
+    paths["avx2"].unlink()
+    for path in paths.values():
+        shutil.copy(built, path)
+    for kind, (_, needed) in shipped.KINDS.items():
+        processor[0] = f"model name : x\nflags : fpu {' '.join(needed)}"
+        assert (name_of(again()), again().why) == (paths[kind], f"of the package, for {kind}")
+        processor[0] = f"model name : {needed[-1]}\nflags : fpu {' '.join(needed[:-1])}"
+        assert name_of(again()) != paths[kind]
+    assert again().why == "compiled by c++"
+    processor[0] = f"flags : {' '.join(shipped.AVX2)}"
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "c++")
+        assert again().why == "compiled by c++"
+    assert name_of(again()) == paths["avx2"]
+    compiled.SOURCE.with_name("more.h").write_text("// another source than it was built from")
+    assert again().why == "compiled by c++"
 
 
 @needs_compiler

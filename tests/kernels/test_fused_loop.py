@@ -15,6 +15,7 @@ from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import binding, compiled, fused, memory, tiled
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import Call, attend, check_against_reference, frame_decay, full, lists_of, qkv, random_lists
+from torch.nn.functional import scaled_dot_product_attention
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,7 +34,7 @@ def test_chunks_panels_and_rows_of_every_length(dim, blocks, dtype, monkeypatch)
     hidden = replace(call, features="pooled inside mask decay heads", value_dim=7)
     for each in (call, hidden, replace(call, layout="bshd", features="pooled mask")):
         check_against_reference(*each.tensors(), each.lists(), **each.arguments())
-    assert taken or dtype == torch.bfloat16  # where the processor has no pairs of products
+    assert taken
 
 
 def test_long_rows_round_no_more_than_a_tile():
@@ -203,15 +204,29 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch, threads):
     child.join()
 
 
-def test_which_products_of_bfloat16_are_made_is_told(monkeypatch):
-    cpu, pairs = torch.device("cpu"), compiled.library().has_pairs()
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+def test_without_pairs_bfloat16_is_multiplied_in_float32(monkeypatch):
+    """By a compiler that knows no products of pairs, whatever the processor has."""
+    cpu, tiles = torch.device("cpu"), random_lists(1, 100, 100, 16, 16)
+    for name, has in (("_is_avx512_bf16_supported", True), ("_is_amx_fp16_supported", False)):
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
     product_dtype.cache_clear()
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert fused.way(cpu, torch.bfloat16).startswith("loop" if pairs else "gathered")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert fused.way(cpu, torch.bfloat16) == "gathered tiles, since the loop has no products of bfloat16"
+    monkeypatch.setattr(compiled.library(), "has_pairs", lambda: 0)
+    q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.bfloat16)
+    out, wide = attend(q, k, v, tiles, backend="torch"), attend(q.float(), k.float(), v.float(), tiles, backend="torch")
+    assert torch.equal(out, wide.bfloat16())
+    assert fused.way(cpu, torch.bfloat16) == f"loop {compiled.compiled_loop().why}"
     product_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_bfloat16_errs_no_more_than_dense_attention(size):
+    """Root mean squares, at logits of one size and of sixteen times it, which weights of few tokens come from."""
+    q, k, v = qkv(1, 2, 2, 300, 500, 64, torch.float32)
+    q, k, v = (x.bfloat16() for x in (q * size, k * size, v))
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    found = attend(q, k, v, full(300, 500, 64, 96), backend="torch"), scaled_dot_product_attention(q, k, v)
+    loop, dense = ((x.double() - exact).square().mean().sqrt() for x in found)
+    assert loop <= 1.05 * max(dense, 1.4e-3 * exact.square().mean().sqrt())
 
 
 def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):

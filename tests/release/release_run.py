@@ -2,7 +2,8 @@
 
 The steps, each of which ends the run with one sentence if it finds something:
 1. nothing is uncommitted, the three distributions, CITATION.cff and CHANGELOG.md agree on the version and its date;
-2. source distributions and wheels are built from an export of the commit, wheels from the source distributions;
+2. source distributions and wheels are built from an export of the commit, wheels from the source distributions; on
+   Linux on x86-64 one more, of the kernels with their compiled loop;
 3. ``twine check --strict`` reads their metadata;
 4. a fresh environment installs dit-accel from an index on this disk, which holds these files alone, and what else it
    takes from the usual index; without dit-accel-assets it must attach, and say what to install for embedded models;
@@ -19,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -101,7 +103,12 @@ def build(root: Path, out: Path, *, isolated: bool) -> list[Path]:
         for name, place in PROJECTS.items():
             more = () if isolated else ("--no-isolation",)
             run(f"build of {name}", sys.executable, "-m", "build", *more, "-o", out, Path(folder) / "tree" / place)
+        loop = "dit-accel-kernels" if (sys.platform, platform.machine()) == ("linux", "x86_64") else None
+        if loop:
+            words = (sys.executable, "-m", "build", "--wheel", *more, "-o", out, Path(folder) / "tree" / PROJECTS[loop])
+            run("build of the compiled loop", "env", "DIT_ACCEL_SHIP_LOOP=1", *words)
     kinds = [(name, kind) for kind in ("-py3-none-any.whl", ".tar.gz") for name in PROJECTS]
+    kinds[1:1] = [(loop, "-py3-none-manylinux*_x86_64.whl")] if loop else []
     return [only(out, f"{name.replace('-', '_')}-[0-9]*{kind}") for name, kind in kinds]
 
 

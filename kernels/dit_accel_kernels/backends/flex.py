@@ -1,8 +1,7 @@
 """The flex backend: torch's compiled FlexAttention over the same tiles, a rival and an independent check.
 
-It is a backend, and what "auto" takes, because of the rows for bf16 on processors with AMX in cpu_table.json: of the
-ideal it reached .50, .58 and .67 at densities of .1, .25 and .5 (16,384 tokens), the torch backend .38, .38 and .39;
-these rows were reported, not measured here. In all rows measured by bench/block_sparse.py torch is ahead.
+It was ahead in bf16 on processors with AMX before the compiled loop had AMX: of the ideal it reached .50, .58 and .67
+at densities of .1, .25 and .5 (16,384 tokens). In all records of bench/results/cpu.jsonl the loop is ahead.
 
 Exact tiles are FlexAttention's blocks, full ones where all keys are valid and no mask is inside. The means of all key
 tiles stand before the keys as columns of their own, padded to whole blocks; `mask_mod` says which of them a query tile

@@ -41,7 +41,8 @@ def bound(path: Path) -> ctypes.CDLL:
     """
     loaded = ctypes.CDLL(str(path))
     try:
-        loaded.panel.restype = loaded.call_bytes.restype = loaded.has_pairs.restype = ctypes.c_int64
+        for size in (loaded.panel, loaded.call_bytes, loaded.has_pairs, loaded.tile_words):
+            size.restype = ctypes.c_int64
         for function in (loaded.attend, loaded.pack):
             function.restype, function.errcheck = ctypes.c_int64, _require_memory
     except AttributeError as error:

@@ -1,10 +1,11 @@
-"""Builds fused.cpp with the machine's own C++ compiler, once, into the user's cache; without one there is no loop.
+"""Loads fused.cpp as the package's wheel brings it, or builds it with the machine's own C++ compiler, once, into the
+user's cache; without either there is no loop.
 
-A library's name holds a digest of all that it is made of and one of its own bytes. A file that doesn't match, since it
-was cut short, altered or is no library at all, is never loaded: it is built anew. That is no protection from somebody
-who can write to the folder, who could name their own file as it must be; so the folder and the file must be no links,
-belong to the user (or root) and be writable by nobody else, and nobody else may put another folder in its place: so the
-cache that holds it is looked at too. What lies above the cache is taken on trust.
+A built library's name holds a digest of all that it is made of and one of its own bytes. A file that doesn't match,
+since it was cut short, altered or is no library at all, is never loaded: it is built anew. That is no protection from
+somebody who can write to the folder, who could name their own file as it must be; so the folder and the file must be no
+links, belong to the user (or root) and be writable by nobody else, and nobody else may put another folder in its place:
+so the cache that holds it is looked at too. What lies above the cache is taken on trust, and so is the package.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .binding import bound
+from .shipped import DIGITS, FLAGS, shipped_library, sources
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 SWITCH = "DIT_ACCEL_CPU_LOOP"
 """Environment variable: 0 leaves every call on a CPU to torch's own operations."""
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
-DIGITS = 24  # of either digest in a file's name
 
 
 class Loop(NamedTuple):
@@ -50,12 +50,17 @@ def library() -> ctypes.CDLL | None:
 def compiled_loop() -> Loop:
     """Return the compiled loop, built on first use; there is none without a compiler or if `SWITCH` says so.
 
-    The compiler is the command that the environment variable CXX holds, arguments included, and no other: one that is
-    missing or fails is warned of. Without CXX the first of `COMPILERS` that works is taken, with a warning if all that
-    are there fail.
+    Without CXX the package's own library is taken, if it brings one for this processor. Else the compiler is the
+    command that CXX holds, arguments included, and no other: one that is missing or fails is warned of. Without CXX the
+    first of `COMPILERS` that works is taken, with a warning if all that are there fail.
     """
     if os.environ.get(SWITCH) == "0":
         return Loop(None, f"{SWITCH} is 0")
+    if not os.environ.get("CXX", "").strip() and (path := shipped_library(SOURCE, processor_text())):
+        try:
+            return Loop(bound(path), f"of the package, for {path.stem.split('-')[1]}")
+        except OSError:  # a system without the C library that it was built for
+            pass
     tried: list[str] = []
     try:
         commands = _commands()
@@ -144,7 +149,7 @@ def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.
     compiler fails or takes minutes.
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), *command, version, *flags, processor_text())
+    parts = (sources(SOURCE), *command, version, *flags, processor_text())
     made_of = _digest("\n".join(parts).encode())
     there = sorted(folder.glob(f"fused-{made_of}-*.so"))
     for path in filter(whole, there):

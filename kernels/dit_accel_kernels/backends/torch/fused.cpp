@@ -1,10 +1,10 @@
 // Block-sparse attention on a CPU in one loop: two products and an online softmax of a query tile, all in its caches.
 //
 // Queries, keys, values and output are float32 or bfloat16, where the caller has them. bfloat16 is multiplied in pairs
-// where the processor does that, and as float32 elsewhere; all else is float32. Logits are in log2 units. Keys and values
+// or tiles of AMX where the processor does that, and as float32 elsewhere; all else is float32. Logits are in log2 units. Keys and values
 // are packed in panels, which a product reads in sequence, zero where padded or masked: keys of a tile
 // [columns / PANEL][D][PANEL], values [D / PANEL][columns][PANEL]. Of pairs a panel has half as many rows: each of its
-// 32-bit words holds two numbers that follow each other along D or the columns.
+// 32-bit words holds two numbers that follow each other along D or the columns. AMX reads the same panels, 16 rows at once.
 
 #include <algorithm>
 #include <atomic>
@@ -17,52 +17,12 @@
 #include <system_error>
 #include <thread>
 #include <vector>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 12;  // of 32 registers 24 hold sums
-#else
-constexpr int WIDTH = 8, ROWS = 6;
-#endif
-constexpr int PANEL = 2 * WIDTH;
+#include "products.h"
+
 constexpr long CHUNK = 512;   // columns of logits that are kept at a time
 constexpr long SUMMED = 128;  // of float32 weights that are summed up in one go
-constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float LN_2 = 0.6931471805599453f;
-
-typedef float Vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((may_alias));
-
-static inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
-static inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
-static inline Vec all(float x) { return x - Vec{}; }  // adding 0 would be an instruction
-static inline long up(long x, long to) { return (x + to - 1) / to * to; }
-
-// To the nearest bfloat16, of two the even one
-static void round_to(uint16_t* to, const float* x, long n) {
-  const Bits* from = reinterpret_cast<const Bits*>(x);
-  for (long i = 0; i < n; i++) to[i] = x[i] != x[i] ? 0x7fc0 : (from[i] + 0x7fff + (from[i] >> 16 & 1)) >> 16;
-}
-
-#if defined(__AVX512BF16__)
-constexpr bool HAS_PAIRS = true;
-// sum + the products of two pairs, in each of 16 words
-static inline Vec add_pairs(Vec sum, Vec a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-// n floats, a multiple of 16, to bfloat16 in their first half
-static void narrow(float* x, long n) {
-  for (long c = 0; c < n; c += WIDTH) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(x + c));
-    memcpy(reinterpret_cast<char*>(x) + 2 * c, &rounded, sizeof rounded);
-  }
-}
-#else
-constexpr bool HAS_PAIRS = false;
-static inline Vec add_pairs(Vec sum, Vec, Vec) { return sum; }
-static void narrow(float*, long) {}
-#endif
 
 extern "C" struct Call {
   const void *q, *k, *v;                           // [B, H, S_q, D], [B, HK, S_k, D], [B, HK, S_k, DV], by their strides
@@ -103,92 +63,6 @@ static void fetch(float* to, const void* x, long from, long n, bool half, bool p
   }
 }
 
-// C [R, PANEL] = (C +) A [R, K] B [K, PANEL], summed up before it is added: a sum over all tiles would round at its size.
-// A and B come in parts: A `next` words apart, B the n-th panel of each part; K, lda and next count words.
-template <int R, bool P>
-static inline void product(const float* a, long lda, long next, const float* const* b, long parts, long n, float* c,
-                           long ldc, long K, bool add) {
-  Vec sum[R][2];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) sum[r][j] = Vec{};
-  for (long part = 0; part < parts; part++, a += next) {
-    const float* panel = b[part] + n * K * PANEL;
-    for (long k = 0; k < K; k++, panel += PANEL) {
-      const Vec left = load(panel), right = load(panel + WIDTH);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        if (P) {
-          const Vec x = (Vec)(reinterpret_cast<const Bits*>(a)[r * lda + k] - Ints{});
-          sum[r][0] = add_pairs(sum[r][0], x, left);
-          sum[r][1] = add_pairs(sum[r][1], x, right);
-        } else {
-          const Vec x = all(a[r * lda + k]);
-          sum[r][0] += x * left;
-          sum[r][1] += x * right;
-        }
-      }
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) store(c + r * ldc + j * WIDTH, add ? load(c + r * ldc + j * WIDTH) + sum[r][j] : sum[r][j]);
-}
-
-// C [M, N] = (C +) A [M, K] B of parts, each of N / PANEL panels
-template <bool P>
-static void multiply(const float* a, long lda, long next, const float* const* b, long parts, float* c, long ldc, long M,
-                     long N, long K, bool add) {
-  for (long n = 0; n < N / PANEL; n++, c += PANEL) {
-    long m = 0;
-    for (; m + ROWS <= M; m += ROWS) product<ROWS, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
-    for (; m + 4 <= M; m += 4) product<4, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
-    for (; m < M; m++) product<1, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
-  }
-}
-
-static void multiply(bool pairs, const float* a, long lda, long next, const float* const* b, long parts, float* c,
-                     long ldc, long M, long N, long K, bool add) {
-  if (HAS_PAIRS && pairs) multiply<true>(a, lda, next, b, parts, c, ldc, M, N, K, add);
-  else multiply<false>(a, lda, next, b, parts, c, ldc, M, N, K, add);
-}
-
-// 2^x for x <= 0, to the last bit or two; 0 below the smallest normal number, NaN of NaN
-static inline Vec exp2_of(const Vec given) {
-  const Vec low = all(-126.0f), magic = all(12582912.0f);  // adding 1.5 * 2^23 rounds to whole numbers
-  const Ints kept = given >= low;
-  Vec x = given > low ? given : low;
-  const Vec shifted = x + magic, f = x - (shifted - magic);
-  Vec p = all(1.5252734e-5f);
-  p = p * f + all(1.5403530e-4f);
-  p = p * f + all(1.3333558e-3f);
-  p = p * f + all(9.6181291e-3f);
-  p = p * f + all(5.5504109e-2f);
-  p = p * f + all(2.4022651e-1f);
-  p = p * f + all(6.9314718e-1f);
-  p = p * f + all(1.0f);
-  p = reinterpret_cast<Vec>((reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23)) & kept);
-  return given == given ? p : given;
-}
-
-constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
-constexpr auto plus = [](auto a, auto b) { return a + b; };
-
-// The numbers of a vector, or n of them in a row, made one by an operation on vectors and on floats
-template <class F>
-static inline float fold(Vec v, F of) {
-  float x[WIDTH];
-  store(x, v);
-  for (int w = WIDTH / 2; w; w /= 2)
-    for (int c = 0; c < w; c++) x[c] = of(x[c], x[c + w]);
-  return x[0];
-}
-
-template <class F>
-static float fold(const float* x, long n, F of) {
-  Vec v = load(x);
-  for (long c = WIDTH; c < n; c += WIDTH) v = of(v, load(x + c));
-  return fold(v, of);
-}
-
 // Rows [columns, K] of words to panels of keys, [columns / PANEL][K][PANEL]
 static void to_key_panels(float* to, const float* rows, long columns, long K) {
   for (long n = 0; n < columns; n += PANEL, to += K * PANEL)
@@ -206,11 +80,15 @@ struct Sizes {
   const Call& call;
   const long rows, columns, dim, wide, wide_dim, query_tiles, key_tiles;  // `wide`: columns with padding
   const bool pairs;
-  const long depth, value_depth;  // rows of a panel of keys and of values
+  const Kind kind;                        // of products with keys and values
+  const long depth, value_depth, padded;  // rows of a panel of keys and of values, and of a query tile
   explicit Sizes(const Call& c)
       : call(c), rows(c.rows), columns(c.columns), dim(c.dim), wide(up(c.columns, PANEL)), wide_dim(up(c.value_dim, PANEL)),
         query_tiles((c.num_q + c.rows - 1) / c.rows), key_tiles((c.num_k + c.columns - 1) / c.columns),
-        pairs(c.pairs != 0), depth(pairs ? c.dim / 2 : c.dim), value_depth(pairs ? (c.columns + 1) / 2 : c.columns) {}
+        pairs(c.pairs != 0), kind(pairs ? has_tiles() ? TILES : PAIRS : FLOATS),
+        depth(kind == TILES ? up(c.dim / 2, 16) : pairs ? c.dim / 2 : c.dim),
+        value_depth(kind == TILES ? wide / 2 : pairs ? (c.columns + 1) / 2 : c.columns),
+        padded(kind == TILES ? up(c.rows, 32) : c.rows) {}
 
   bool absent(long batch, long token) const {
     return token >= call.num_k || (call.valid && !call.valid[batch * call.num_k + token]);
@@ -262,30 +140,73 @@ struct Pack : Sizes {
 
 // Attends from a query tile; what one thread needs for it
 struct Attend : Sizes {
-  const long step;  // columns of a row of logits
-  std::vector<float> logits, out, peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, queries, plain;
+  // columns of a row of logits, and floats from one row to the next: by a power of 2 all fall into few sets of a cache
+  const long step, ld;
+  Floats logits, out, queries;
+  std::vector<float> peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, plain;
   const float* panels[CHUNK / PANEL];
   std::vector<uint8_t> seen;  // rows that have seen a key
+  const Tiles tiles_of_thread;
   long batch = 0, head = 0, key_head = 0, first_row = 0, live = 0;  // of the query tile; its rows that are queries
   long tiles_before = 0, tiles_of_head = 0;  // where its lists are, and the key head's first key tile
   double scale = 1;
 
   explicit Attend(const Call& c)
-      : Sizes(c), step(std::max(CHUNK / wide * wide, wide)), logits(rows * std::max(step, CHUNK)), out(rows * wide_dim),
-        peak(rows), sum(rows), bias(std::max(step, CHUNK)), masked(bias.size()), decay(bias.size()), queries(rows * depth), seen(rows) {}
+      : Sizes(c), step(std::max(CHUNK / wide * wide, wide)), ld(std::max(step, CHUNK) + 16), logits(padded * ld),
+        out(padded * wide_dim), queries(padded * depth), peak(rows), sum(rows), bias(ld), masked(ld), decay(ld), seen(rows),
+        tiles_of_thread(kind == TILES) {}
+
+  // A row's largest logit so far, of which all is relative: none so far counts as 0
+  static float base_of(float largest) { return largest == NONE ? 0 : largest; }
+
+  // Takes in a row's next weights, relative to its largest logit `now`, by their sum: what was before is brought down
+  void raise(long r, bool first, float now, float added) {
+    const float factor = first || peak[r] == NONE ? 0 : std::exp2(peak[r] - base_of(now));
+    float* row = out.begin() + r * wide_dim;
+    if (!first && factor != 1)
+      for (long d = 0; d < wide_dim; d += WIDTH) store(row + d, load(row + d) * all(factor));
+    sum[r] = (first ? 0 : sum[r] * factor) + added;
+    peak[r] = now;
+  }
+
+  // As `weigh`, where nothing but a scale above 0 changes logits and no votes go by them: two passes, of which one stores
+  template <bool P>
+  void weigh_plain(long n, bool first, float most, float rest) {
+    for (long r = 0; r < live; r++) {
+      float* x = logits.begin() + r * ld;
+      Vec top = all(NONE), other = top;
+      for (long c = 0; c < n; c += PANEL) top = larger(top, load(x + c)), other = larger(other, load(x + c + WIDTH));
+      const float now = std::max(first ? NONE : peak[r], fold(larger(top, other), Larger()) * most), base = base_of(now);
+      const auto weight = [&](const float* from) {
+        const Vec raw = load(from), value = raw * all(most) - all(base);
+        return exp2_of<P>(P ? value : raw * all(rest) + value);
+      };
+      Vec added = Vec{}, more = added;
+      for (long c = 0; c < n; c += PANEL) {
+        const Vec a = weight(x + c), b = weight(x + c + WIDTH);
+        added += a, more += b;
+        if (P) store_halves(x, c, a, b);
+        else store(x + c, a), store(x + c + WIDTH, b);
+      }
+      raise(r, first, now, fold(added + more, Plus()));
+    }
+  }
 
   // Logits [live, n] to weights: `first` says that nothing came before; `tiles`: the exact ones, 0 for pooled ones;
   // `ids`: their masks, null where none has one
-  void weigh(long n, long ld, bool biased, bool first, long tiles, const int32_t* listed, long slot, const int32_t* ids) {
+  void weigh(long n, bool biased, bool first, long tiles, const int32_t* listed, long slot, const int32_t* ids) {
     const bool decayed = call.decay != nullptr;
     // a float alone would err in every logit the same way; what it lacks has its sign, and so has infinity times that
     float most = static_cast<float>(scale);
     if (std::abs(most) > std::abs(scale)) most = std::nextafter(most, 0.0f);
     const float lacking = static_cast<float>(scale - most);
-    const Vec first_part = all(most), rest = all(lacking || !most ? lacking : std::copysign(1e-38f, most));
+    const float left = lacking || !most ? lacking : std::copysign(1e-38f, most);
+    if (most > 0 && tiles && !biased && !decayed && !call.evidence)
+      return pairs ? weigh_plain<true>(n, first, most, left) : weigh_plain<false>(n, first, most, left);
+    const Vec first_part = all(most), rest = all(left);
     int64_t frame = -1;
     for (long r = 0; r < live; r++) {
-      float* x = logits.data() + r * ld;
+      float* x = logits.begin() + r * ld;
       if (decayed) {
         const int64_t own = call.frames[first_row + r];
         if (own != frame) gather_decay(frame = own, n, tiles, listed);
@@ -305,28 +226,24 @@ struct Attend : Sizes {
           value = more > all(NONE) ? value + more : more;
         }
         store(x + c, value);
-        top = top > value ? top : value;
+        top = larger(top, value);
       }
-      const float before = first ? NONE : peak[r], now = std::max(before, fold(top, larger));
-      const float base = now == NONE ? 0 : now, factor = before == NONE ? 0 : std::exp2(before - base);
+      const float now = std::max(first ? NONE : peak[r], fold(top, Larger())), base = base_of(now);
       float* evidence = call.evidence && tiles ? call.evidence + slot * rows + r : nullptr;
       if (evidence && !call.by_mass)
-        for (long j = 0; j < tiles; j++) evidence[j * rows] = fold(x + j * wide, wide, larger);
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = fold(x + j * wide, wide, Larger());
       Vec added = Vec{};
       for (long c = 0; c < n; c += WIDTH) {
-        const Vec p = exp2_of(load(x + c) - all(base));
+        const Vec p = exp2_of<false>(load(x + c) - all(base));
         store(x + c, p);
         added += p;
       }
       if (evidence && call.by_mass) {
-        for (long j = 0; j < tiles; j++) evidence[j * rows] = fold(x + j * wide, wide, plus);
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = fold(x + j * wide, wide, Plus());
         peaks.push_back(now);
       }
-      sum[r] = (first ? 0 : sum[r] * factor) + fold(added, plus);
-      if (!first && factor != 1)
-        for (long d = 0; d < wide_dim; d += WIDTH) store(&out[r * wide_dim + d], load(&out[r * wide_dim + d]) * all(factor));
-      peak[r] = now;
-      if (tiles && pairs) narrow(x, n);
+      raise(r, first, now, fold(added, Plus()));
+      for (long c = 0; c < n && tiles && pairs; c += PANEL) store_halves(x, c, load(x + c), load(x + c + WIDTH));
     }
   }
 
@@ -339,7 +256,7 @@ struct Attend : Sizes {
   void mask_row(long row, long tiles, const int32_t* ids) {
     for (long j = 0; j < tiles; j++)
       for (long c = j * wide; c < (j + 1) * wide; c++) masked[c] = sees(ids[j], row, c - j * wide) ? bias[c] : NONE;
-    seen[row] |= fold(masked.data(), tiles * wide, larger) > NONE;
+    seen[row] |= fold(masked.data(), tiles * wide, Larger()) > NONE;
   }
 
   // Values that are no finite numbers, which are packed as 0, to the rows that see them: 0 times them would not be 0
@@ -350,7 +267,7 @@ struct Attend : Sizes {
       fetch(row.data(), call.v, at(call.v_strides, batch, key_head, tile * columns + c), call.value_dim, call.narrow, false);
       for (long d = 0; d < call.value_dim; d++)
         for (long r = 0; r < live && !(std::abs(row[d]) <= std::numeric_limits<float>::max()); r++)
-          if (sees(id, r, c)) out[r * wide_dim + d] += row[d];
+          if (sees(id, r, c)) out.begin()[r * wide_dim + d] += row[d];
     }
   }
 
@@ -377,7 +294,7 @@ struct Attend : Sizes {
       for (long j = 0; j < tiles; j++) {
         const long tile = listed[at + j];
         const float* keys = call.keys + (tiles_of_head + tile) * wide * depth;
-        multiply(pairs, queries.data(), depth, 0, &keys, 1, &logits[j * wide], step, live, wide, depth, false);
+        multiply(kind, queries.begin(), depth, 0, &keys, 1, logits.begin() + j * wide, ld, live, wide, depth, false);
         biased |= tile == key_tiles - 1 && last < columns;
       }
       const int32_t* ids = call.mask_ids ? call.mask_ids + begin + at : nullptr;
@@ -388,14 +305,14 @@ struct Attend : Sizes {
         const uint8_t* valid = call.valid ? call.valid + batch * call.num_k + tile * columns : nullptr;
         for (long c = 0; c < wide; c++) bias[j * wide + c] = c >= here || (valid && !valid[c]) ? NONE : 0;
       }
-      if (!ids && (!biased || fold(bias.data(), tiles * wide, larger) > NONE)) std::fill(seen.begin(), seen.end(), 1);
-      weigh(tiles * wide, step, biased, first, tiles, listed + at, slot + at, ids);
+      if (!ids && (!biased || fold(bias.data(), tiles * wide, Larger()) > NONE)) std::fill(seen.begin(), seen.end(), 1);
+      weigh(tiles * wide, biased, first, tiles, listed + at, slot + at, ids);
       const long next = pairs ? wide / 2 : wide;
       for (long j = 0, parts; j < tiles; j += parts, first = false) {
         parts = std::min(tiles - j, pairs ? tiles : std::max(1L, SUMMED / wide));
         for (long part = 0; part < parts; part++)
           panels[part] = call.values + (tiles_of_head + listed[at + j + part]) * value_depth * wide_dim;
-        multiply(pairs, &logits[j * next], step, next, panels, parts, out.data(), wide_dim, live, wide_dim, value_depth, !first);
+        multiply(kind, logits.begin() + j * next, ld, next, panels, parts, out.begin(), wide_dim, live, wide_dim, value_depth, !first);
       }
       for (long j = 0; call.odd && j < tiles; j++)
         if (call.odd[tiles_of_head + listed[at + j]]) add_odd(listed[at + j], ids ? ids[j] : -1);
@@ -411,7 +328,7 @@ struct Attend : Sizes {
   void pooled(bool& first) {
     const long begin = call.pooled_offsets[tiles_before], count = call.pooled_offsets[tiles_before + 1] - begin;
     const int32_t* listed = call.pooled + begin;
-    const float* q = queries.data();
+    const float* q = queries.begin();
     if (pairs && count) {  // means are float32
       plain.resize(rows * dim);
       for (long r = 0; r < live; r++)
@@ -435,12 +352,12 @@ struct Attend : Sizes {
         to_value_panels(packed_values.data(), gathered.data(), c, n, wide_dim);
       }
       for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[tiles_of_head + own[c]] : NONE;
-      if (fold(bias.data(), filled, larger) > NONE) std::fill(seen.begin(), seen.end(), 1);
+      if (fold(bias.data(), filled, Larger()) > NONE) std::fill(seen.begin(), seen.end(), 1);
       panels[0] = packed_keys.data();
-      multiply(false, q, dim, 0, panels, 1, logits.data(), CHUNK, live, filled, dim, false);
-      weigh(filled, CHUNK, true, first, 0, own.data(), 0, nullptr);
+      multiply(FLOATS, q, dim, 0, panels, 1, logits.begin(), ld, live, filled, dim, false);
+      weigh(filled, true, first, 0, own.data(), 0, nullptr);
       panels[0] = packed_values.data();
-      multiply(false, logits.data(), CHUNK, 0, panels, 1, out.data(), wide_dim, live, wide_dim, n, !first);
+      multiply(FLOATS, logits.begin(), ld, 0, panels, 1, out.begin(), wide_dim, live, wide_dim, n, !first);
       first = false;
     }
   }
@@ -452,7 +369,7 @@ struct Attend : Sizes {
     tiles_before = of % call.groups * (query_tiles + 1) + tile;
     scale = call.scale * (call.head_scale ? call.head_scale[of] : 1);
     for (long r = 0; r < live; r++)
-      fetch(&queries[r * depth], call.q, at(call.q_strides, batch, head, first_row + r), dim, call.narrow, pairs);
+      fetch(queries.begin() + r * depth, call.q, at(call.q_strides, batch, head, first_row + r), dim, call.narrow, pairs);
     bool first = true;
     std::fill(seen.begin(), seen.end(), 0);
     // pooled tiles come first, so that what votes ask of exact ones is relative to the largest of all at the end
@@ -460,7 +377,7 @@ struct Attend : Sizes {
     exact(query_tile, first);
     for (long r = 0; r < live; r++) {
       const bool empty = !seen[r];  // no key, which a logit of -infinity is
-      float* row = &out[r * wide_dim];
+      float* row = out.begin() + r * wide_dim;
       const long to = at(call.out_strides, batch, head, first_row + r);
       const float share = 1 / sum[r];
       for (long d = 0; d < call.value_dim; d++) row[d] = empty ? 0 : row[d] * share;
@@ -519,6 +436,7 @@ extern "C" {
 int64_t panel() { return PANEL; }
 int64_t call_bytes() { return sizeof(Call); }
 int64_t has_pairs() { return HAS_PAIRS; }
+int64_t tile_words() { return has_tiles() ? 16 : 1; }  // that rows of panels of pairs are a multiple of
 int64_t pack(Call* call) { return share<Pack>(*call); }
 int64_t attend(Call* call) { return share<Attend>(*call); }
 

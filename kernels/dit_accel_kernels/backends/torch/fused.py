@@ -29,17 +29,12 @@ SLICE = 0.5  # seconds after which the loop comes back to Python, which looks fo
 
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the loop takes calls: on a CPU, in products that it has, where it could be compiled."""
-    built = library() if device.type == "cpu" else None
-    return built is not None and _has_products(built, dtype)
+    return device.type == "cpu" and library() is not None and _has_products(dtype)
 
 
-def _has_products(built: ctypes.CDLL, dtype: torch.dtype) -> bool:
-    """Whether the loop multiplies a dtype as fast as torch: in float32, or bfloat16 in pairs; AMX is far ahead."""
-    if product_dtype(dtype, "cpu") == torch.float32:
-        return True
-    return (
-        dtype == torch.bfloat16 and bool(built.has_pairs()) and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    )
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether the loop multiplies a dtype: what is multiplied in float32, and bfloat16, whose logits torch rounds."""
+    return dtype == torch.bfloat16 or product_dtype(dtype, "cpu") == torch.float32
 
 
 def way(device: torch.device, dtype: torch.dtype) -> str:
@@ -49,7 +44,7 @@ def way(device: torch.device, dtype: torch.dtype) -> str:
     here = compiled_loop()
     if here.library is None:
         return f"gathered tiles, since {here.why}"
-    if _has_products(here.library, dtype):
+    if _has_products(dtype):
         return f"loop {here.why}"
     return f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
 
@@ -61,8 +56,8 @@ def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> 
     """
     built = library()
     assert built is not None
-    narrow = problem.q.dtype == torch.bfloat16
-    pairs = narrow and product_dtype(problem.q.dtype, "cpu") != torch.float32 and problem.q.shape[3] % 2 == 0
+    narrow, even = problem.q.dtype == torch.bfloat16, problem.q.shape[3] % 2 == 0
+    pairs = narrow and even and bool(built.has_pairs()) and product_dtype(problem.q.dtype, "cpu") != torch.float32
     q, k, v = (x if narrow else cast(x, torch.float32) for x in (problem.q, problem.k, problem.v))
     q, k, v = map(with_whole_rows, (q, k, v))
     (batch, heads, num_q, dim), (_, key_heads, num_k, value_dim) = q.shape, v.shape
@@ -70,13 +65,14 @@ def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> 
     out = problem.in_layout(fresh((batch, *axes, value_dim), q.dtype))
     lse = torch.empty((batch, heads, num_q) if need_lse else (0,))
     wide, wide_dim = (size + -size % built.panel() for size in (problem.block_k, value_dim))
-    key_tiles, each = batch * key_heads * problem.key_tiles, 2 if pairs else 1
+    key_tiles, each, multiple = batch * key_heads * problem.key_tiles, *((2, built.tile_words()) if pairs else (1, 1))
+    depth, value_depth = dim // each, wide // each if multiple > 1 else -(-problem.block_k // each)
     tiles = batch * heads / problem.exact_offsets.shape[0] * problem.exact_indices.numel()
     threads = _threads(2.0 * (dim + value_dim) * problem.block_q * problem.block_k * tiles)
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "out": out, "lse": lse if need_lse else None,
-        "keys": _panels("keys", (key_tiles, wide, dim // each)),
-        "values": _panels("values", (key_tiles, wide_dim, -(-problem.block_k // each))),
+        "keys": _panels("keys", (key_tiles, wide, depth + -depth % multiple)),
+        "values": _panels("values", (key_tiles, wide_dim, value_depth)),
         "groups": problem.groups,
         "done": torch.zeros(threads, dtype=torch.int64),
         "batch": batch, "heads": heads, "key_heads": key_heads, "num_q": num_q, "num_k": num_k,
