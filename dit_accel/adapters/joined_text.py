@@ -36,6 +36,6 @@ class JoinedText:
             raise ConfigError(f"place must be 'before' or 'after', got {self.place!r}; use one of them")
 
     def others(self, text: int, tokens: int) -> slice:
-        """Return the slice of the tokens that are no text, for so many tokens of text in so many of the sequence."""
+        """Return the slice of the tokens that are no text, in a sequence of ``tokens`` of which ``text`` are text."""
         taken = text + self.registers
         return slice(taken, tokens) if self.place == "before" else slice(0, tokens - taken)

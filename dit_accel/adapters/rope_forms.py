@@ -110,7 +110,7 @@ def _resolver(axes: tuple[Axis, ...], changes: tuple[Any, ...], keep: bool) -> R
 
 
 class _View:
-    """An object seen with other values of some attributes; what is set on it stays on it."""
+    """Shows an object with other values of some attributes; attributes that are set stay on the view."""
 
     def __init__(self, seen: Any, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values, _seen=seen)

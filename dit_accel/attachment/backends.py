@@ -66,7 +66,7 @@ class ReplacedTransformer(UserWarning):
 
 
 def problem_of(denoising: DenoisingState) -> str:
-    """Return the first of what is wrong with a run so far, in words; empty: nothing."""
+    """Return the first problem of a run so far, in words; empty where there is none."""
     reasons = replaced_transformers, unplanned_reason, replaced_processors
     return next((why for reason in reasons if (why := reason(denoising))), "")
 

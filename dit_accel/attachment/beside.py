@@ -94,7 +94,7 @@ class CallsMade:
         self._batches: dict[str, int] = {}
 
     def note(self, context: CallContext, batch: int, facts: RunFacts) -> None:
-        """Keep how a call of a forward of so many rows ran, unless it was trained or runs beside another itself."""
+        """Keep the facts of a call, in a forward of ``batch`` rows, unless it is trained or runs beside another."""
         if self.wanted and context.beside is None and not (context.training or context.differentiate):
             self._calls.setdefault((context.branch, context.layer, context.layout), {})[context.row] = facts
             self._batches[context.branch] = batch

@@ -44,7 +44,7 @@ class ForwardState:
             self.sizes, self.grid = sizes, as_tensors(sizes)  # as tensors all grids share one compiled graph
 
     def begin(self, batch: int | None) -> None:
-        """Note that a forward of so many rows (None: not known yet) begins: no layer has been called."""
+        """Begin a forward of ``batch`` rows, None where they are not known yet: no layer has been called."""
         self.batch = batch
         self.noted: Grid | None = None  # the sizes that the methods have seen in this forward
         if not self.expected:  # else who acts was asked already
@@ -71,7 +71,7 @@ class ForwardState:
 
     @contextmanager
     def nested(self) -> Iterator[None]:
-        """Leave the running forward whole as it is, whatever forwards run inside the block."""
+        """Let other forwards run inside the block, and restore this one's state afterwards."""
         outer = dict(vars(self))
         self.step, self.acting, self.calls, self.reached = None, {}, self.calls.copy(), set(self.reached)
         try:

@@ -238,7 +238,7 @@ def _version(x: Tensor) -> int | None:
 
 
 def _memory(x: Tensor) -> Any:
-    """Return a key of a tensor's memory among all that exist; None for one that has none of its own."""
+    """Return what tells a tensor's memory from any other's; None for a tensor that only wraps others."""
     try:
         address = x.data_ptr()
     except RuntimeError:  # a wrapper around other tensors, such as what a collective will have gathered

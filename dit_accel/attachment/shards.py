@@ -41,11 +41,11 @@ class SequenceShards(ABC):
         return self.counts[self.rank]
 
     def share(self, total: int) -> HeadShare | None:
-        """Return the heads of this process, of so many; None: all."""
+        """Return which of ``total`` heads this process computes; None: all."""
         return None
 
     def own_queries(self, call: Call, differentiate: bool) -> Call:
-        """Return a call that says which tokens' queries this process has; refuse it where they are some, to train."""
+        """Return a call that says which tokens' queries this process has; to train, refuse one that lacks some."""
         if self.rows is None:
             return call
         if differentiate:
@@ -102,7 +102,7 @@ class Ulysses(SequenceShards):
     anything: bool  # lengths and heads need not be divisible by their number
 
     def share(self, total: int) -> HeadShare:
-        """Return the heads of this process, of so many: runs of one length, the last shorter."""
+        """Return which of ``total`` heads this process computes: runs of one length, the last shorter."""
         most = -(-total // len(self.counts))
         start = min(self.rank * most, total)
         return HeadShare(start=start, count=min(most, total - start), total=total, group=self.group)

@@ -31,13 +31,13 @@ class Course:
 
     @property
     def noisiest(self) -> tuple[float, ...]:
-        """The timestep of what is noisiest among the frames and rows; both ends before that is known; none at first."""
+        """The timestep of the noisiest frame or row: both ends of the range until it moves, nothing at first."""
         if self.ends is None:
             return ()
         return self.ends if self._way == 0 else (self.ends[self._way < 0],)
 
     def move(self, timestep: Tensor) -> int:
-        """Take a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is the last one's.
+        """Note a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is unchanged.
 
         ``timestep``: one per row, frame or token, or per several of these; what is given as clean keeps its own.
         """

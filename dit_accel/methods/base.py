@@ -218,11 +218,11 @@ class AttentionHandler(Handler):
     """Whether its plans follow from places, heads and keys alone, so that a row can be computed without the others."""
 
     rests: Rests | None = None
-    """Which of the layers that it acts in are dense in turn, and what is kept of them; None: none are."""
+    """The layers that are dense in turn, and what is kept of them; None where none are."""
 
     @property
     def precision(self) -> str | None:
-        """In which queries and keys are multiplied where it acts, ``int8`` or ``fp8``; None: it asks for nothing."""
+        """Number format in which queries and keys are multiplied, ``int8`` or ``fp8``; None: the model's."""
         return None
 
     def is_active(self, step: StepContext, depth: int) -> bool:

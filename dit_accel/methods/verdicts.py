@@ -25,7 +25,7 @@ class Verdict:
 
 
 def verdict_of(config: MethodConfig, model: Model) -> Verdict:
-    """Return what `attach` says to one method on a model, as far as it is known without its weights."""
+    """Return whether `attach` would accept a method on a model, as far as that is known without its weights."""
     if (why := model.adapter.refused.get(config.name)) is not None:
         return Verdict(word="refused", why=why)
     try:

@@ -1,7 +1,4 @@
-"""Time block-sparse attention against dense SDPA and rivals, side by side in one process; append JSON lines.
-
-cpu_table.py makes of the committed ones what "auto" decides by on a CPU.
-"""
+"""Time block-sparse attention against dense SDPA and rivals, side by side in one process; append JSON lines."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ import torch
 from calls import DTYPES
 from candidates import NAMES, Call, exact_rows, make
 from dit_accel_kernels import SKIPPED, TileLists
-from dit_accel_kernels.backends.cpu import processor_kind
 from inputs import append, lists
 from torch import Tensor
 
@@ -80,7 +76,7 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
     dense = statistics.median(seconds["dense"])
     setting = {
         "device": cpu_name(),
-        "processor": processor_kind(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         **{name: getattr(args, name) for name in ("threads", "clock", "block", "lists", "rounds")},
         "shape": [batch, heads, tokens, dim],

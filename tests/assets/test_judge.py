@@ -72,7 +72,7 @@ def test_every_stretch_of_a_drawn_clip_passes_from_its_frame_on():
     assert {"present.0", "path.0"} <= judge.judge_clips(clip[32:49], scenes[-1]).answers.keys()
 
 
-def test_a_stretch_that_begins_again_is_told_by_what_it_should_have_become():
+def test_a_stretch_that_begins_again_and_a_thing_that_appears_after_the_trained_length_are_told():
     turning = one_thing(motion="turning", shape="triangle")
     clip = painter.draw(turning, 49)
     repeated = np.concatenate([clip[:17]] * 3)[:49]
@@ -80,6 +80,13 @@ def test_a_stretch_that_begins_again_is_told_by_what_it_should_have_become():
     assert on.answers["shape.0"].value > again.answers["shape.0"].value + 0.1
     still, pair = one_thing(motion="still"), beside(one_thing(motion="still"), color="green")
     assert judged(pair, still, 49, first=32).answers["count"].value == 1
+    one = one_thing(motion="still")
+    alone, pair = painter.draw(one, 49), painter.draw(beside(one, color="green"), 49)
+    more = judge.judge_clips(np.concatenate([alone[:17], pair[17:]]), one)
+    assert more.answers["count"].value == 1
+    assert failed(more) == {"count"}
+    quick = one_thing(speed="quickly")
+    assert not failed(judged(quick, frames=61))  # it left the picture, as drawn
 
 
 def test_closeness_is_continuous_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():
@@ -108,12 +115,6 @@ def test_drawn_pictures_pass_and_are_asked_nothing_that_takes_time():
     assert not {"path", "size", "turn", "camera"} & {n.partition(".")[0] for v in verdicts for n in v.answers}
 
 
-def test_the_more_a_clip_is_hurt_the_lower_it_scores():
-    drawn = [(painter.draw(scene, 9), scene) for scene in SCENES[:4]]
-    means = [np.mean([judge.judge_clips(hurt(x, by), scene).score for x, scene in drawn]) for by in (0.0, 0.4, 0.8)]
-    assert all(high > low + 0.02 for high, low in pairwise(means)), means
-
-
 def test_a_wrong_word_is_told_by_its_question():
     asked = one_thing()
     right = judged(asked)
@@ -135,13 +136,18 @@ def test_a_wrong_word_is_told_by_its_question():
     assert "turn" in failed(judged(one_thing(motion="still"), turning))
 
 
-def test_half_the_speed_fails_by_a_path_error_that_grows_with_the_length():
+def test_half_the_speed_and_a_wrong_shade_have_errors_that_grow():
     asked, shown = one_thing(), one_thing(speed="slowly")
     errors = [judged(shown, asked, frames).answers["path.0"].value for frames in (17, 33, 49)]
     assert 1.5 < errors[0] < errors[1] < errors[2]
+    scene, video = one_thing(), painter.draw(one_thing())
+    mask = painter.masks(scene, 17)[0][..., None]
+    shaded = [video * (1 - mask) + mask * np.array([232 - by, 36 + by, 36]) for by in (0, 25, 50)]
+    distances = [judge.judge_clips(x.astype(np.uint8), scene).answers["color.0"].value for x in shaded]
+    assert distances[0] < 2 < distances[1] < distances[2]
 
 
-def test_a_missing_thing_and_one_too_many_are_told():
+def test_a_missing_thing_one_too_many_and_a_relation_the_other_way_round_are_told():
     two = beside(one_thing(motion="still"), color="green")
     one = replace(two, things=two.things[:1])
     verdict = judged(one, two)
@@ -152,39 +158,21 @@ def test_a_missing_thing_and_one_too_many_are_told():
     pair = replace(beside(one_thing(motion="still")), grouped=True)
     assert not failed(judged(pair))
     assert failed(judged(one, pair)) >= {"count"}
-
-
-def test_a_thing_that_appears_or_leaves_after_the_trained_length():
-    one = one_thing(motion="still")
-    alone, pair = painter.draw(one, 49), painter.draw(beside(one, color="green"), 49)
-    more = judge.judge_clips(np.concatenate([alone[:17], pair[17:]]), one)
-    assert more.answers["count"].value == 1
-    assert failed(more) == {"count"}
-    quick = one_thing(speed="quickly")
-    assert not failed(judged(quick, frames=61))  # it left the picture, as drawn
-
-
-def test_a_relation_the_other_way_round_is_told():
     right = replace(beside(one_thing(motion="still"), color="green"), relation="left of")
     wrong = replace(right, things=right.things[::-1])
     assert not failed(judged(right))
     assert "relation" in failed(judged(right, wrong))
 
 
-def test_a_wrong_shade_has_a_distance_that_grows():
-    scene, video = one_thing(), painter.draw(one_thing())
-    mask = painter.masks(scene, 17)[0][..., None]
-    shaded = [video * (1 - mask) + mask * np.array([232 - by, 36 + by, 36]) for by in (0, 25, 50)]
-    distances = [judge.judge_clips(x.astype(np.uint8), scene).answers["color.0"].value for x in shaded]
-    assert distances[0] < 2 < distances[1] < distances[2]
-
-
-def test_an_empty_clip_fails_all_that_is_asked_of_its_object():
+def test_an_empty_clip_fails_all_that_is_asked_and_the_more_one_is_hurt_the_lower_it_scores():
     scene = one_thing()
     empty = painter.draw(replace(scene, things=(replace(scene.things[0], start=(-200.0, 0.0)),)))
     assert failed(judge.judge_clips(empty, scene)) >= {"present", "color", "shape", "texture", "path", "size", "count"}
     noise = np.random.default_rng(0).random((17, 64, 64, 3))
     assert judge.judge_clips(noise, scene).score < 0.4
+    drawn = [(painter.draw(scene, 9), scene) for scene in SCENES[:4]]
+    means = [np.mean([judge.judge_clips(hurt(x, by), scene).score for x, scene in drawn]) for by in (0.0, 0.4, 0.8)]
+    assert all(high > low + 0.02 for high, low in pairwise(means)), means
 
 
 def test_masks_fit_what_was_drawn():

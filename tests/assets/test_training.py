@@ -135,14 +135,6 @@ def test_a_reader_that_knows_the_answers_loses_what_shared_tokens_leave_open_alo
     assert least < even / 3
 
 
-def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
-    budget = loop.Budget(1.0)
-    assert (loop.Budget(0.0).left(), budget.left(), budget.due()) == (False, True, False)
-    budget.stop()
-    assert (budget.left(), loop.Budget(1.0, every=0.0).due()) == (False, True)
-    assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
-
-
 @pytest.mark.slow
 def test_several_processes_train_as_one_does_stop_together_and_write_once(tmp_path):
     alone = training_ranks.train(0, 1, str(tmp_path / "one"), (6,))
@@ -157,7 +149,7 @@ def test_several_processes_train_as_one_does_stop_together_and_write_once(tmp_pa
     assert (tmp_path / "two" / "checkpoint.pt").exists()
 
 
-def test_figures_are_kept_for_the_same_weights_and_setting_alone(tmp_path):
+def test_figures_are_kept_for_the_same_weights_and_setting_alone_clocks_go_on_and_the_budget_ends(tmp_path):
     subject = {"model": "step 3", "weights": "ab", "size": 64}
     path = tmp_path / "acceptance.json"
     assert accept.kept_figures(path, subject) == subject
@@ -165,6 +157,11 @@ def test_figures_are_kept_for_the_same_weights_and_setting_alone(tmp_path):
     assert accept.kept_figures(path, subject)["judge"] == {"score": 0.5}
     for other in ({**subject, "weights": "cd"}, {**subject, "size": 48}):
         assert accept.kept_figures(path, other) == other
+    budget = loop.Budget(1.0)
+    assert (loop.Budget(0.0).left(), budget.left(), budget.due()) == (False, True, False)
+    budget.stop()
+    assert (budget.left(), loop.Budget(1.0, every=0.0).due()) == (False, True)
+    assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
 
 
 def test_the_mass_of_the_heaviest_tiles():

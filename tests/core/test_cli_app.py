@@ -1,13 +1,16 @@
-"""The application: method options, lists, errors, exit codes and a quick start."""
+"""The application: method options, lists, errors, exit codes, a quick start, and signals that end it soon."""
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from dit_accel.adapters import installed
 from dit_accel.cli import MethodList
 from dit_accel.cli.app import BUILT_IN, BY_USE, app
 from dit_accel.cli.method_options import first_line, select_methods
+from dit_accel.cli.stopping import watch
 from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
 from dit_accel.methods.toml import to_toml
 from dit_accel.methods.verdicts import refused_by, spell_refusal
@@ -40,9 +44,6 @@ def test_a_setting_switches_its_method_on_and_later_ones_win(tmp_path):
     settings = ["radial.decay_factor=0.5", "radial.decay_factor=0.7", "radial.sink=true"]
     (radial,) = select_methods(["radial"], path, settings)
     assert radial == RadialAttention(decay_factor=0.7, near="full", sink=True)
-
-
-def test_bad_settings():
     for setting, message in (
         ("radial", "--set 'radial' is not METHOD.OPTION=VALUE; write, say, --set radial.decay_factor=0.5"),
         ("radail.near=full", "--set 'radail.near=full' names no method; did you mean 'radial'"),
@@ -175,7 +176,7 @@ def test_long_lists_give_near_names_only():
     assert did_you_mean("?", [*few, "other"]) == rest
 
 
-def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
+def test_a_failure_is_one_line_and_exit_code_1_and_a_warning_is_one_line(monkeypatch):
     def fail(name: str) -> None:
         raise RuntimeError("out of\nmemory")
 
@@ -188,8 +189,6 @@ def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
         assert result.stderr.endswith(expected)
         assert (result.stderr == expected) != traced
 
-
-def test_a_warning_is_one_line(monkeypatch):
     def warning(name: str) -> None:
         warnings.warn("nothing was\n  planned", stacklevel=1)
         raise ConfigError("so")
@@ -233,3 +232,96 @@ def test_an_entry_may_be_a_group_of_commands(monkeypatch):
     assert run("cats", "toys", "lose").stderr == "error: it is lost; look below the sofa\n"
     assert run("cats", "fed").stderr.startswith("error: cats has no command 'fed'; did you mean 'feed'? known: feed, t")
     assert "Traceback" in run("cats", "toys", "lose", "--traceback").stderr
+
+
+HEAD = """
+import atexit, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
+from dit_accel.cli import installed_commands, main, stopping
+stopping.STOP.patience = 0.5
+
+def now():
+    print("now", file=sys.stderr, flush=True)
+"""
+TAIL = """
+installed_commands.commands = lambda: {"work": work}
+main()
+"""
+
+SWALLOWED = """
+def work():
+    now()
+    try:
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+"""
+
+WHILE_LOADING = """
+import tempfile
+folder = tempfile.mkdtemp()
+open(folder + "/slow.py", "w").write("import __main__, time; __main__.now(); time.sleep(60)")
+sys.path.insert(0, folder)
+
+def work():
+    from dit_accel.files import written_whole
+    with written_whole("half.txt") as path:
+        path.write_text("half")
+        import slow
+"""
+
+SLOW_END = """
+def work():
+    atexit.register(lambda: (now(), time.sleep(60)))
+"""
+
+AFTER_THE_END = """
+def work():
+    atexit.register(signal.raise_signal, signal.SIGINT)
+"""
+
+CLEANS_UP = """
+def work():
+    stopping.STOP.files = "all stands"
+    try:
+        now()
+        time.sleep(60)
+    finally:
+        now()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "number", "last"),
+    [
+        (SWALLOWED, signal.SIGTERM, "now\nerror: stopped by SIGTERM; nothing half-written is left\n"),
+        (WHILE_LOADING, signal.SIGINT, "now\nerror: stopped by Ctrl-C; nothing half-written is left\n"),
+        (SLOW_END, signal.SIGTERM, "now\nerror: stopped by SIGTERM; nothing half-written is left\n"),
+        (AFTER_THE_END, None, ""),
+        (CLEANS_UP, signal.SIGTERM, "now\nnow\nerror: stopped by SIGTERM; all stands\n"),
+    ],
+    ids=["swallowed", "loading", "slow end", "after the last line", "in a block that cleans up"],
+)
+def test_a_signal_ends_a_command_wherever_it_is(tmp_path: Path, body: str, number: signal.Signals | None, last: str):
+    command = [sys.executable, "-c", HEAD + body + TAIL, "work"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment, text = {**os.environ, "PYTHONPATH": path}, ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+        try:
+            if number:
+                text = process.stderr.readline()
+                process.send_signal(number)
+            text += process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+    assert (process.returncode, text) == (128 + number if number else 0, last)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    watch()
+    assert handlers[signal.SIGINT] == signal.SIG_IGN
+    assert handlers[signal.SIGTERM] not in (signal.SIG_IGN, signal.SIG_DFL)

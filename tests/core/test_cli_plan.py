@@ -13,7 +13,6 @@ from dit_accel.cli.app import app
 from dit_accel.errors import UnsupportedModel
 from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.presets import LEVELS, MEASURED_ON
-from dit_accel.methods.registry import methods
 
 WAN_69 = "wan2.1-14b --height 768 --width 1280 --num-frames 69"
 PUBLISHED = "--radial --set radial.boundary=published"
@@ -66,19 +65,6 @@ def test_plan_and_recommend_say_the_same_of_every_family_in_the_width_of_a_termi
             speedup = planned(name, "--preset", level)["predicted_speedup"]
             assert speedup == pytest.approx(rows[level].speedup, 1e-9), name
             assert (speedup > 1) == ("easycache" in rows[level].methods), name
-
-
-def test_every_method_can_be_planned_alone_and_beside_others():
-    together = {"delta", "lite", "radial", "sol", "sparsed", "ultravico"}
-    left = ("delta", "profilingcache", "ultraimage")  # it corrects another; has no list; is for images
-    unpublished = {"seg": "layers", "softpag": "heads", "pag": "layers"}  # nothing is published on Wan
-    alone = [{name} for name in methods() if name not in left]
-    for names in [*alone, {"radial", "delta"}, {"sparsed", "sol"}, together]:
-        options = [f"--{name}" for name in names]
-        options += [f"--set {name}.{unpublished[name]}=L8" for name in names & {*unpublished}]
-        plan = planned("wan2.1-1.3b --num-frames 161", *options)
-        assert set(plan["methods"]) == names
-        assert set(plan["uncounted_methods"]) & together == names & {"lite"}
 
 
 def test_a_third_forward_is_counted_less_what_its_prefix_saves():
@@ -200,18 +186,7 @@ def test_bad_input_is_one_line_and_exit_code_2():
         assert message in result.stderr
 
 
-def test_a_longer_clip_is_held_against_the_trained_length():
-    plan = planned("wan2.1-1.3b --num-frames 321 --lvsa")
-    times, speedup = plan["times_trained"], plan["predicted_speedup"]
-    assert times > speedup > 1
-    assert 0 < plan["density"] < 0.3
-    assert planned("wan2.1-1.3b --num-frames 81")["times_trained"] == 1.0
-    text = shown("wan2.1-1.3b --num-frames 321 --lvsa")
-    assert "3.86 times the trained 21" in text
-    assert f"{times:.2f} times that of the trained size, dense, {times / speedup:.2f} with the methods" in text
-
-
-def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it():
+def test_a_longer_clip_is_held_against_the_trained_length_and_warned_of_where_no_method_is_for_it():
     for words, advice in (
         ("wan2.1-1.3b --num-frames 321 --radial", "attach --ultravico or --lvsa"),
         ("wan2.1-1.3b --num-frames 321 --lvsa", ""),
@@ -223,6 +198,14 @@ def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it():
         text = notes(words)
         assert advice in text
         assert text.count("beyond which") == bool(advice)
+    plan = planned("wan2.1-1.3b --num-frames 321 --lvsa")
+    times, speedup = plan["times_trained"], plan["predicted_speedup"]
+    assert times > speedup > 1
+    assert 0 < plan["density"] < 0.3
+    assert planned("wan2.1-1.3b --num-frames 81")["times_trained"] == 1.0
+    text = shown("wan2.1-1.3b --num-frames 321 --lvsa")
+    assert "3.86 times the trained 21" in text
+    assert f"{times:.2f} times that of the trained size, dense, {times / speedup:.2f} with the methods" in text
 
 
 def test_a_preset_is_planned_and_named_methods_win():

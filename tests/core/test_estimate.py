@@ -1,11 +1,14 @@
-"""Predictions against published figures and by hand: FLOPs, tokens, memory, dense shares, skipped forwards."""
+"""Predictions against published figures, by hand and by a run: FLOPs, tokens, memory, lists, dense shares, skips."""
 
 import dataclasses
 import math
 from typing import Any
 
 import pytest
+import torch
+from one_layer import MODEL, OneLayer, random_call
 
+import dit_accel
 from dit_accel import LVSA, DeltaAttention, EasyCache, RadialAttention, SolAttention, SparseD, StaticCache
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import described, family
@@ -16,6 +19,9 @@ from dit_accel.estimate.sizes import check_multiple, rounded_frames, token_layou
 from dit_accel.methods.base import Model
 from dit_accel.methods.preset_figures import Promise
 from dit_accel.methods.presets import Choice, PresetMethods
+from dit_accel.methods.registry import handler_of
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.tiling import Tiling
 
 PETA = 1e15
 WAN_69 = dict(height=768, width=1280, num_frames=69)
@@ -68,16 +74,13 @@ def test_tokens_at_the_default_size():
         assert run.speedup == 1
 
 
-def test_dense_share_counts_steps_and_layers():
+def test_dense_share_counts_steps_and_layers_and_text_is_always_computed():
     for last, thinned in ((0, 38), (2, 36)):
         radial = RadialAttention(dense_steps=12, dense_layers=1, dense_last_steps=last)
         assert plan("wan2.1-14b", methods=[radial]).dense_share == pytest.approx(1 - (thinned / 50) * (39 / 40))
-
-
-def test_equal_steps_cost_the_same():
-    run = plan("wan2.1-14b", methods=[RadialAttention()])
-    fewer = plan("wan2.1-14b", num_inference_steps=round(run.equal_steps))
-    assert fewer.total_flops / run.total_flops == pytest.approx(1 / run.speedup, rel=0.03)
+    run = plan("hunyuan-video", methods=[RadialAttention()])
+    assert run.pair_density > run.tiles.density
+    assert run.to_dict()["text_tokens"] == 256
 
 
 def test_state_memory_is_that_of_the_lists():
@@ -89,17 +92,6 @@ def test_state_memory_is_that_of_the_lists():
     pooled = plan("wan2.1-1.3b", methods=[RadialAttention(rest="pooled")])
     assert pooled.tile_list_bytes > run.tile_list_bytes
     assert (pooled.pooled_bytes, run.pooled_bytes) == (2 * 256 * 12 * 128 * 2, 0)
-
-
-def test_text_is_always_computed():
-    run = plan("hunyuan-video", methods=[RadialAttention()])
-    assert run.pair_density > run.tiles.density
-    assert run.to_dict()["text_tokens"] == 256
-
-
-@pytest.mark.parametrize(("frames", "rounded"), [(81, 81), (80, 81), (82, 81), (79, 77), (1, 1), (3, 1), (5, 5)])
-def test_frames_are_rounded_like_the_pipeline(frames, rounded):
-    assert rounded_frames(family("wan2.1-14b"), frames) == rounded
 
 
 RADIAL = RadialAttention()
@@ -130,7 +122,9 @@ def test_refused():
 
 
 @pytest.mark.parametrize(("value", "nearest"), [(0, 16), (8, 16), (23, 16), (24, 32), (719, 720), (721, 720)])
-def test_the_nearest_legal_size_is_named(value, nearest):
+def test_the_nearest_legal_size_is_named_and_frames_are_rounded_like_the_pipeline(value, nearest):
+    rounded = {81: 81, 80: 81, 82: 81, 79: 77, 1: 1, 3: 1, 5: 5}
+    assert {frames: rounded_frames(family("wan2.1-14b"), frames) for frames in rounded} == rounded
     with pytest.raises(ConfigError, match=rf"got {value}.*{nearest}$"):
         check_multiple("height", value, 16, "a model")
     with pytest.raises(ConfigError, match=rf"width.*got {value}.*{nearest}$"):
@@ -157,9 +151,12 @@ def test_a_pattern_and_routing_leave_less_together_than_each_alone():
         assert both.pools
 
 
-def test_methods_below_min_tokens_save_nothing():
+def test_methods_below_min_tokens_save_nothing_and_equal_steps_cost_the_same():
     for least, faster in ((40_000, False), (30_000, True)):  # wan2.1-1.3b has 32,760 visual tokens
         assert (plan("wan2.1-1.3b", methods=[SolAttention(min_tokens=least)]).speedup > 1.1) == faster
+    run = plan("wan2.1-14b", methods=[RadialAttention()])
+    fewer = plan("wan2.1-14b", num_inference_steps=round(run.equal_steps))
+    assert fewer.total_flops / run.total_flops == pytest.approx(1 / run.speedup, rel=0.03)
 
 
 def test_family_recipes_fill_what_is_unset():
@@ -219,3 +216,54 @@ def test_skipped_forwards_of_one_branch_are_counted_as_if_all_steps_were_skipped
     cases = ([warm, half], True), ([warm, both], False), ([sparse, half], False), ([warm], False), ([half], False)
     for methods, noted in cases:
         assert any("a little less is gained" in note for note in plan("wan2.1-14b", methods=methods).notes) is noted
+
+
+ALWAYS = dict(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0)
+LAYOUTS = [
+    TokenLayout(frames=11, height=6, width=10),  # 41.25 tiles
+    TokenLayout(frames=11, height=6, width=10, text_before=5, text_after=30),
+]
+METHODS = {
+    "lvsa": LVSA(trained_frames=5, window=1, **ALWAYS),
+    "lvsa pooled": LVSA(trained_frames=5, window=1, rest="pooled", **ALWAYS),
+    "lvsa still": LVSA(trained_frames=5, window=1, rotate=False, **ALWAYS),
+    "lvsa, 2 dense steps": LVSA(trained_frames=5, window=1, **{**ALWAYS, "dense_steps": 2, "dense_last_steps": 1}),
+    "radial": RadialAttention(decay_factor=0.2, near="half", **ALWAYS),
+    "radial pooled": RadialAttention(decay_factor=0.2, near="half", rest="pooled", **ALWAYS),
+    "radial, all": RadialAttention(decay_factor=9.0, rest="pooled", **ALWAYS),
+    "sol": SolAttention(**ALWAYS),
+    "sparsed": SparseD(density=0.3, **ALWAYS),
+    "lite": dit_accel.LiteAttention(**{**ALWAYS, "dense_last_steps": None}),
+    "lite, text too": dit_accel.LiteAttention(protect_text=False, **{**ALWAYS, "dense_last_steps": None}),
+    "lite, kept": dit_accel.LiteAttention(
+        protect_text=False, must_keep=(0, 64), **{**ALWAYS, "dense_last_steps": None}
+    ),
+}
+
+
+def tensors_of(value):
+    return [x for name in value.__slots__ if isinstance(x := getattr(value, name), torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_estimate_counts_every_entry_of_the_lists(name):
+    config = METHODS[name]
+    for layout, steps in zip(LAYOUTS, (2, 9), strict=True):
+        seen = {}
+
+        def note(planned, seen=seen):
+            if planned.plan.tiles is None:  # a dense step
+                return
+            tensors = tensors_of(planned.plan.tiles)
+            selection = planned.plan.selection
+            if selection is not None and selection.pinned is not None:
+                tensors.append(selection.pinned)
+            seen.update((x.data_ptr(), x) for x in tensors)
+
+        layer = OneLayer(config, steps=steps, backend="torch")
+        layer.observe(note)
+        call = random_call(layout, "bhsd", dtype=torch.float32)
+        for step in range(steps):
+            layer.call(call.q, call.k, call.v, layout, step=step)
+        handler = handler_of(config)(config, dataclasses.replace(MODEL, tiling=Tiling(16)))
+        assert handler.estimate(layout, steps).list_bytes == sum(x.nbytes for x in seen.values())

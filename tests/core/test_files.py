@@ -146,18 +146,15 @@ def test_json_is_always_valid():
     assert read == {"a": None, "b": [None, [None, 1.5]], "c": "x", "d": True, "1": None}
 
 
-def test_what_is_half_written_can_be_deleted_from_outside(tmp_path: Path, monkeypatch):
+def test_what_is_half_written_or_being_made_can_be_deleted_from_outside(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(files, "_making", threading.Lock())
     with contextlib.suppress(FileNotFoundError), held(tmp_path / "a.txt"), written_whole(tmp_path / "a.txt") as half:
         half.write_text("half")
         assert len(names(tmp_path)) == 2
         remove_temporaries()
         assert names(tmp_path) == []
-
-
-def test_what_is_being_made_as_a_signal_arrives_is_deleted_too(tmp_path: Path, monkeypatch):
-    """A handler runs between two steps of the main thread, here right after the file is there."""
-    monkeypatch.setattr(files, "_making", threading.Lock())
+    monkeypatch.setattr(files, "_making", threading.Lock())  # the last one was taken for good
+    # as a signal arrives, too: a handler runs between two steps of the main thread, here right after the file is there
     made = os.open
 
     def interrupted(*given, **options):

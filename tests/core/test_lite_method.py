@@ -265,7 +265,7 @@ def test_ranges_round_outward_or_inward(edges, block, before, shuffled):
 
 
 TABLE = LiteThresholds(
-    model="toy, 3 layers, 2 heads", criterion="maxgap", num_inference_steps=3, target_error=0.05,
+    model="any, 3 layers, 2 heads", criterion="maxgap", num_inference_steps=3, target_error=0.05,
     thresholds={"transformer": ((-10.0, -math.inf, -4.0), (-1.0, -2.0, -3.0)) * 2},
 )  # fmt: skip
 
@@ -286,8 +286,8 @@ def test_a_thresholds_file_survives_writing_and_sets_each_vote(tmp_path):
             calls.handler.is_active(calls.context(0, num_inference_steps=steps), 0)
     with pytest.raises(ConfigError, match=r"'maxgap', lite\.criterion.*'mass'"):
         LiteHandler(LiteAttention(thresholds_file=str(path), criterion="mass"), MODEL)
-    path.write_text(path.read_text().replace("toy", "other"))
-    with pytest.raises(ConfigError, match=r"'other, 3 layers, 2 heads'.*'toy, 3 layers, 2 heads'"):
+    path.write_text(path.read_text().replace("any, 3", "other, 3"))
+    with pytest.raises(ConfigError, match=r"'other, 3 layers, 2 heads'.*'any, 3 layers, 2 heads'"):
         LiteHandler(LiteAttention(thresholds_file=str(path)), MODEL)
 
 

@@ -61,7 +61,7 @@ FIXED = {
 """Method -> options that no recipe sets."""
 
 
-def test_defaults_are_the_published_ones():
+def test_defaults_are_the_published_ones_and_configs_can_t_be_written_to():
     assert {name: dict(methods()[name].defaults) for name in DEFAULTS} == DEFAULTS
     for name, options in FIXED.items():
         config = methods()[name]()
@@ -70,9 +70,6 @@ def test_defaults_are_the_published_ones():
         r"`scale`, `tau`, `alpha` \| .*?: ([\d.]+), ([\d.]+) and ([\d.]+);", (DOCS / "guidance.md").read_text()
     )
     assert [float(number) for number in numbers] == [DEFAULTS["nag"][name] for name in ("scale", "tau", "alpha")]
-
-
-def test_configs_can_t_be_written_to():
     for config in methods().values():
         assert config.__dataclass_params__.frozen
         assert config.__slots__ is not None

@@ -1,5 +1,7 @@
-"""The run of diffusers' own tests: how models are attached and compared, and which differences are reported."""
+"""The tools beside the tests: diffusers' own tests with methods attached, and the defects of `make mutants`."""
 
+import ast
+import contextlib
 import importlib
 import json
 import os
@@ -14,10 +16,11 @@ from wan_tiny import TINY
 from dit_accel import LiteAttention, attach
 
 UPSTREAM = Path(__file__).parents[1] / "upstream"
-sys.path.insert(0, str(UPSTREAM))
+sys.path[:0] = [str(UPSTREAM), str(UPSTREAM.with_name("mutants"))]
 
 import upstream_models  # noqa: E402
 import upstream_plugin  # noqa: E402
+from mutations import mutated, mutations_of  # noqa: E402
 from upstream_judge import Expected, problems, read_expected  # noqa: E402
 from upstream_models import Watch, leftovers, same_bits, untouched  # noqa: E402
 
@@ -113,17 +116,15 @@ def test_forwards_are_compared_with_plain_ones():
 
 
 def test_a_forward_raises_attached_where_it_does_plain():
-    watch, _, model = watched("neutral")
-    with pytest.raises(ValueError, match="no"):
-        watch.run(model, fails, fails)
-    assert watch.end() == []
-    watch, _, model = watched("neutral")
-    with pytest.raises(ValueError, match="no"):
-        watch.run(model, fails, ones())
-    watch.run(model, ones(), fails)
-    attached, plain = watch.end()
-    assert "the attached forward alone raised" in attached
-    assert "the plain forward alone raised" in plain
+    for attached, plain, said in (
+        (fails, fails, []),
+        (fails, ones(), ["the attached forward alone raised"]),
+        (ones(), fails, ["the plain forward alone raised"]),
+    ):
+        watch, _, model = watched("neutral")
+        with pytest.raises(ValueError, match="no") if attached is fails else contextlib.nullcontext():
+            watch.run(model, attached, plain)
+        assert [text in error for text, error in zip(said, watch.end(), strict=True)] == [True] * len(said)
 
 
 def test_a_plain_forward_runs_nothing_of_ours():
@@ -247,3 +248,49 @@ def test_differences_that_are_not_listed_and_listed_ones_that_vanished_are_probl
         assert all(entry.reason for entry in read_expected(UPSTREAM / "expected.toml"))
         if expected[1:2] == ("c",):  # of picked tests the list may hold others
             assert problems("neutral", PLAIN, attached, listed, whole=False) == []
+
+
+TEXT = '''"""A module of 3 lines."""
+
+LIMIT = 4
+
+
+def height(x: int = 2, names=()) -> int:
+    """Return 1 of 2."""
+    if x < LIMIT and not names:
+        raise ValueError(f"{x + 1} is below {LIMIT}")
+    warnings.warn("é", stacklevel=2)
+    lines.append("é"); y = any(x == 1 for x in names)
+    return max(x,
+               3) - 1
+'''
+FOUND = """
+3: 4 -> 5
+6: 2 -> 3
+8: x < LIMIT and not names -> x < LIMIT or not names
+8: x < LIMIT -> x <= LIMIT
+8: not names -> names
+9: raise ValueError(f"{x + 1} is below {LIMIT}") -> pass
+11: lines.append("é") -> pass
+11: any(x == 1 for x in names) -> all((x == 1 for x in names))
+11: x == 1 -> x != 1
+11: 1 -> 2
+12: max(x, 3) - 1 -> max(x, 3) + 1
+12: max(x, 3) -> min(x, 3)
+13: 3 -> 4
+13: 1 -> 2
+"""
+
+
+def test_each_defect_is_where_it_says_and_nothing_else_changes():
+    found = mutations_of("a.py", TEXT)
+    assert [f"{one.line}: {one.before} -> {one.after}" for one in found] == FOUND.strip().splitlines()
+    assert {one.where for one in found} == {"", "height"}
+    assert len({one.key for one in found}) == len(found)  # the second 1 -> 2 has a number
+    for one in found:
+        text = mutated(TEXT, one)
+        ast.parse(text)
+        assert text != TEXT
+        after = one.after if one.after == "pass" else f"({one.after})"
+        assert " ".join(text.replace(after, one.before, 1).split()) == " ".join(TEXT.split())
+    assert mutations_of("a.py", "@triton.jit\ndef kernel(x):\n    return x + 1\n") == []

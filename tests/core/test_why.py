@@ -162,6 +162,9 @@ def test_the_causes_of_a_run_and_what_to_do():
             start, advice = text.split(" ... ")
             assert line.startswith(start)
             assert advice in line
+    where = dict(transformer="transformer", step_index=0, branch="cond")
+    steps = [StepReport(**where, dense_layers=3, sparse_layers=0, density=1.0, pooled=0.0)]
+    assert Report(methods={}, backend="torch", model={}, steps=steps, timing=timing("dd")).why_not_faster() == []
 
 
 def test_attention_that_stayed_dense_takes_its_share_of_the_attention_s_time():
@@ -207,12 +210,6 @@ def test_fetches_of_offloaded_weights_are_timed(how):
     assert all(0 < one.fetching < one.seconds for one in timed)
     hooks = [module._hf_hook for module in transformer.modules() if hasattr(module, "_hf_hook")]
     assert not any("pre_forward" in vars(hook) for hook in hooks)
-
-
-def test_nothing_is_said_where_no_method_is_attached():
-    where = dict(transformer="transformer", step_index=0, branch="cond")
-    steps = [StepReport(**where, dense_layers=3, sparse_layers=0, density=1.0, pooled=0.0)]
-    assert Report(methods={}, backend="torch", model={}, steps=steps, timing=timing("dd")).why_not_faster() == []
 
 
 def test_no_further_cache_is_advised_beside_one_of_diffusers():

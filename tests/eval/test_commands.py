@@ -1,5 +1,10 @@
-"""What all commands do alike: misspelt models, outputs that another run writes, and threads."""
+"""What all commands do alike: misspelt models, outputs that another run writes, threads, ends of processes."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import demo
@@ -67,17 +72,16 @@ def test_a_misspelt_model_is_one_line_in_every_command(here: Path, arguments):
     assert [entry.name for entry in here.iterdir()] == ["s.toml"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "written", "what"),
-    [
-        (["generate", PROMPT, "-o", "a.mp4"], "a.mp4", "output"),
-        (["tune", "magcache", "-o", "m.toml"], "m.toml", "tune's output"),
-        (["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"], "lora", "the training's folder"),
-        (["eval", "run", "s.toml", "--out", "s.jsonl"], "s.jsonl", "the results file"),
-        (["demo", "--out", "demo"], "demo", "the demo's folder"),
-    ],
-    ids=["generate", "tune", "finetune", "eval run", "demo"],
-)
+RUNS = {
+    "generate": (["generate", PROMPT, "-o", "a.gif"], "a.gif", "output"),
+    "tune": (["tune", "magcache", "-o", "m.toml"], "m.toml", "tune's output"),
+    "finetune": (["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"], "lora", "the training's folder"),
+    "eval run": (["eval", "run", "s.toml", "--out", "s.jsonl"], "s.jsonl", "the results file"),
+    "demo": (["demo", "--out", "demo"], "demo", "the demo's folder"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "written", "what"), RUNS.values(), ids=RUNS)
 def test_a_second_run_on_one_output_is_refused_by_name(here: Path, arguments, written: str, what: str):
     (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
     with held(written):
@@ -115,16 +119,7 @@ def seen(monkeypatch) -> list[int]:
     torch.set_num_threads(before)
 
 
-COMMANDS = [
-    ["generate", PROMPT, "-o", "a.gif"],
-    ["tune", "magcache", "-o", "m.toml"],
-    ["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"],
-    ["eval", "run", "s.toml", "--out", "s.jsonl"],
-    ["demo", "--out", "demo"],
-]
-
-
-@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize("arguments", [run[0] for run in RUNS.values()], ids=RUNS)
 def test_embedded_models_run_on_one_thread(here: Path, seen, arguments):
     (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
     start(*arguments)
@@ -132,14 +127,12 @@ def test_embedded_models_run_on_one_thread(here: Path, seen, arguments):
     assert not (here / "lora").exists()
 
 
-def test_timed_suites_and_those_that_say_so_have_their_own_threads(here: Path, seen):
+def test_timed_suites_others_models_and_what_is_chosen_have_their_own_threads(monkeypatch, here: Path, seen):
     (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
     start("eval", "run", "s.toml", "--out", "s.jsonl", "--time")
     start("eval", "run", "s.toml", "--out", "s.jsonl", "--threads", "4")
     assert seen == [2, 4]
-
-
-def test_what_the_environment_chooses_holds_and_so_do_other_models(monkeypatch, here: Path, seen):
+    seen.clear()
     with one_thread(embedded=False):
         assert torch.get_num_threads() == 3
     with threads(2), threads(None):
@@ -147,3 +140,79 @@ def test_what_the_environment_chooses_holds_and_so_do_other_models(monkeypatch, 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     start("generate", PROMPT, "-o", "a.gif")
     assert seen == [3]
+
+
+WORKS = """
+import os, signal, sys, time
+from pathlib import Path
+
+def work(item):
+    from dit_accel.files import written_whole
+    with written_whole(f"{item}.txt"):
+        Path(f"at-{item}").write_text(str(os.getpid()))
+        time.sleep(60)
+
+def both():
+    from dit_accel_eval.runs.pool import run_beside
+    run_beside(work, [0, 1, 2], 2)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from dit_accel.cli import run_alone
+    run_alone(both)
+"""
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_running(process):
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "group"), [(signal.SIGINT, "Ctrl-C", True), (signal.SIGTERM, "SIGTERM", False)]
+)
+def test_a_signal_ends_all_processes_at_once(tmp_path, number, name, group):
+    script = tmp_path / "script.py"
+    script.write_text(WORKS)
+    noted = [tmp_path / "at-0", tmp_path / "at-1"]
+    process = subprocess.Popen(
+        [sys.executable, script], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_for(lambda: all(one.exists() and one.read_text() for one in noted))
+        began = time.monotonic()
+        (os.killpg if group else os.kill)(process.pid, number)
+        _, told = process.communicate(timeout=20)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    assert (process.returncode, told) == (128 + number, f"error: stopped by {name}; nothing half-written is left\n")
+    assert time.monotonic() - began < 5
+    assert not any(is_running(int(one.read_text())) for one in noted)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["at-0", "at-1", "script.py"]
+
+
+@pytest.mark.slow
+def test_processes_end_with_one_that_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(WORKS)
+    noted = [tmp_path / "at-0", tmp_path / "at-1"]
+    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path) as parent:
+        wait_for(lambda: all(one.exists() and one.read_text() for one in noted))
+        parent.kill()
+    wait_for(lambda: not any(is_running(int(one.read_text())) for one in noted))
+
+
+def test_an_error_of_one_ends_the_others(tmp_path):
+    script = tmp_path / "script.py"
+    failing = WORKS.replace("        time.sleep(60)", "        time.sleep(60 if item else 0)\n        1 / item")
+    script.write_text(failing)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    told = "error: ZeroDivisionError: division by zero (--traceback shows where)\n"
+    assert (done.returncode, done.stderr) == (1, told)
+    assert not list(tmp_path.glob("*.txt"))

@@ -2,8 +2,8 @@
 
 import json
 import mmap
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,18 +14,20 @@ from dit_accel_eval.report.page import page
 from dit_accel_eval.report.writing import data_of
 from dit_accel_eval.runs.counting import Counter, Counts, attended_share, work
 from dit_accel_eval.runs.loaded import EmbeddedModel
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.measuring import _cost
 from dit_accel_eval.suites.reference import dense_run
 from dit_accel_pipelines.families.wan import WAN
 from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.timing import timed_steps
-from fake_model import report_of, written
+from fake_model import report_of
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD, StaticCache
 
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
 NOTHING = Counts(blocks=0, attention=0)
 
 
@@ -88,21 +90,22 @@ def test_work_is_in_steps_of_the_dense_model():
     assert Counts(blocks=120, attention=240) / 10 == step
 
 
-def test_stages_are_timed_apart():
+def test_stages_are_timed_apart_and_what_is_done_after_a_step_is_in_none(monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
+    monkeypatch.setattr("dit_accel_pipelines.generation.timing.time", clock)
+
     class Pipe:
         def __call__(self):
-            time.sleep(0.03)
+            now[0] += 3
             for _ in self.progress_bar([0, 1]):
-                time.sleep(0.01)
-            time.sleep(0.02)
+                now[0] += 1
+            now[0] += 4
 
-    pipe, after = Pipe(), []
-    with timed_steps(pipe, Stages(quiet=True), lambda: after.append(time.sleep(0.2))) as timings:
+    pipe = Pipe()
+    with timed_steps(pipe, Stages(quiet=True), lambda: now.append(now.pop() + 20)) as timings:
         pipe()
-    assert len(after) == len(timings.steps) == 2
-    assert 0.03 <= timings.text < 0.2
-    assert timings.denoise == sum(timings.steps) < 0.2  # what is done after a step is none of it
-    assert 0.02 <= timings.decode < 0.2
+    assert (timings.text, timings.steps, timings.denoise, timings.decode) == (3, [1, 1], 2, 4)
 
 
 def test_the_peak_is_of_what_was_held_since_it_was_begun():
@@ -149,33 +152,22 @@ def test_dense_runs_keep_their_times_and_earlier_ones_have_none(model, tmp_path)
     assert "times" not in _cost(old, old.counts / 2, 0.5)
 
 
-def test_the_report_shows_steps_and_stages(tmp_path: Path):
-    known = {
-        "model": "wan-plain", "weights": "w", "call": {}, "reference": "r", "reference_steps": 32, "psnr": 30.0,
-        "reference_agreement": 50.0, "num_inference_steps": 4, "flow_shift": None, "methods": {}, "ssim": 0.9,
-        "score": 1.0, "work": 4.0, "work_real": 4.0, "attended": 1.0,
-    }  # fmt: skip
-    times = {"threads": 1, "text": 0.5, "denoise": 4.0, "decode": 0.25, "steps": [1.0, 1.0, 0.5, 1.5]}
-    lines = []
-    for clip in range(2):
-        here = {**known, "clip": clip, "prompt": f"prompt {clip}"}
-        for arm, took in (("whole 4", [1, 1, 1, 1]), ("skips 4", [1, 0, clip, 1])):
-            more = {"step_work": took, "times": times, "peak_memory_bytes": {"host": (300 + clip) << 20}}
-            lines.append({**here, "arm": arm, "solver": "euler", **more})
-        lines.append({**here, "arm": "unipc 4", "solver": "unipc"})
-    report = report_of(written(tmp_path / "r.jsonl", lines))
-    shown = step_map(report)
-    assert shown.rows == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
-    assert (shown.ends, shown.share(0.5)) == ((0, 1), 0.5)
-    stages = {"text": 0.5, "denoise": 4.0, "decode": 0.25, "step": 1.0, "memory": 301.0}
-    assert costs(report) == {"whole 4": stages, "skips 4": stages}
-    text = page(report)
+def test_the_report_shows_steps_and_stages_where_lines_tell_them():
+    timed, untimed = (RESULTS / f"{name}.jsonl" for name in ("schedules-wan-tiny", "profiling-wan-plain"))
+    report, lines = report_of(timed), read_lines(timed)
+    shown, text = step_map(report), page(report)
+    for name, row in shown.rows.items():
+        own = [line for line in lines if line["arm"] == name]
+        assert row == pytest.approx(np.mean([line["step_work"] for line in own], 0))
+        stages = {one: np.mean([line["times"][one] for line in own]) for one in ("text", "denoise", "decode")}
+        stages["step"] = np.median([seconds for line in own for seconds in line["times"]["steps"]])
+        stages["memory"] = max(line["peak_memory_bytes"]["host"] for line in own) / 2**20
+        assert costs(report)[name] == pytest.approx(stages)
+        assert f"<td>{stages['step']:.3f}</td>\n<td>{stages['decode']:.2f}</td>" in text
     assert "Step by step" in text
     assert "on 1 thread, beside whatever" in text
-    assert "<td>0.500</td>\n<td>4.00</td>\n<td>1.000</td>\n<td>0.25</td>\n<td>301</td>" in text
-    (run, *_) = data_of(report)["arms"][1]["runs"]
-    assert (run["step_work"], run["times"]["text"]) == ([1, 1, 1, 1], 0.5)
-    plain = [{key: value for key, value in line.items() if key not in ("step_work", "times")} for line in lines]
-    text = page(report_of(written(tmp_path / "r.jsonl", plain)))
+    (run, *_) = next(arm for arm in data_of(report)["arms"] if arm["name"] == name)["runs"]
+    assert (run["step_work"], run["times"]["text"]) == (own[0]["step_work"], own[0]["times"]["text"])
+    text = page(report_of(untimed))
     assert "Step by step" not in text
     assert "decoding, s" not in text

@@ -1,6 +1,8 @@
 """The judges of suites without a reference: guidance at equal forwards, larger pictures, longer clips."""
 
 import functools
+from functools import partial
+from pathlib import Path
 
 import judge_guidance
 import judge_larger
@@ -12,11 +14,13 @@ from dit_accel_assets.checker import closeness, path_distance
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite, read_suite
-from drawn_model import STUDIES, DrawnModel, run_suite, standing_in
+from fake_model import DrawnModel, command, faked
 from judge_longer import by_stretch, loop_rise
 
 from dit_accel import PAG
 
+STUDIES = Path(__file__).parents[2] / "eval" / "studies"
+run_suite = partial(command, "run")
 HEAD = 'version = 2\nname = "some"\njudge = "{}/{}.py"\nmodel = "{}"\nclips = {}\n'
 ARM = '[[arm]]\nname = "{}"\nnum_inference_steps = {}\ncall = {{ {} }}\n'
 
@@ -161,7 +165,7 @@ def test_a_suite_is_judged_goes_on_and_prints(kind, tmp_path, monkeypatch):
     model, short, long, methods, measure, expected, printed = RUNS[kind]
     arms = [ARM.format(name, 2, call) for name, call in (short, long, ("2x, ours", long[1]))]
     path, out = write(tmp_path, f"judge_{kind}", model.name, 2, *arms, methods)
-    for _ in standing_in(monkeypatch, model):
+    for _ in faked(monkeypatch, model):
         first = run_suite(path)
         assert first.exit_code == 0, first.output
         assert [(clip, many) for clip, _, many in model.made] == [(clip, many) for clip in (0, 1) for many in (0, 0, 1)]

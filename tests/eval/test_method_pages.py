@@ -1,17 +1,25 @@
-"""Every method has a page by one template, whose picture exists and whose code and command line run."""
+"""Every method has a page by one template, whose picture exists and whose code runs; what pictures are drawn from."""
 
 import functools
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import lead_picture
+import numpy as np
 import pytest
+import suite_picture
 import torch
 from dit_accel_assets import model_path
+from dit_accel_eval.statistics import ClipMean, frontier, judge
+from dit_accel_eval.suites.figures import ArmFigures
 from method_pages import FOLDER, options_table
+from method_pictures import PICTURES, frames_seen, pipeline, run, tile_states
 from PIL import Image
+from strips import DARK, GREY
 from tiny_stock import stock_pipeline
 
 import dit_accel
@@ -50,7 +58,7 @@ def page(name: str) -> str:
 
 
 @functools.cache
-def pipeline(cls: str) -> tuple[Any, dict[str, Any]]:
+def short_pipeline(cls: str) -> tuple[Any, dict[str, Any]]:
     """The embedded or tiny pipeline of a class, and what a short call of it takes."""
     if cls == "StableDiffusion3Pipeline":
         pipe, call = stock_pipeline("StableDiffusion3Pipeline")
@@ -112,13 +120,14 @@ def test_there_is_no_page_or_picture_of_anything_else():
     names = {*methods(), "index", "shared"}
     assert {path.stem for path in (ROOT / FOLDER).glob("*.md")} == names
     assert {path.stem for path in (ROOT / FOLDER).glob("*.png")} <= names
+    assert set(PICTURES) == set(methods()) - {"rope"}  # whose picture is there already
 
 
 @pytest.mark.parametrize("name", methods())
 def test_the_code_of_a_page_runs(name, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", page(name), flags=re.M | re.S)
     ((cls, repo),) = re.findall(r"(\w+)\.from_pretrained\(\"(.+?)\"\)", code)
-    pipe, call = pipeline(cls)
+    pipe, call = short_pipeline(cls)
     kind, original = type(pipe), type(pipe).__call__
     monkeypatch.setattr(kind, "from_pretrained", lambda source: pipe if source == repo else pytest.fail(source))
     small = functools.wraps(original)(
@@ -150,3 +159,71 @@ def test_a_table_has_own_options_first_then_the_names_of_shared_ones():
     assert "| `near` | `full`, `half` | model's, else `full` |" in table
     assert "| `dense_steps` |" not in table
     assert "`dense_steps` (model's, else `0.24`)" in table
+
+
+SHORT = dict(height=32, width=32, num_frames=9, num_inference_steps=4)
+
+
+def colours(picture: Image.Image) -> set[str]:
+    counted = picture.convert("RGB").getcolors(picture.width * picture.height)
+    assert counted is not None
+    return {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in counted}
+
+
+def test_what_a_cache_skips_is_what_did_not_run():
+    cache = dit_accel.StaticCache(steps=(1, 0, 1, 0), warmup_steps=1, last_steps=0)
+    blocks = dit_accel.ProfilingCache(blocks="0-5", every=2, warmup_steps=1, last_steps=0)
+    assert np.array_equal(run("wan-tiny", (cache,), **SHORT).computed, np.tile([True, False, True, False], (12, 1)))
+    computed = run("wan-tiny", (blocks,), **SHORT).computed
+    assert computed[6:].all()
+    assert not computed[:6].all(axis=1).any()
+    assert dit_accel.attachment_of(pipeline("wan-tiny")) is None
+
+
+def test_tiles_are_told_by_lists_bits_and_routing():
+    sizes, call = dict(block_size=16, dense_steps=0, dense_layers=0), {**SHORT, "num_inference_steps": 2}
+    sol = run("wan-plain", (dit_accel.SolAttention(beta=0.0, **sizes),), **call).calls[-1]
+    assert set(np.unique(tile_states(sol))) == {1, 2}
+    seen = run("wan-plain", (dit_accel.RadialAttention(decay_factor=0.2, near="half", sink=False, **sizes),), **call)
+    assert set(np.unique(tile_states(seen.calls[-1]))) == {0, 2}
+    assert colours(frames_seen(seen)) >= {GREY, DARK}
+
+
+def figure(name: str, psnr: float, work: float, real: float | None = None, clips: int = 2) -> ArmFigures:
+    means = {"work": work, "work_real": work if real is None else real}
+    found = ClipMean(mean=psnr, median=psnr, count=clips, low=psnr - 1, high=psnr + 1)
+    return ArmFigures(name=name, clips=clips, means=means, psnr=found)
+
+
+DENSE = [figure(f"unipc {steps}", 20 + steps, steps) for steps in range(6, 12)]
+
+
+def test_the_frontier_is_what_none_surpasses_at_as_little_work():
+    good, bad = figure("a, 0.1 12", 33, 9.5), figure("a, 0.2 12", 27, 9)
+    found = frontier([*DENSE, good, bad], lambda arm: (arm.means["work"], arm.psnr.mean))
+    assert found == [*DENSE[:4], good]
+
+
+@pytest.mark.parametrize(("real", "panels"), [(None, 1), (6.0, 2)])
+def test_a_picture_has_a_panel_for_each_work_that_differs_and_is_small(tmp_path, real, panels):
+    arms = [*DENSE, *(figure(f"group {n}, {s} 12", 25 + n, 6 + s, real) for n in range(9) for s in range(6))]
+    suite_picture.draw(arms, "a suite", tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").width == pytest.approx((3.5 + 5.5 * panels) * suite_picture.DOTS, abs=1)
+    assert (tmp_path / "s.png").stat().st_size < 150_000
+
+
+def test_leads_are_drawn_of_the_settings_that_have_one(tmp_path):
+    leads = judge({name: [base + 0.1 * clip for clip in range(8)] for name, base in (("a", 2.0), ("b", -3.0))})
+    arms = [replace(figure(name, 30, 9), means={"steps_in_time": 9.0}, ahead={"steps_in_time": leads[name]})
+            for name in leads]  # fmt: skip
+    lead_picture.draw({"wan-tiny": arms, "flux-tiny": arms}, tmp_path / "a.png")
+    lead_picture.draw({"wan-tiny": [*arms, *DENSE], "flux-tiny": arms}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_suite_without_results_says_so(tmp_path, capsys):
+    assert (
+        suite_picture.main([str(ROOT / "eval/suites/knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")])
+        == 2
+    )
+    assert "knee-wan-tiny: wan-tiny, 12 held-out clips has no results to draw" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from hashlib import sha256
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import drawn_model
+import fake_model
 import numpy as np
 import pytest
 import torch
@@ -28,7 +28,7 @@ from dit_accel.errors import install
 
 
 def drawn(frames: int = 9) -> np.ndarray:
-    return drawn_model.drawn(frames=frames).astype(np.float32) / 255
+    return fake_model.drawn(frames=frames).astype(np.float32) / 255
 
 
 def noisy(clip: np.ndarray, sigma: float = 0.05) -> np.ndarray:
@@ -74,16 +74,13 @@ def test_psnr_of_changes_ignores_what_stays_and_sees_what_flickers():
         value("psnr-change", clip[:1], clip[:1])
 
 
-def test_ssim_is_that_of_scikit_image():
+def test_ssim_is_that_of_scikit_image_and_ms_ssim_that_of_the_closed_form():
     clip, other = drawn(), noisy(drawn())
     options = dict(data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     each = [structural_similarity(*pair, full=True, **options)[1].mean() for pair in zip(clip, other, strict=True)]
     found = metric("ssim")(Sample(frames=other, reference=clip))
     assert found.by_frame == pytest.approx(each, abs=3e-3)  # they mirror the border differently
     assert found.value == pytest.approx(np.mean(found.by_frame))
-
-
-def test_ms_ssim_is_that_of_the_closed_form():
     one, two = flat(0.4, size=176), flat(0.6, size=176)
     light = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
     assert value("ms-ssim", one, two) == pytest.approx(light**0.1333, abs=5e-4)  # only the last scale sees light
@@ -114,7 +111,7 @@ def test_flow_follows_a_texture_that_moves():
         value("dynamic@dis", flat(0.5, 0.5, size=8))
 
 
-def test_the_rule_of_motion_counts_as_it_is_written(monkeypatch):
+def test_the_rule_of_motion_counts_as_it_is_written_and_pixels_that_leave_are_no_error(monkeypatch):
     clip = flat(*[0.5] * 16, size=256)
 
     for lengths, fps, moves in (
@@ -129,10 +126,7 @@ def test_the_rule_of_motion_counts_as_it_is_written(monkeypatch):
         assert next(flows, None) is None
     with pytest.raises(NotMeasured, match=r"3 frames.* 2"):
         value("dynamic@dis", clip[:2], fps=16)
-
-
-def test_pixels_that_leave_the_frame_are_no_warp_error(monkeypatch):
-    clip = flat(0.2, 0.8, size=32)
+    clip = flat(0.2, 0.8, size=32)  # pixels that leave the frame are no warp error
     for by, error in ((40.0, 1.0), (0.0, 0.6)):  # of one that leaves, nothing is seen in both
         monkeypatch.setattr(flow, "dis_flow", lambda one, two, by=by: np.full((32, 32, 2), by, np.float32))
         assert value("warp-error@dis", clip) == pytest.approx(error, abs=1e-6)

@@ -175,7 +175,7 @@ def test_pickscore_and_hpsv2_are_tags_and_transformers_names_are_read(tmp_path, 
         assert file in reason
 
 
-def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, tmp_path):
+def test_a_file_of_another_model_and_wrong_names_are_refused_before_anything_is_measured(given, tmp_path):
     name = f"clip-score@open_clip:{OTHER}={given[3]}"
     check_names([name])
     with pytest.raises(ConfigError, match=rf"small\.pt .*{OTHER}: .*(changed|mismatch)"):
@@ -183,9 +183,6 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"bad\.pt .*weights.*tiny-clip:"):
         unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
-
-
-def test_wrong_names_are_refused_with_what_to_write():
     for name, said in (
         ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
         ("ViT-B-32", r"ViT-B-32/TAG .*openai.*laion2b_e16.*ViT-B-32=FILE"),

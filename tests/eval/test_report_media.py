@@ -1,30 +1,32 @@
-"""The clips beside a report's page: files that browsers play, put there whole, and what keeps them from it."""
+"""The clips beside a report's page: files that browsers play, put there whole; a generation's report as a picture."""
 
 import json
+import math
+import tomllib
+from dataclasses import replace
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from dit_accel_eval.report import media
+from dit_accel_eval.report import heat_map, media
+from dit_accel_eval.report.heat_map import report_html, write_heat_map
 from dit_accel_eval.report.media import folder_of, kept_lines
 from dit_accel_eval.report.report import quantile_clips
-from dit_accel_eval.runs.results import (
-    REFERENCE,
-    keep,
-    kept_path,
-    last_by_clip,
-    read_kept,
-    read_lines,
-    reference_of,
-    run_of,
-)
+from dit_accel_eval.runs import results
 from dit_accel_pipelines.generation.media import read_image, read_video
 from fake_model import EARLIER, command, report_of, told, written
 from PIL import Image
 
-from dit_accel import ConfigError
+from dit_accel.errors import ConfigError, MissingBackend
+from dit_accel.methods.caches.log import CachedForward, section_of
+from dit_accel.methods.guidance.log import strips_of
+from dit_accel.report import report as of_report
+from dit_accel.report.clock import TimedForward, Timing
+from dit_accel.report.report import CallReport, PredictedSpeedup, Report, StepReport
+from dit_accel.report.sections import Section
 
 ARMS = ("easycache hold 14", "sol 12", "unipc 8", "unipc 9", "unipc 11")
 
@@ -34,14 +36,14 @@ run = partial(command, "report")
 
 def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
     """Write result lines of which the frames of every run are kept, 64 x 48 pixels, each run of one grey."""
-    lines = [line for line in read_lines(EARLIER) if line["arm"] in ARMS and line["clip"] < clips]
+    lines = [line for line in results.read_lines(EARLIER) if line["arm"] in ARMS and line["clip"] < clips]
     for line in lines:
-        paths = {key: kept_path(Path("frames"), name, line["clip"])
-                 for key, name in (("kept", line["arm"]), ("kept_reference", REFERENCE))}  # fmt: skip
+        paths = {key: results.kept_path(Path("frames"), name, line["clip"])
+                 for key, name in (("kept", line["arm"]), ("kept_reference", results.REFERENCE))}  # fmt: skip
         grey = {"kept": (10 + 2 * ARMS.index(line["arm"])) / 100, "kept_reference": 0.1 + line["clip"] / 2}
-        made = {"kept": run_of(line), "kept_reference": reference_of(line)}
+        made = {"kept": results.run_of(line), "kept_reference": results.reference_of(line)}
         for key, path in paths.items():
-            keep(folder / path, np.full((frames, 48, 64, 3), grey[key], np.float32), made[key])
+            results.keep(folder / path, np.full((frames, 48, 64, 3), grey[key], np.float32), made[key])
         line |= {key: path.as_posix() for key, path in paths.items()}
     return written(folder / "r.jsonl", lines)
 
@@ -54,16 +56,16 @@ def data_of(page: Path) -> dict:
 
 def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
     clip = (np.arange(5 * 4 * 6 * 3) % 256).reshape(5, 4, 6, 3).astype(np.float32) / 255
-    line = read_lines(EARLIER)[0]
-    keep(tmp_path / "a.png", clip, run_of(line))
-    assert np.array_equal(read_kept(tmp_path / "a.png", run_of(line)), np.round(clip * 255))
+    line = results.read_lines(EARLIER)[0]
+    results.keep(tmp_path / "a.png", clip, results.run_of(line))
+    assert np.array_equal(results.read_kept(tmp_path / "a.png", results.run_of(line)), np.round(clip * 255))
     with pytest.raises(ConfigError, match=r"weights '.*', not 'other'"):
-        read_kept(tmp_path / "a.png", run_of({**line, "weights": "other"}))
+        results.read_kept(tmp_path / "a.png", results.run_of({**line, "weights": "other"}))
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     for name in ("b.png", "none.png"):
         with pytest.raises(ConfigError, match=r"no frames.*read"):
-            read_kept(tmp_path / name, run_of(line))
-    assert kept_path(tmp_path, "a, 1", 0) != kept_path(tmp_path, "a 1", 0)
+            results.read_kept(tmp_path / name, results.run_of(line))
+    assert results.kept_path(tmp_path, "a, 1", 0) != results.kept_path(tmp_path, "a 1", 0)
 
 
 def test_a_page_has_its_clips_beside_it(tmp_path):
@@ -80,7 +82,7 @@ def test_a_page_has_its_clips_beside_it(tmp_path):
     assert set(arms) == {*ARMS[:2]}
     assert {one["frames"] for one in part["references"].values()} == {3}
     assert {(one["width"], one["height"]) for one in part["references"].values()} == {(64, 48)}
-    lines = last_by_clip(read_lines(tmp_path / "r.jsonl"))
+    lines = results.last_by_clip(results.read_lines(tmp_path / "r.jsonl"))
     names = [one["file"] for one in part["references"].values()]
     names += [file for clips in part["rivals"].values() for file in clips.values()]
     for name, arm in arms.items():
@@ -129,9 +131,11 @@ def test_the_hardest_prompts_are_shown_and_all_by_default(tmp_path):
 
 def test_kept_frames_of_another_run_are_not_shown_but_named(tmp_path):
     path, page = kept(tmp_path), tmp_path / "r.html"
-    gone, other = (line for line in read_lines(path) if line["arm"] == ARMS[0])
+    gone, other = (line for line in results.read_lines(path) if line["arm"] == ARMS[0])
     (tmp_path / gone["kept"]).unlink()
-    keep(tmp_path / other["kept"], np.zeros((3, 48, 64, 3), np.float32), run_of({**other, "weights": "other"}))
+    results.keep(
+        tmp_path / other["kept"], np.zeros((3, 48, 64, 3), np.float32), results.run_of({**other, "weights": "other"})
+    )
     assert run(path, "-o", page).exit_code == 0
     text = page.read_text().replace("&#39;", "'")
     assert f"Clip {gone['clip']} of {ARMS[0]} is not shown: {tmp_path / gone['kept']} holds no frames that" in text
@@ -158,20 +162,16 @@ def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were
     path, page = kept(tmp_path), tmp_path / "r.html"
     assert run(path, "-o", page).exit_code == 0
     before = {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())}
-    for line in read_lines(path):
-        keep(tmp_path / line["kept"], np.full((3, 48, 64, 3), 0.7, np.float32), run_of(line))
-    for error, message in (
-        (RuntimeError("ffmpeg ended with exit code 1"), "a clip of 3 frames of 64 x 48 can't be encoded (ffmpeg ended"),
-        (OSError(28, "No space left on device"), "can't be written"),
-    ):
+    for line in results.read_lines(path):
+        results.keep(tmp_path / line["kept"], np.full((3, 48, 64, 3), 0.7, np.float32), results.run_of(line))
 
-        def fails(*_, error=error, **__):
-            raise error
+    def fails(*_, **__):
+        raise RuntimeError("ffmpeg ended with exit code 1")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(media, "write_media", fails)
-            result = run(path, "-o", page, "--json", tmp_path / "r.json")
-        assert (result.exit_code, message in told(result)) == (2, True)
+    monkeypatch.setattr(media, "write_media", fails)
+    result = run(path, "-o", page, "--json", tmp_path / "r.json")
+    assert result.exit_code == 2
+    assert "a clip of 3 frames of 64 x 48 can't be encoded (ffmpeg ended" in told(result)
     assert {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())} == before
     assert not (tmp_path / "r.json").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
@@ -199,3 +199,117 @@ def test_a_report_that_was_stopped_goes_on_and_clears_up(tmp_path, monkeypatch):
     after = {one.name: one.stat().st_ino for one in folder_of(page).iterdir()}
     assert left.items() <= after.items()
     assert {name[:4] for name in after} == {"clip"}
+
+
+STEPS = tuple(
+    StepReport(
+        transformer="transformer", step_index=step, branch=branch, dense_layers=1 if step else 3,
+        sparse_layers=2 if step else 0, density=0.5, pooled=0.0,
+    )
+    for step in (0, 1, 3) for branch in ("cond", "uncond")
+)  # fmt: skip
+CALLS = tuple(
+    CallReport(
+        transformer="transformer", step_index=step, branch=branch, layer=layer, density=0.5, pooled=0.0,
+        by_head=(0.25, 0.75),
+    )
+    for step in (1, 3) for branch in ("cond", "uncond") for layer in (1, 2)
+)  # fmt: skip
+REPORT = Report(methods={"lite": {}}, backend="torch", model={}, steps=STEPS, calls=CALLS)
+
+
+def test_shares_by_layer_head_and_step():
+    shares = heat_map.kept_shares(REPORT, "transformer", "cond")
+    assert shares.shape == (3, 2, 4)
+    assert shares[1:, :, [1, 3]].tolist() == [[[0.25] * 2, [0.75] * 2]] * 2
+    assert np.argwhere(shares == heat_map.STAYED)[:, [0, 2]].tolist() == [
+        [0, 0], [0, 1], [0, 3], [0, 0], [0, 1], [0, 3], [1, 0], [1, 0], [2, 0], [2, 0],
+    ]  # fmt: skip
+    assert np.isnan(shares[:, :, 2]).all()
+
+
+def test_it_is_a_png_written_whole(tmp_path):
+    path = tmp_path / "map.png"
+    write_heat_map(REPORT, path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        colours = {pixel[:3] for _, pixel in image.convert("RGB").getcolors(1 << 20)}
+    assert (209, 209, 209) in colours  # dense calls, grey
+    assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
+
+
+def bars_of(report, path):
+    """Return where the bars of a drawn report's strip begin, and whether a line of what decided is there."""
+    write_heat_map(report, path)
+    with Image.open(path) as image:
+        drawn = np.asarray(image.convert("RGB"))
+    bars = (drawn == (0x3B, 0x52, 0x8B)).all(-1)
+    line = bars[bars.any(1)][-1]
+    return np.flatnonzero(line[1:] & ~line[:-1]), (drawn == (0xD9, 0x5F, 0x02)).all(-1).any()
+
+
+def test_skipped_steps_and_guidance_stand_below_and_alone(tmp_path):
+    forwards = [
+        CachedForward(transformer="transformer", step_index=step, branch="cond", reused=step == 2, reason="", value=one)
+        for step, one in enumerate([None, 0.3, 0.05, math.nan])
+    ]
+    section = section_of("easycache", forwards, 0.1)
+    (strip,) = section.strips
+    assert (strip.steps, strip.reused, strip.threshold) == ((0, 1, 2, 3), (False, False, True, False), 0.1)
+    for calls in ((), CALLS):
+        starts, decided = bars_of(replace(REPORT, calls=calls, sections=(section,)), tmp_path / "a.png")
+        assert (len(starts), decided) == (3, True)  # the third step did not run
+        assert starts[2] - starts[1] == pytest.approx(2 * (starts[1] - starts[0]), abs=2)
+    log = [("transformer", step, "cond", 0.1 * (1 + step)) for step in range(2)]
+    strips = strips_of("perturbed", log, "how far apart")
+    assert [(strip.branch, strip.steps, strip.values) for strip in strips] == [("cond", (0, 1), (0.1, 0.2))]
+    section = Section(method="pag", title="pag", strips=strips)
+    starts, decided = bars_of(replace(REPORT, calls=(), sections=(section,)), tmp_path / "pag.png")
+    assert (len(starts), decided) == (2, True)
+
+
+def test_what_can_t_be_drawn(tmp_path):
+    with pytest.raises(ConfigError, match=r"PNG, got .*map\.pdf"):
+        write_heat_map(REPORT, tmp_path / "map.pdf")
+    with pytest.raises(ConfigError, match=r"nowhere.*folder"):
+        write_heat_map(REPORT, tmp_path / "nowhere" / "map.png")
+    with pytest.raises(ConfigError, match=r"nothing.*no cache"):
+        write_heat_map(Report(methods={}, backend="torch", model={}), tmp_path / "map.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_finds_what_draws_it_by_entry_point(monkeypatch, tmp_path):
+    group = "dit_accel.drawings"
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    entries = [EntryPoint(name, value, group) for name, value in project["entry-points"][group].items()]
+
+    def declared(group, name):
+        return [entry for entry in entries if (entry.group, entry.name) == (group, name)]
+
+    monkeypatch.setattr(of_report, "entry_points", declared)
+    REPORT.plot(tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size
+    assert REPORT._repr_html_() == report_html(REPORT)
+    entries.clear()
+    assert REPORT._repr_html_() is None
+    with pytest.raises(MissingBackend, match=r"plot.*package"):
+        REPORT.plot(tmp_path / "other.png")
+
+
+def test_a_notebook_reads_first_whether_it_helped_and_escapes_the_rest():
+    one = dict(transformer="transformer", branch="cond", before=0.0)
+    forwards = tuple(
+        TimedForward(step_index=step, kind=kind, seconds=seconds, **one)
+        for step, (kind, seconds) in enumerate([("dense", 1.0), ("skipped", 0.01)])
+    )
+    report = replace(REPORT, timing=Timing(forwards), predicted=PredictedSpeedup(speedup=1.8), notes=("a < b",))
+    page = report_html(report)
+    assert page.startswith("<div><b>measured speed-up: 1.98 of the denoising loop (predicted 1.80); forwards")
+    assert "a &lt; b" in page
+    assert "color:#" not in page  # the page's own colours, light or dark
+    page = report_html(REPORT)
+    assert page.startswith("<div><b>lite</b>")
+    assert page.count("<tr>") == 1 + len(STEPS)
+    assert 'src="data:image/png;base64,iVBOR' in page
+    assert "<script" not in page
+    assert "&lt;" in report_html(Report(methods={}, backend="a<b", model={}))

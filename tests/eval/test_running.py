@@ -51,7 +51,6 @@ def test_what_can_not_run_exits_with_2_and_runs_nothing(tmp_path, job, fake):
     judged = HEAD + f'judge = "{LONGER}"\nmetrics = ["ssim"]\n' + ARM
     for text, options, message in (
         ("", (), "no suite at"),
-        (HEAD.replace("wan-plain", "wan-tinny") + ARM, (), "'wan-tinny' is no embedded model; did you mean 'wan-tiny'"),
         (HEAD + "[call]\nframes = 3\n" + ARM, (), "call of wan-plain takes no 'frames'; did you mean 'num_frames"),
         (HEAD + ARM + "call = { num_frames = 5 }", (), "arm 'a' has a call of its own, {'num_frames': 5}, and all"),
         (judged, (), f"s judges clips by themselves ({LONGER}), without a dense run"),
@@ -91,13 +90,10 @@ def test_arms_are_compared_with_dense_runs_of_their_work(job):
     assert "equal time" not in printed
 
 
-@pytest.fixture
-def measuring(job):
-    """A job whose suite names metrics: one kept by frame, one of the library, one that small frames have none of."""
-    return dataclasses.replace(job, suite=dataclasses.replace(job.suite, metrics=("psnr", "psnr-change", "ms-ssim")))
-
-
-def test_metrics_that_were_added_or_missing_are_measured_later(job, measuring, fake, monkeypatch):
+def test_metrics_that_were_added_or_missing_are_measured_later(job, fake, monkeypatch):
+    """One is kept by frame, one is of the library, one small frames have none of."""
+    suite = dataclasses.replace(job.suite, metrics=("psnr", "psnr-change", "ms-ssim"))
+    measuring = dataclasses.replace(job, suite=suite)
     run_arms(job, range(1))
     made = len(fake.made)
     absent = dataclasses.replace(metrics()["psnr-change"], missing=lambda: "it is not installed")

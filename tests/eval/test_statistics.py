@@ -90,25 +90,19 @@ def test_arms_that_are_judged_together_must_stand_after_holm():
     assert many["a"].together == 9
     behind = judge({"a": [-one for one in lead]})["a"]
     assert (behind.verdict, behind.mean, behind.p) == ("behind", -alone.mean, pytest.approx(alone.p))
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
+    assert holm({}) == {}
 
 
-def test_a_margin_moves_what_is_tested():
+def test_a_margin_moves_what_is_tested_and_a_difference_of_rounding_decides_nothing():
     lead = [4.0, 5.0, 3.5, 6.0, 4.5, 5.5, 4.8, 5.2]
     found = {margin: judge({0: lead}, {0: margin})[0] for margin in (0.0, 3.0, 4.4, 9.0)}
     assert [one.verdict for one in found.values()] == ["ahead", "ahead", "open", "behind"]
     assert found[3.0].low > 3 > 0 < found[3.0].p
     assert found[3.0].p == pytest.approx(p_value([one - 3 for one in lead]))
-
-
-def test_a_difference_of_rounding_alone_decides_nothing():
     assert judge({0: [1e-6, 2e-6, 1e-6, 3e-6, 1e-6, 2e-6]})[0].verdict == "open"
     assert judge({0: [-1e-6, -2e-6, -1e-6, -3e-6, -1e-6, -2e-6]})[0].verdict == "open"
-
-
-def test_holm_steps_down():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
-    assert holm({}) == {}
 
 
 def test_a_cell_tells_the_mean_its_interval_and_how_many_clips_have_a_value():

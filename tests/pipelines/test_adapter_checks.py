@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -11,7 +12,6 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from dit_accel_pipelines import ADAPTERS as PACKAGED
 from dit_accel_pipelines.families.all_families import IMAGES
 from dit_accel_pipelines.families.wan import WAN
-from shallow_models import shallow
 from some_cases import some
 
 from dit_accel.adapters import installed
@@ -26,8 +26,25 @@ from dit_accel.methods.caches.static import StaticCache
 from dit_accel.methods.site import target_sample
 from dit_accel.rules.foreground import predicted
 from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
+from dit_accel.testing.adapter_checks import TinyModel
 from dit_accel.testing.method_cases import CACHE_CASES
 from dit_accel.testing.tiny_models import Case
+
+DEPTHS = {"num_layers", "num_single_layers", "num_visual_blocks", "num_hidden_layers", "n_layers", "depth"}
+ONE_A_BLOCK = {  # settings of models that have more for each block: its text, what is beside it
+    "vace_layers", "dual_attention_layers", "llama_layers", "injection_layer_ids", "num_decoder_layers",
+    "inject_face_latents_blocks", "text_encoder_dim",
+}  # fmt: skip
+
+
+def shallow(model: TinyModel) -> TinyModel:
+    """The model with two blocks, or one of each of two kinds; as it is where more than a number counts them."""
+    counted = DEPTHS & set(model.config)
+    if not counted or ONE_A_BLOCK & set(model.config):
+        return model
+    blocks = 2 if len(counted) == 1 else 1
+    return replace(model, config={**model.config, **{name: min(blocks, model.config[name]) for name in counted}})
+
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED}
 FAST = [name for name in CHECKS if name != "compile"]

@@ -6,15 +6,7 @@ from pathlib import Path
 import foreign_processors as foreign
 import pytest
 import torch
-from diffusers import BitsAndBytesConfig, TorchAoConfig, WanTransformer3DModel
-from diffusers.hooks import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    SeaCacheConfig,
-    TaylorSeerCacheConfig,
-    TextKVCacheConfig,
-)
+from diffusers import BitsAndBytesConfig, TorchAoConfig, WanTransformer3DModel, hooks
 from dit_accel_assets import model_path
 from dit_accel_kernels import unpack_bits
 from dit_accel_pipelines.generation.loading import open_pipeline
@@ -147,10 +139,10 @@ def test_the_foreign_processors_compute_what_diffusers_own_do(wan):
 STEPS = 6
 LITE = d.LiteAttention(block_size=16, threshold=-0.01, dense_steps=0)
 CACHES = {
-    "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.2),
-    "sea": lambda pipe: SeaCacheConfig(threshold=2.0),
-    "mag": lambda pipe: MagCacheConfig(threshold=10.0, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),
-    "taylor lite": lambda pipe: TaylorSeerCacheConfig(cache_interval=2, use_lite_mode=True),
+    "first block": lambda pipe: hooks.FirstBlockCacheConfig(threshold=0.2),
+    "sea": lambda pipe: hooks.SeaCacheConfig(threshold=2.0),
+    "mag": lambda pipe: hooks.MagCacheConfig(threshold=10.0, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),
+    "taylor lite": lambda pipe: hooks.TaylorSeerCacheConfig(cache_interval=2, use_lite_mode=True),
 }
 
 
@@ -187,8 +179,8 @@ def test_wan_runs_as_under_enable_cache_and_votes_count_the_calls_that_run(make_
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("FluxImg2ImgPipeline", FirstBlockCacheConfig(threshold=1e9)),
-        ("FluxKontextPipeline", TaylorSeerCacheConfig(disable_cache_before_step=1)),
+        ("FluxImg2ImgPipeline", hooks.FirstBlockCacheConfig(threshold=1e9)),
+        ("FluxKontextPipeline", hooks.TaylorSeerCacheConfig(disable_cache_before_step=1)),
     ],
 )
 def test_pipelines_without_contexts_are_given_some(name, config):
@@ -217,7 +209,7 @@ def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(
     pipe, call = stock_pipeline("CogVideoXPipeline")
     native, _ = stock_pipeline("CogVideoXPipeline")
     call.update(num_inference_steps=8, output_type="latent")
-    faster = FasterCacheConfig(**FASTER, current_timestep_callback=lambda: pipe.current_timestep)
+    faster = hooks.FasterCacheConfig(**FASTER, current_timestep_callback=lambda: pipe.current_timestep)
     with d.attach(pipe, faster, *methods, preset="none") as attachment, recorded(attachment) as calls:
         first = run_stock(pipe, call)
         ran, of = counted(attachment)
@@ -239,7 +231,7 @@ def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(
 def test_the_text_cache_changes_nothing():
     pipe, call = stock_pipeline("NucleusMoEImagePipeline")
     plain = run_stock(pipe, call)
-    with d.attach(pipe, TextKVCacheConfig()):
+    with d.attach(pipe, hooks.TextKVCacheConfig()):
         torch.testing.assert_close(run_stock(pipe, call), plain)
     assert torch.equal(run_stock(pipe, call), plain)
 

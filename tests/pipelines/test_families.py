@@ -101,10 +101,7 @@ def test_embedded_models_are_their_families(name):
     family, own = FAMILIES[name][1], dit_accel_assets.model_defaults(name)
     assert identified == replace(family, repo=identified.repo)
     assert (family.height, family.width) == (own["height"], own["width"])
-    assert (family.num_frames, family.num_inference_steps) == (
-        own.get("num_frames", 1),
-        own["num_inference_steps"],
-    )
+    assert (family.num_frames, family.num_inference_steps) == (own.get("num_frames", 1), own["num_inference_steps"])
 
 
 def test_sizes_are_read_over_both_block_lists_and_latents_may_be_packed():
@@ -116,9 +113,6 @@ def test_sizes_are_read_over_both_block_lists_and_latents_may_be_packed():
     adapter, family = files_of("FluxTransformer2DModel", defaults("FluxTransformer2DModel")).identify()
     assert (family.name, family.patch) == ("flux.1-dev", (1, 2, 2))  # the config's own patch is of packed latents
     assert estimate(adapter, family).layout.visual_tokens == 64 * 64
-
-
-def test_experts_count_as_often_as_a_token_passes_one():
     config = defaults("NucleusMoEImageTransformer2DModel")
     routed, dense = 9 * 1344, 5376  # eight experts a token and the shared one; blocks without experts
     for strategy, blocks in (("leave_first_three_and_last_block_dense", 4), ("all_moe", 0), ("all_dense", 24)):
@@ -129,19 +123,13 @@ def test_experts_count_as_often_as_a_token_passes_one():
     assert NUCLEUS_IMAGE.sizes({**config, "capacity_factors": [8.0] * 12 + [2.0] * 12}).ffn_dim < 1.5 * 6 * 1344 * 1.1
 
 
-LACKING = [("wan", "ffn_dim"), ("wan", "patch_size"), ("wan", "num_layers"), ("sd3", "patch_size")]
-
-
-@pytest.mark.parametrize(("name", "entry"), LACKING)
-def test_a_model_without_sizes_is_refused(name, entry):
-    model = MODELS[name][0]
-    config = Case(installed.adapters()[name], model).transformer.config
-    files = files_of(model.transformer.__name__, {key: value for key, value in config.items() if key != entry})
-    with pytest.raises(UnsupportedModel, match=rf"some/model.*'{entry}'.*--family"):
-        files.identify()
-
-
-def test_a_family_of_which_no_config_says_the_sizes_is_refused():
+def test_a_model_without_sizes_is_refused():
+    for name, entry in (("wan", "ffn_dim"), ("wan", "patch_size"), ("wan", "num_layers"), ("sd3", "patch_size")):
+        model = MODELS[name][0]
+        config = Case(installed.adapters()[name], model).transformer.config
+        files = files_of(model.transformer.__name__, {key: value for key, value in config.items() if key != entry})
+        with pytest.raises(UnsupportedModel, match=rf"some/model.*'{entry}'.*--family"):
+            files.identify()
     with pytest.raises(UnsupportedModel, match=r"some/model.*flux-kin.*sizes.*--fam"):
         files_of("OvisImageTransformer2DModel", {}).identify()
 
@@ -266,17 +254,14 @@ def test_every_pair_of_methods_is_estimated_in_either_order_or_refused(name):
         assert estimate(adapter, family, methods=chosen[::-1], **size).to_dict() == values
 
 
-def test_names_are_unique():
-    assert len(FAMILIES) == sum(len(adapter.families) for adapter in ADAPTERS)
-    assert len({family.repo for _, family in FAMILIES.values()}) == len(FAMILIES)
-
-
-def test_recipes_can_be_planned():
+def test_names_are_unique_and_recipes_can_be_planned():
     assert len(RECIPES) >= 3
     for path in RECIPES:
         family = "hunyuan-video" if path.stem.startswith("hunyuan") else "wan2.1-14b"
         plan = estimate(*FAMILIES[family], methods=select_methods([], path, []), num_frames=161)  # some for longer
         assert plan.speedup > 1, path.stem
+    assert len(FAMILIES) == sum(len(adapter.families) for adapter in ADAPTERS)
+    assert len({family.repo for _, family in FAMILIES.values()}) == len(FAMILIES)
 
 
 # What is described and recommended

@@ -97,16 +97,13 @@ def test_padded_text_is_hidden_from_every_key_without_waiting_for_the_device():
     for call in calls:
         assert call.mask.shape == (1, 1, 1, 238)  # one row of [1, 1, 238, 238]
         assert call.mask.sum() == 224 + 3 + 4 + 5
-
-
-def test_text_of_cosmos3_attends_by_itself_and_stays_dense():
     calls, *_ = planned_calls(models.COSMOS3[0])
     assert [call.k.shape[2] for call in calls] == [230] * models.COSMOS3[0].config["num_hidden_layers"]
     assert all(call.q.shape[1] == 2 * call.k.shape[1] for call in calls)  # query heads share key heads
     assert all(not call.q[:, :, :6].any() for call in calls)  # made up: nobody asks for text
 
 
-def test_attention_modules_of_several_kinds():
+def test_attention_modules_of_several_kinds_and_the_second_of_sd3_which_sees_the_image_alone():
     places = [(name, depth) for name, _, depth in attention_modules(build(tiny_models.SD3[1]), SD3)]
     assert places == [
         *((f"transformer_blocks.{block}.attn", block) for block in range(3)),
@@ -116,16 +113,13 @@ def test_attention_modules_of_several_kinds():
     assert places == [f"{kind}transformer_blocks.{block}.attn" for kind in ("", "single_") for block in (0, 1)]
     shallow = diffusers.MotifVideoTransformer3DModel(**{**models.MOTIF[0].config, "num_decoder_layers": 0})
     assert len(attention_modules(shallow, MOTIF_VIDEO)) == 5
-
-
-def test_the_second_attention_of_sd3_sees_the_image_alone():
     transformer = build(tiny_models.SD3[1])
     with planned(transformer, SD3) as attachment, recorded(attachment) as calls:
         run(transformer, tiny_models.SD3[1].inputs(1))
     assert [call.q.shape[2] for call in calls] == [86, 80, 86, 80, 86]
 
 
-def test_ltx_refuses_tokens_without_a_grid():
+def test_ltx_refuses_tokens_without_a_grid_and_reads_a_long_videos_window_off_its_coordinates():
     model = next(model for model in tiny_models.LTX if "video_coords" not in model.inputs(1))
     transformer, sizes = build(model), dict.fromkeys(("num_frames", "height", "width"))
     scattered = torch.rand(1, 3, 224)
@@ -138,9 +132,6 @@ def test_ltx_refuses_tokens_without_a_grid():
     assert why.startswith("LTX was given neither num_frames, height and width nor video_coords")
     spans = torch.stack([scattered, scattered + 1], -1)  # as LTX-2's pipeline for keyframes gives them
     assert "which of its tokens are the video's" in LTX.grid(transformer.config, {**inputs, "video_coords": spans})
-
-
-def test_ltx_reads_a_long_videos_window_off_its_coordinates():
     frames = torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(4)).float()
     coords = torch.cat([frames, frames[:8]]).mT[None]  # the window, then the frame that guides it
     sizes = dict.fromkeys(("num_frames", "height", "width"), 1)  # as diffusers' pipeline of long videos gives them

@@ -278,10 +278,13 @@ BAD = [
 ]
 
 
-def test_values_out_of_range(tmp_path: Path):
+def test_values_out_of_range_and_other_pipelines_are_refused(tmp_path: Path):
     for changes, message in BAD:
         with pytest.raises(ConfigError, match=message):
             recipe(tmp_path, **changes)
+    with pytest.raises(UnsupportedModel, match=r"FluxPipeline.*trains WanPipeline"):
+        finetune(FineTuning(data=tmp_path, output=tmp_path / "out", model="flux-tiny", num_frames=1))
+    assert not (tmp_path / "out").exists()
 
 
 OTHERS = [
@@ -319,19 +322,23 @@ def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Pat
         finetune(recipe(base, output=output))
 
 
-def test_other_pipelines_are_refused_by_name(tmp_path: Path):
-    with pytest.raises(UnsupportedModel, match=r"FluxPipeline.*trains WanPipeline"):
-        finetune(FineTuning(data=tmp_path, output=tmp_path / "out", model="flux-tiny", num_frames=1))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_lora_that_does_not_fit_is_refused(base: Path, one_step: Path, tmp_path: Path):
+def test_a_lora_that_does_not_fit_is_refused_and_another_lora_is_another_request(
+    base: Path, one_step: Path, tmp_path: Path
+):
     pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"LoRA .*WanPipeline: .*size mismatch"):
         load_lora(pipe, str(one_step))
     for name, message in (("none.safetensors", "LoRA at .*none"), ("videos", "no pytorch_lora_weights.safetensors")):
         with pytest.raises(ConfigError, match=message):
             Request(prompts=("a red circle",), output=tmp_path / "a.png", lora=str(base / name))
+    lora, digests = tmp_path / "a.safetensors", []
+    for content in (None, b"one", b"other", b"one"):
+        if content is not None:
+            lora.write_bytes(content)
+        path = None if content is None else str(lora)
+        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=path)))
+    assert digests[1] == digests[3]
+    assert len(set(digests)) == 3
 
 
 def test_the_gradient_is_that_of_the_attached_methods(base: Path):
@@ -346,14 +353,3 @@ def test_the_gradient_is_that_of_the_attached_methods(base: Path):
     exact, dense = gradients(RADIAL, backend="reference"), gradients()
     torch.testing.assert_close(gradients(RADIAL), exact, rtol=1e-5, atol=1e-6)
     assert not any(torch.allclose(one, other, atol=1e-6) for one, other in zip(exact, dense, strict=True))
-
-
-def test_another_lora_is_another_request(tmp_path: Path):
-    lora, digests = tmp_path / "a.safetensors", []
-    for content in (None, b"one", b"other", b"one"):
-        if content is not None:
-            lora.write_bytes(content)
-        path = None if content is None else str(lora)
-        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=path)))
-    assert digests[1] == digests[3]
-    assert len(set(digests)) == 3

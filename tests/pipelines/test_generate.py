@@ -1,9 +1,7 @@
 """`dit-accel generate` and `describe` on the embedded model: files, side-cars, bad input, interruption."""
 
 import dataclasses
-import errno
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,13 +80,6 @@ def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
     assert record["peak_memory_bytes"]["host"] > 2**27
 
 
-def test_the_same_request_gives_the_same_video(tmp_path: Path, pipe):
-    asked = resolve(request(tmp_path, num_inference_steps=1, num_frames=5))[0]
-    first, second, other = (run(pipe, PROMPT, dataclasses.replace(asked, seed=seed)).frames for seed in (0, 0, 1))
-    assert np.array_equal(first, second)
-    assert not np.array_equal(first, other)
-
-
 def test_prompts_have_seeds_of_their_own_unless_they_are_to_be_compared(tmp_path: Path):
     several = dataclasses.replace(request(tmp_path), prompts=("a", "b", "c"), seed=7)
     assert several.seeds() == [7, 8, 9]
@@ -159,11 +150,9 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "--nag"], "nag leads away from a text, and none is set; give a negative prompt, such as"),
     (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
     (["a circle", "--negative-prompt", " ,"], "prompt ' ,' has no word in it"),
-    (["a circle", "--height", "30"], "height must be a multiple of 16 for wan-tiny, got 30; the nearest is 32"),
     (["a circle", "--num-frames", "0"], "num_frames must be >= 1, got 0"),
     (["a circle", "--num-frames", "4000000000001"], "wan has rotary positions for 256 tokens along frames"),
     (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
-    (["a circle", "--num-inference-steps", "99999999999999"], "num_inference_steps must be at most 10,000, got"),
     (["a circle", "-m", "flux-tiny", "--height", "1600000", "--width", "1600000", "-o", "a.png"],
      "an output of 1 frames, 1,600,000 x 1,600,000, takes 28,610 GiB for its pixels alone, and this machine"),
     (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .gif, .png"),
@@ -178,9 +167,7 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "--solver", "ulber"], "there is no solver 'ulber'; did you mean 'euler'"),
     (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
     (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
-    (["a circle", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
     (["a circle", "--radail"], "--radial"),
-    (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
     (["a circle", "--backend", "torch"], "backend 'torch' was requested, but no method is attached; switch one on"),
     (["a circle", "--check", "--preset", "none"], "was requested, but no method is attached; switch one on"),
     (["a circle", "--check", "--radial", "-o", "nowhere/a.mp4"], "nowhere is not a folder"),
@@ -231,19 +218,16 @@ def test_what_was_taken_unnamed_does_nothing_or_is_replaced_is_noted(tmp_path, m
     )
 
 
-def test_prompt_files(tmp_path: Path):
+def test_prompt_files_are_read_and_every_output_must_be_writable_before_anything_runs(tmp_path: Path):
+    for taken, output, count in (("a.mp4.json", "a.mp4", 1), ("b.gif", "b.gif", 1), ("a-02.gif.json", "a.gif", 2)):
+        (tmp_path / taken).mkdir()
+        with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
+            request(tmp_path, prompts=(PROMPT,) * count, output=tmp_path / output)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt.*no prompt"):
         read_prompts(tmp_path / "empty.txt")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")  # a byte-order mark
     assert read_prompts(tmp_path / "marked.txt") == ("a red circle", "a blue square")
-
-
-def test_every_file_must_be_writable_before_anything_runs(tmp_path: Path):
-    for taken, output, count in (("a.mp4.json", "a.mp4", 1), ("b.gif", "b.gif", 1), ("a-02.gif.json", "a.gif", 2)):
-        (tmp_path / taken).mkdir()
-        with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
-            request(tmp_path, prompts=(PROMPT,) * count, output=tmp_path / output)
 
 
 def copy_model(folder: Path) -> Path:
@@ -295,23 +279,6 @@ def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monk
     assert "_dit_accel_attachment" not in vars(pipe.transformer)
 
 
-FULL = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("ffmpeg ended: No space left on device")]
-
-
-@pytest.mark.parametrize("error", FULL, ids=["picture", "video"])
-def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monkeypatch, error: Exception):
-    def full(path: Path, frames: np.ndarray, *, fps: float) -> None:
-        path.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(generation, "write_media", full)
-    output = tmp_path / "a.gif"
-    result = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output), "--quiet")
-    assert (result.exit_code, names(tmp_path)) == (2, [])
-    assert result.stderr.startswith(f"error: {output} can't be written (No space left on device); free some space, or")
-    assert result.stderr.count("\n") == 1
-
-
 def test_values_that_are_no_numbers_are_no_picture():
     frames = np.zeros((1, 2, 4, 4, 3), np.float32)
     frames[0, 1, 2, 2, 0] = np.nan
@@ -332,14 +299,11 @@ def test_blocks_are_compiled_exactly_when_asked(tmp_path: Path, pipe, monkeypatc
     assert compiled[-2:] == [True, True]
 
 
-def test_quiet_prints_nothing_but_the_file(tmp_path: Path, pipe):
+def test_quiet_prints_nothing_but_the_file_and_libraries_are_quiet_inside_alone(tmp_path: Path, pipe):
     arguments = [PROMPT, *QUICK, "--num-inference-steps", "1", "--num-frames", "4", "-o", str(tmp_path / "a.gif")]
     assert "note: 4 frames are rounded to 5, as the pipeline does\n" in cli(*arguments).stderr
     result = cli(*arguments, "--quiet")
     assert (result.stdout, result.stderr) == (f"{tmp_path / 'a.gif'}\n", "")
-
-
-def test_libraries_are_quiet_only_inside():
     from diffusers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -377,6 +341,7 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     changes = dict(num_inference_steps=4, num_frames=5, seed=3, check=True, methods=(StaticCache(every=2),))
     asked = resolve(request(tmp_path, **changes))[0]
     dense = run(pipe, PROMPT, asked).pictures
+    assert not np.array_equal(run(pipe, PROMPT, dataclasses.replace(asked, seed=4)).pictures, dense)
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
         cached = run(pipe, PROMPT, asked).pictures
     expected = -10 * np.log10(np.mean((dense - cached) ** 2))

@@ -104,19 +104,18 @@ def test_latents_are_enlarged_as_the_transformer_takes_them():
     _, picture, _, _ = run("FluxPipeline", (96, 96), guided=True, follow_above=0.0)
     _, latents, made, _ = run("FluxPipeline", (96, 96), guided=True, follow_above=0.0, enlarge="latents")
     assert made[0][0]["output_type"] == "latent"
+    _, _, made, _ = run("FluxPipeline", (64, 64), guided=True, trained_height=64, trained_width=64)
+    assert len(made) == 1  # no larger than trained
     assert latents.shape == picture.shape
     assert torch.isfinite(latents).all()
 
 
-def test_low_frequencies_are_pulled_below_the_level():
+def test_low_frequencies_are_pulled_below_the_level_and_are_the_mean_of_what_a_small_token_covers():
     _, free, _, _ = run("FluxPipeline", (96, 96), guided=True, follow_above=0.9)
     _, pulled, made, report = run("FluxPipeline", (96, 96), guided=True, follow_above=0.9, pull=1.0)
     wanted = F.interpolate(made[0][1].images, size=(96, 96), mode="bicubic", antialias=True)
     assert (pulled - wanted).abs().mean() < (free - wanted).abs().mean()
     assert "pulled to its low frequencies" in str(report)
-
-
-def test_the_low_band_is_the_mean_of_what_a_small_token_covers():
     values = torch.randn(2, 24, 3)
     low = low_band(values, (4, 6), (2, 3))
     grid = values.unflatten(1, (4, 6))
@@ -124,11 +123,6 @@ def test_the_low_band_is_the_mean_of_what_a_small_token_covers():
         low.unflatten(1, (4, 6))[:, :2, 4:], grid[:, :2, 4:].mean((1, 2), keepdim=True).expand(-1, 2, 2, -1)
     )
     assert torch.allclose(low_band(low, (4, 6), (2, 3)), low, atol=1e-6)
-
-
-def test_a_picture_no_larger_than_trained_is_made_at_once():
-    _, _, made, _ = run("FluxPipeline", (64, 64), guided=True, trained_height=64, trained_width=64)
-    assert len(made) == 1
 
 
 def test_step_caches_leave_the_steps_that_follow():

@@ -10,18 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from dit_accel_eval.suites import running
-from dit_accel_pipelines.generation import side_by_side, ui
-from dit_accel_pipelines.generation.media import (
-    SUFFIXES,
-    check_output,
-    contact_sheet,
-    expected_size,
-    read_image,
-    read_video,
-    to_uint8,
-    upscale,
-    write_media,
-)
+from dit_accel_pipelines.generation import media, side_by_side, ui
 from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
@@ -46,7 +35,7 @@ def frames() -> np.ndarray:
 @pytest.mark.parametrize("fps", [8, 23.976])
 def test_mp4_keeps_size_rate_and_pictures(tmp_path: Path, frames, fps: float):
     path = tmp_path / "a.mp4"
-    write_media(path, frames, fps=fps)
+    media.write_media(path, frames, fps=fps)
     reader = imageio_ffmpeg.read_frames(str(path))
     meta = next(reader)
     assert (meta["size"], meta["fps"], meta["codec"]) == ((64, 48), pytest.approx(fps, abs=0.01), "h264")
@@ -57,17 +46,17 @@ def test_mp4_keeps_size_rate_and_pictures(tmp_path: Path, frames, fps: float):
 
 
 def test_gif_and_png_keep_frames_and_time(tmp_path: Path, frames):
-    write_media(tmp_path / "a.gif", frames, fps=10)
+    media.write_media(tmp_path / "a.gif", frames, fps=10)
     with Image.open(tmp_path / "a.gif") as image:
         assert (image.n_frames, image.size, image.info["duration"]) == (9, (64, 48), 100)
-    write_media(tmp_path / "a.png", frames[:1], fps=8)
+    media.write_media(tmp_path / "a.png", frames[:1], fps=8)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), frames[0])
-    write_media(tmp_path / "b.png", frames, fps=8)
-    assert Image.open(tmp_path / "b.png").size == contact_sheet([frames]).size
+    media.write_media(tmp_path / "b.png", frames, fps=8)
+    assert Image.open(tmp_path / "b.png").size == media.contact_sheet([frames]).size
 
 
 def test_a_contact_sheet_shows_every_video(frames):
-    sheet = np.asarray(contact_sheet([frames, frames[:, ::-1]], ["dense", "radial, 30.1 dB"], columns=3))
+    sheet = np.asarray(media.contact_sheet([frames, frames[:, ::-1]], ["dense", "radial, 30.1 dB"], columns=3))
     assert sheet.shape[0] == 2 * (96 + 4) + 4
     blue = (sheet == (0, 0, 90)).all(axis=-1)
     columns = blue[10].nonzero()[0]
@@ -78,16 +67,19 @@ def test_a_contact_sheet_shows_every_video(frames):
 
 def test_what_cannot_be_written(tmp_path: Path, frames):
     for write, message in (
-        (lambda: contact_sheet([frames, frames[:, :20]]), r"contact sheet.*same size, got"),
-        (lambda: contact_sheet([frames, frames], ["one"]), r"one label.*got 1 for 2"),
-        (lambda: check_output(Path("a.avi")), r"a.avi.*'.avi'.*.mp4"),
-        (lambda: check_output(tmp_path / "none" / "a.gif"), r"none/a.gif.*none .*folder"),
-        (lambda: write_media(Path("a.avi"), frames, fps=1), r"a.avi.*'.avi'"),
-        (lambda: write_media(tmp_path / "a.mp4", frames[:, :, :63], fps=8), r"H.264.*got 63 x 48.*--scale 2, .gif"),
+        (lambda: media.contact_sheet([frames, frames[:, :20]]), r"contact sheet.*same size, got"),
+        (lambda: media.contact_sheet([frames, frames], ["one"]), r"one label.*got 1 for 2"),
+        (lambda: media.check_output(Path("a.avi")), r"a.avi.*'.avi'.*.mp4"),
+        (lambda: media.check_output(tmp_path / "none" / "a.gif"), r"none/a.gif.*none .*folder"),
+        (lambda: media.write_media(Path("a.avi"), frames, fps=1), r"a.avi.*'.avi'"),
+        (
+            lambda: media.write_media(tmp_path / "a.mp4", frames[:, :, :63], fps=8),
+            r"H.264.*got 63 x 48.*--scale 2, .gif",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             write()
-    check_output(tmp_path / "a.mp4")
+    media.check_output(tmp_path / "a.mp4")
 
 
 FAILING = [
@@ -105,7 +97,7 @@ def test_a_failing_ffmpeg_is_an_error_and_leaves_the_old_file(tmp_path: Path, fr
     path.write_bytes(b"old")
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))
     with pytest.raises(RuntimeError, match=message), written_whole(path) as temporary:
-        write_media(temporary, frames.repeat(8, axis=1), fps=8)  # more than a pipe holds
+        media.write_media(temporary, frames.repeat(8, axis=1), fps=8)  # more than a pipe holds
     assert path.read_bytes() == b"old"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.mp4", "ffmpeg"]
 
@@ -115,20 +107,20 @@ def test_pictures_are_read_upright_and_in_colour(tmp_path: Path, frames):
     turned = Image.Exif()
     turned[0x0112] = 6  # "to be shown a quarter turn clockwise"
     image.save(tmp_path / "a.png", exif=turned)
-    read = read_image(tmp_path / "a.png")
+    read = media.read_image(tmp_path / "a.png")
     assert (read.mode, read.size) == ("RGB", (48, 64))
     assert np.array_equal(np.asarray(read), np.rot90(frames[0], -1))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
 def test_videos_are_read_frame_by_frame(tmp_path: Path, frames, suffix):
-    write_media(tmp_path / f"a{suffix}", frames, fps=8)
-    read = read_video(tmp_path / f"a{suffix}")
+    media.write_media(tmp_path / f"a{suffix}", frames, fps=8)
+    read = media.read_video(tmp_path / f"a{suffix}")
     assert [(one.mode, one.size) for one in read] == [("RGB", (64, 48))] * 9
     assert np.abs(np.stack([np.asarray(one) for one in read]).astype(float) - frames).mean() < 6
 
 
-@pytest.mark.parametrize(("read", "what"), [(read_image, r"image file.*\.png"), (read_video, "video file")])
+@pytest.mark.parametrize(("read", "what"), [(media.read_image, r"image file.*\.png"), (media.read_video, "video file")])
 def test_pictures_that_cannot_be_read(tmp_path: Path, read, what):
     kind = read.__name__.removeprefix("read_")
     with pytest.raises(ConfigError, match=rf"{kind} .*none.mp4.*\(No such file.*{what}"):
@@ -139,8 +131,8 @@ def test_pictures_that_cannot_be_read(tmp_path: Path, read, what):
 
 
 def test_numbers():
-    assert to_uint8(np.array([-1.0, 0.0, 0.5, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
-    assert upscale(np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1), 2)[0, :, :, 0].tolist() == [
+    assert media.to_uint8(np.array([-1.0, 0.0, 0.5, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+    assert media.upscale(np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1), 2)[0, :, :, 0].tolist() == [
         [0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3],
     ]  # fmt: skip
 
@@ -242,9 +234,9 @@ def test_what_would_end_a_run_is_told_before_a_model_is_loaded(tmp_path: Path, m
     assert sorted(here.iterdir()) == before
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", media.SUFFIXES)
 def test_photographs_take_about_the_room_that_is_asked_for(tmp_path: Path, suffix: str):
     path, clip = tmp_path / f"a{suffix}", data.chelsea()[None, :224, :224]
-    write_media(path, clip, fps=8)
-    least = expected_size(path, frames=1, height=224, width=224)
+    media.write_media(path, clip, fps=8)
+    least = media.expected_size(path, frames=1, height=224, width=224)
     assert 0.5 * least < path.stat().st_size < 1.2 * least

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from examples_runner import run
 from some_cases import some
 from tiny_stock import stock_pipeline
 from typer.testing import CliRunner
@@ -28,6 +28,9 @@ from dit_accel.cli.app import app
 from dit_accel.methods import registry
 
 ROOT = Path(__file__).resolve().parents[2]
+SPEC: Any = importlib.util.spec_from_file_location("examples_run", ROOT / "examples" / "run.py")
+run = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(run)
 PAGES = [Path("README.md"), *(path.relative_to(ROOT) for path in sorted(ROOT.glob("docs/**/*.md")))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 

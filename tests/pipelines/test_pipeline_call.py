@@ -67,12 +67,9 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def test_pictures_are_optional_where_the_pipeline_says_so():
+def test_pictures_are_optional_where_the_pipeline_says_so_and_a_class_that_diffusers_does_not_have_is_refused():
     for name, given in TAKEN:
         call_of(name).check(given)
-
-
-def test_a_class_that_diffusers_does_not_have():
     for name in ("WanPipeline9", ["module", "Custom"], None, "__version__"):
         with pytest.raises(UnsupportedModel, match=r"pipeline class.*diffusers \d"):
             call_of(name)  # type: ignore[arg-type]

@@ -98,9 +98,6 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
     assert all(one.kept for one in generating.generate(asked, resume=True))
     assert len(loads) == 2
     assert not any(one.kept for one in generating.generate(asked))
-
-
-def test_another_request_is_made_anew(tmp_path: Path, loads):
     asked = request(tmp_path, prompts=PROMPTS[:1])
     for changes in ({"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"negative_prompt": "a blue"}):
         generating.generate(asked)
@@ -110,7 +107,7 @@ def test_another_request_is_made_anew(tmp_path: Path, loads):
 GIVEN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
 
-def test_the_launchers_variables():
+def test_the_launchers_variables_and_that_each_process_takes_a_device_of_its_own():
     assert started_process({}) == Process()
     assert started_process({"RANK": "3"}) == Process()
     assert started_process(GIVEN) == Process(rank=5, count=8, local_rank=1, local_count=4)
@@ -126,9 +123,6 @@ def test_the_launchers_variables():
     shared = [Process(rank=rank, count=6, together=2) for rank in range(6)]
     assert [one.own(range(5)) for one in shared] == [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]
     assert [one.first for one in shared] == [True, False] * 3
-
-
-def test_each_process_takes_a_device_of_its_own():
     one = Process(rank=5, count=8, local_rank=1, local_count=4)
     cards = mock.Mock(device_count=lambda: 4)
     with mock.patch.object(torch, "get_device_module", return_value=cards):
@@ -216,17 +210,13 @@ SEARCH = [
 ]  # fmt: skip
 
 
-def test_one_process_does_all_jobs_in_order():
-    ranks, seen = Ranks(), []
+def test_one_process_does_all_jobs_in_order_and_a_failure_in_one_is_raised_in_all(monkeypatch):
+    """The others wait for its result, so it must reach them, and this one's reach the others."""
+    ranks, seen, sent = Ranks(), [], []
     ranks.spread([3, 1, 2], lambda job: 10 * job, lambda job, made: seen.append((job, made)))
     assert seen == [(3, 30), (1, 10), (2, 20)]
     assert ranks.shared(lambda: "lines") == "lines"
     assert (ranks.rank, ranks.count, ranks.first) == (0, 1, True)
-
-
-def test_a_failure_in_one_process_is_raised_in_all(monkeypatch):
-    """The others wait for its result, so it must reach them, and this one's reach the others."""
-    ranks, sent = Ranks(), []
     ranks.rank, ranks.count = 1, 2
     monkeypatch.setattr(ranks, "_gathered", lambda value: [(None, ConfigError("no number")), value])
     for work in (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from functools import partial
 
 import diffusers
 import pytest
@@ -35,10 +36,6 @@ def longcat(batch):
     return dict(packed(batch), txt_ids=text, img_ids=ids() + torch.tensor([1, 16, 16]))
 
 
-def ovis(batch):
-    return dict(longcat(batch), img_ids=ids())
-
-
 def layered(batch):
     return dict(
         tiny_models.MODELS["qwen-image"][0].inputs(batch), img_shapes=[[(1, 4, 10), (1, 4, 10), (1, 4, 10)]] * batch,
@@ -46,17 +43,9 @@ def layered(batch):
     )  # fmt: skip
 
 
-def qwen21_with_reference(batch):
-    return tiny_image_models.qwen_image_21(batch, references=True)
-
-
-def padded_ideogram(batch):
-    return tiny_image_models.ideogram4(batch, padding=3)
-
-
 PARTICULAR = {
     "LongCat's text lies along the image's axes": ("flux-kin", 1, longcat, {}),
-    "Ovis's text lies where the image does": ("flux-kin", 2, ovis, {}),
+    "Ovis's text lies where the image does": ("flux-kin", 2, lambda batch: dict(longcat(batch), img_ids=ids()), {}),
     "ConsisID's rotary positions": (
         "cogvideox", 2, lambda batch: {**tiny_models.MODELS["cogvideox"][2].inputs(batch), "image_rotary_emb": 0},
         {"use_rotary_positional_embeddings": True},
@@ -64,8 +53,10 @@ PARTICULAR = {
     "LTX-2's positions, split by head": ("ltx-2", 0, None, {"rope_type": "split"}),
     "LTX-2's positions in single precision": ("ltx-2", 0, None, {"rope_double_precision": False}),
     "Qwen-Image-Layered": ("qwen-image", 0, layered, {"use_layer3d_rope": True}),
-    "Qwen-Image 2.1 with an image in its text": ("qwen-image-2.1", 0, qwen21_with_reference, {}),
-    "Ideogram's padding": ("ideogram4", 0, padded_ideogram, {}),
+    "Qwen-Image 2.1 with an image in its text": (
+        "qwen-image-2.1", 0, partial(tiny_image_models.qwen_image_21, references=True), {}
+    ),
+    "Ideogram's padding": ("ideogram4", 0, partial(tiny_image_models.ideogram4, padding=3), {}),
     "JoyImage's text behind the image": ("joyimage-edit", 0, None, {"rope_type": "mrope"}),
     "Cosmos's learned positions": ("cosmos", 0, None, {"extra_pos_embed_type": "learnable"}),
 }  # fmt: skip
@@ -226,16 +217,6 @@ def test_tables_are_as_long_as_told(name, config):
         case.transformer.rope(torch.zeros(1, 4, most + 1, 4, 4))
 
 
-LIMITED = [one for one in ADAPTERS if isinstance(one.rope, Rope) and one.rope.max_positions is not None]
-
-
-def test_a_config_that_tells_nothing_means_the_classs_defaults():
-    for adapter, name in [(one, name) for one in LIMITED for name in one.transformers]:
-        parameters = inspect.signature(getattr(diffusers, name)).parameters
-        defaults = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
-        assert adapter.rope.max_positions({}) == adapter.rope.max_positions(defaults), name
-
-
 def test_limits_of_the_released_models():
     def limits(name, **config):
         return BY_NAME[name].rope.max_positions(config)
@@ -249,3 +230,8 @@ def test_limits_of_the_released_models():
     cosmos1 = dict(max_size=(128, 240, 240), patch_size=(1, 2, 2), extra_pos_embed_type="learnable")
     assert limits("cosmos", **cosmos1) == dict(frames=128, height=120, width=120)
     assert BY_NAME["hunyuan-video"].rope.max_positions is None
+    limited = [one for one in ADAPTERS if isinstance(one.rope, Rope) and one.rope.max_positions is not None]
+    for adapter, name in [(one, name) for one in limited for name in one.transformers]:
+        parameters = inspect.signature(getattr(diffusers, name)).parameters
+        defaults = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
+        assert adapter.rope.max_positions({}) == adapter.rope.max_positions(defaults), name

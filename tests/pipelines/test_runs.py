@@ -13,16 +13,7 @@ from tiny_stock import run_stock, stock_pipeline
 from wan_tiny import generate, tiny_transformer
 
 import dit_accel
-from dit_accel import (
-    DFA,
-    ConfigError,
-    DBPrune,
-    EasyCache,
-    ProfilingCache,
-    RadialAttention,
-    SparseD,
-    StaticCache,
-)
+from dit_accel import DFA, ConfigError, DBPrune, EasyCache, ProfilingCache, RadialAttention, SparseD, StaticCache
 from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.caches.profile_file import weights_digest
 from dit_accel.methods.find import find_transformers, resolve_model

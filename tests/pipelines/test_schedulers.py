@@ -1,31 +1,109 @@
 """Schedulers: steps, noise level and windows are those of the loop; solvers take the schedule of the model."""
 
 import functools
+import inspect
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from dit_accel_pipelines.generation.solvers import (
-    SOLVERS,
-    is_flow,
-    is_of_betas,
-    make_scheduler,
-    scheduler_like,
-    shift_of,
-)
-from scheduler_walks import STEPS, Walk, made, noise_at, scheduler_names, steps_of, walked
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from dit_accel_pipelines.generation import solvers
+from matrix_runs import changed_step
 from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel import SLG, ConfigError, EasyCache, LiteAttention, SeaCache, SparseD, StaticCache
+
+STEPS = 6
+
+
+def scheduler_names() -> list[str]:
+    """Names of all scheduler classes of diffusers."""
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+    return [one for one in names if inspect.isclass(cls := getattr(diffusers, one)) and issubclass(cls, SchedulerMixin)]
+
+
+def made(name: str, flow: bool) -> Any:
+    """A scheduler for a model of flow matching or of betas, as far as its class has a choice; raises where it can't."""
+    cls = getattr(diffusers, name)
+    known = inspect.signature(cls.__init__).parameters
+    options: dict[str, Any] = {"skip_prk_steps": True} if "skip_prk_steps" in known else {}
+    if flow and "use_flow_sigmas" in known:
+        options |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return cls(**options)
+
+
+@dataclass
+class Walk:
+    """A pipeline's loop: which of its rounds each forward of the transformer ran in.
+
+    Attributes:
+        rounds: how many the loop made.
+        forwards: of each forward that ran, (round, timestep in the scheduler's list, what was seen).
+    """
+
+    rounds: int = 0
+    forwards: list[tuple[int, float, Any]] = field(default_factory=list)
+    latents: Any = None
+
+    @property
+    def ran(self) -> list[int]:
+        """Forwards that ran, by round."""
+        return np.bincount([one for one, *_ in self.forwards], minlength=self.rounds).tolist()
+
+
+def walked(pipe: Any, call: dict[str, Any], see: Any = lambda: None, walk: Walk | None = None) -> Walk:
+    """Run a pipeline and note its rounds and forwards."""
+    walk, scheduler = walk or Walk(), pipe.scheduler
+
+    def note(*_: Any) -> None:
+        walk.forwards.append((walk.rounds, float(scheduler.timesteps[walk.rounds]), see()))
+
+    def counted(_: int, step: Any, latents: Any) -> Any:
+        walk.rounds += 1
+        return step(latents)
+
+    hook = pipe.transformer.register_forward_pre_hook(note)
+    try:
+        with changed_step(pipe, counted), torch.no_grad():
+            out = pipe(**call, generator=torch.Generator().manual_seed(0))
+    finally:
+        hook.remove()
+    walk.latents = getattr(out, "frames", None) if hasattr(out, "frames") else out.images
+    return walk
+
+
+def steps_of(rounds: int, steps: int = STEPS) -> list[int]:
+    """Which step each round of a run is, by how many rounds there are beside the steps that were requested."""
+    if rounds <= steps:  # MiniMax-H3's lists one noise level fewer
+        return list(range(rounds))
+    if rounds == steps + 1:  # PNDM evaluates its second timestep twice
+        return [max(0, one - (one > 1)) for one in range(rounds)]
+    assert rounds == 2 * steps - 1, (rounds, steps)  # Heun, DPM2: but for the first step twice
+    return [(one + 1) // 2 for one in range(rounds)]
+
+
+def noise_at(scheduler: Any, timestep: float) -> float | None:
+    """The noise level that a timestep of a scheduler's list stands for, by what the class trains on; None: not told."""
+    config = scheduler.config
+    if not hasattr(scheduler, "sigmas"):
+        return None
+    if type(scheduler).__name__ == "MiniMaxH3Scheduler":
+        return 1 - timestep
+    if "sigma_data" in config:
+        return math.exp(4 * timestep) if "EDM" in type(scheduler).__name__ else math.exp(timestep / 250)
+    if "shift" in config or config.get("use_flow_sigmas"):
+        return 1 - timestep / 1000 if config.get("invert_sigmas") else timestep / 1000
+    if "beta_schedule" in config:
+        signal = scheduler.alphas_cumprod.double().numpy()
+        levels = np.log(np.sqrt((1 - signal) / signal))
+        return float(np.exp(np.interp(timestep, np.arange(len(levels)), levels)))
+    return math.nan
+
 
 PIPELINES = {
     "wan": "WanPipeline",
@@ -143,8 +221,8 @@ def test_every_scheduler(name, record_property):
 
 
 SHIPPED = {
-    "unipc": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
-    "euler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+    "unipc": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+    "euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
 }
 
 
@@ -157,23 +235,28 @@ def solved(scheduler, steps: int) -> float:
     return float(x.mean())
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
 @pytest.mark.parametrize("shipped", SHIPPED)
 def test_solvers_converge_to_one_solution_on_the_models_own_schedule(solver, shipped):
-    scheduler = make_scheduler(SHIPPED[shipped], solver)
-    assert shift_of(scheduler) == 5.0
+    scheduler = solvers.make_scheduler(SHIPPED[shipped], solver)
+    assert solvers.shift_of(scheduler) == 5.0
     exact = 1 + torch.e**-1
-    near, far = abs(solved(scheduler, 200) - exact), abs(solved(make_scheduler(SHIPPED[shipped], solver), 10) - exact)
+    near, far = (
+        abs(solved(scheduler, 200) - exact),
+        abs(solved(solvers.make_scheduler(SHIPPED[shipped], solver), 10) - exact),
+    )
     assert near < 3e-3
     assert near < far
-    assert shift_of(make_scheduler(SHIPPED[shipped], solver, 3.0)) == 3.0
+    assert solvers.shift_of(solvers.make_scheduler(SHIPPED[shipped], solver, 3.0)) == 3.0
 
 
 BETAS = {
-    "cogvideox": CogVideoXDDIMScheduler(
+    "cogvideox": diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing"
     ),
-    "pixart": DPMSolverMultistepScheduler(timestep_spacing="trailing"),  # whose config has a flow_shift it does not use
+    "pixart": diffusers.DPMSolverMultistepScheduler(
+        timestep_spacing="trailing"
+    ),  # whose config has a flow_shift it does not use
 }
 SPREAD = 0.5
 
@@ -194,42 +277,44 @@ def denoised(shipped, scheduler, steps: int) -> tuple[float, float]:
     return float(x.mean()), SPREAD / (first * SPREAD**2 + 1 - first) ** 0.5
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
 @pytest.mark.parametrize("shipped", BETAS)
 def test_solvers_converge_on_a_schedule_of_betas(solver, shipped):
     one = BETAS[shipped]
-    assert (is_flow(one.config), is_of_betas(one.config), shift_of(one)) == (False, True, None)
-    scheduler = make_scheduler(one, solver)
+    assert (solvers.is_flow(one.config), solvers.is_of_betas(one.config), solvers.shift_of(one)) == (False, True, None)
+    scheduler = solvers.make_scheduler(one, solver)
     kept = one.alphas_cumprod.double().clamp(min=2**-24)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), kept, rtol=2e-3, atol=1e-7)
-    (far, exact), (near, _) = (denoised(one, make_scheduler(one, solver), steps) for steps in (10, 200))
+    (far, exact), (near, _) = (denoised(one, solvers.make_scheduler(one, solver), steps) for steps in (10, 200))
     assert abs(near - exact) < 0.025  # the first step, out of pure noise, is of first order with every solver
     assert abs(near - exact) < abs(far - exact) / 8
     with pytest.raises(ConfigError, match=r"noise shift, got flow_shift 2.0"):
-        make_scheduler(one, solver, 2.0)
+        solvers.make_scheduler(one, solver, 2.0)
 
 
 def test_what_knows_neither_schedule_is_refused():
     with pytest.raises(ConfigError, match=r"solver 'eulr'.*'euler'"):
-        make_scheduler(SHIPPED["euler"], "eulr")
+        solvers.make_scheduler(SHIPPED["euler"], "eulr")
     with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler.*betas"):
-        scheduler_like(BETAS["cogvideox"], "FlowMatchEulerDiscreteScheduler")
+        solvers.scheduler_like(BETAS["cogvideox"], "FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ConfigError, match=r"DDIMScheduler.*flow"):
-        scheduler_like(SHIPPED["euler"], "DDIMScheduler")
+        solvers.scheduler_like(SHIPPED["euler"], "DDIMScheduler")
     with pytest.raises(ConfigError, match=r"EDMEulerScheduler.*noise shift.*UniPCMultistep"):
-        make_scheduler(EDMEulerScheduler(), "unipc")
+        solvers.make_scheduler(diffusers.EDMEulerScheduler(), "unipc")
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_a_shift_that_grows_with_the_tokens_keeps_its_bounds_or_is_one_for_all(solver):
-    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.3)
-    scheduler = make_scheduler(shipped, solver)
+    shipped = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.3
+    )
+    scheduler = solvers.make_scheduler(shipped, solver)
     assert (scheduler.config["base_shift"], scheduler.config["max_shift"]) == (0.7, 1.3)
     assert scheduler.config["use_dynamic_shifting"]
     scheduler.set_timesteps(4, mu=0.9)
-    scheduler = make_scheduler(shipped, solver, 2.0)
+    scheduler = solvers.make_scheduler(shipped, solver, 2.0)
     assert scheduler.config["base_shift"] == scheduler.config["max_shift"] == math.log(2)
     scheduler.set_timesteps(3, mu=math.log(2))  # as pipelines do along the line between the bounds
-    usual = make_scheduler(SHIPPED["euler"], solver, 2.0)
+    usual = solvers.make_scheduler(SHIPPED["euler"], solver, 2.0)
     usual.set_timesteps(3)
     assert float(scheduler.sigmas[1]) == pytest.approx(float(usual.sigmas[1]), abs=0.01)

@@ -1,4 +1,4 @@
-"""A model for suites that takes no time: its error is known by its steps, solver and methods."""
+"""Models for suites that take no time: one whose error is known by its steps, solver and methods, one that draws."""
 
 import json
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
+from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.report import SuiteReport, suite_report
 from dit_accel_eval.runs.counting import Counts
@@ -63,6 +64,25 @@ class FakeModel:
         base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
         frames = np.clip(base + self.error(clip, steps, solver, flow_shift, methods), 0, 1)
         return ModelRun(frames=frames.astype(np.float32), **self.cost(steps, methods))
+
+
+def drawn(seed: int = 3, frames: int = 9) -> np.ndarray:
+    """Return a drawn held-out clip of wan-plain's world, uint8; of any number of frames."""
+    _, scene, _ = clip_of(seed, frames=1, held_out=True)
+    return draw_plain(scene, 4 * -(-frames // 4) + 1)[:frames]
+
+
+class DrawnModel(FakeModel):
+    """The base of one that tells its ``name`` and how it draws; ``made`` are (clip, call, number of methods)."""
+
+    def draw(self, clip: int, call: dict[str, Any], plain: bool) -> np.ndarray:
+        raise NotImplementedError
+
+    def run(self, clip: int, *, steps: int, solver: Any, flow_shift: Any, methods: Any, call: Any) -> ModelRun:
+        assert steps == 2
+        self.made.append((clip, call, len(methods)))
+        frames = self.draw(clip, call, not methods)
+        return ModelRun(frames=frames, counts=Counts(blocks=1, attention=1), attended=1.0, seconds=1.0)
 
 
 def faked(monkeypatch: pytest.MonkeyPatch, model: type = FakeModel) -> Iterator[type]:

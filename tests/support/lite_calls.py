@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from dit_accel_kernels import block_sparse_attention_eager, unpack_bits
+from one_layer import ADAPTER, context_of
 from torch import Tensor
 
 from dit_accel import LiteAttention
-from dit_accel.adapters.adapter import Adapter
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.base import Model
 from dit_accel.plan.call import Call
@@ -17,7 +17,6 @@ from dit_accel.plan.plan import AttentionPlan, KernelResult
 from dit_accel.plan.tiling import Tiling
 
 BLOCK = 16
-ADAPTER = Adapter(name="toy", transformers=(), self_attention=())
 MODEL = Model(adapter=ADAPTER, family=None, heads=2, layers=3, tiling=Tiling(BLOCK))
 
 
@@ -106,9 +105,5 @@ class Calls:
 
     def context(self, step: int | None = None, batch: int = 1, **changes: Any) -> CallContext:
         """Return where a call stands: the next one, or that of ``step``."""
-        values: dict[str, Any] = dict(
-            transformer="transformer", layer=0, depth=0, branch="cond", batch=batch, sigma=None,
-            step_index=self.step if step is None else step, num_inference_steps=self.steps, layout=self.layout,
-            device=torch.device("cpu"),
-        )  # fmt: skip
-        return CallContext(**{**values, **changes})
+        at = dict(batch=batch, step_index=self.step if step is None else step, num_inference_steps=self.steps)
+        return context_of(self.layout, **{**at, **changes})

@@ -56,14 +56,12 @@ CHROMA = family(
 )  # fmt: skip
 
 
-def _sd3(batch: int) -> Mapping[str, Any]:
-    return image(batch, timestep=steps(batch), pooled_projections=torch.randn(batch, 8))
-
-
 SD3 = tuple(
     model(
-        "SD3Transformer2DModel", _sd3, **HEADS, **FOUR, **config, sample_size=12, num_layers=3, joint_attention_dim=16,
-        caption_projection_dim=32, pooled_projection_dim=8, pos_embed_max_size=12,
+        "SD3Transformer2DModel",
+        lambda batch: image(batch, timestep=steps(batch), pooled_projections=torch.randn(batch, 8)), **HEADS, **FOUR,
+        **config, sample_size=12, num_layers=3, joint_attention_dim=16, caption_projection_dim=32,
+        pooled_projection_dim=8, pos_embed_max_size=12,
     )
     for config in ({}, {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"})
 )  # fmt: skip
@@ -117,15 +115,11 @@ Z_IMAGE = family(
 )  # fmt: skip
 
 
-def _krea2(batch: int) -> Mapping[str, Any]:
-    return image(
+KREA2 = family(
+    "Krea2Transformer2DModel", lambda batch: image(
         batch, hidden_states=torch.randn(batch, ROWS * COLUMNS, 4), encoder_attention_mask=text_mask(batch),
         encoder_hidden_states=torch.randn(batch, 6, 2, 16), position_ids=torch.cat([torch.zeros(6, 3), ids()]),
-    )  # fmt: skip
-
-
-KREA2 = family(
-    "Krea2Transformer2DModel", _krea2, "text_fusion.*", **HEADS, in_channels=4, num_layers=3, num_key_value_heads=1,
+    ), "text_fusion.*", **HEADS, in_channels=4, num_layers=3, num_key_value_heads=1,
     intermediate_size=32, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
     text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
     axes_dims_rope=(4, 6, 6),

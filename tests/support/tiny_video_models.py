@@ -30,20 +30,16 @@ WAN = (
 )
 
 
-def _wan_animate(batch: int) -> Mapping[str, Any]:
-    return _wan_image(
-        batch, hidden_states=torch.randn(batch, 12, 8, 8, 16), face_pixel_values=torch.rand(batch, 3, 25, 16, 16),
-        pose_hidden_states=torch.randn(batch, 4, 7, 8, 16),
-    )  # fmt: skip
-
-
 WAN_ANIMATE_TINY = WAN_TINY | IMAGE_TEXT | dict(
     latent_channels=4, out_channels=4, motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_encoder_size=16,
     motion_style_dim=8, motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2,
     inject_face_latents_blocks=3,
 )  # fmt: skip
 WAN_ANIMATE = family(
-    "WanAnimateTransformer3DModel", _wan_animate, CROSS, "face_adapter.*", **WAN_ANIMATE_TINY, reference_frames=1,
+    "WanAnimateTransformer3DModel", lambda batch: _wan_image(
+        batch, hidden_states=torch.randn(batch, 12, 8, 8, 16), face_pixel_values=torch.rand(batch, 3, 25, 16, 16),
+        pose_hidden_states=torch.randn(batch, 4, 7, 8, 16),
+    ), CROSS, "face_adapter.*", **WAN_ANIMATE_TINY, reference_frames=1,
 )  # fmt: skip
 
 
@@ -76,15 +72,11 @@ HUNYUAN = tuple(
 )  # fmt: skip
 
 
-def _hunyuan15(batch: int) -> Mapping[str, Any]:
-    return masked_video(
+HUNYUAN15 = family(
+    "HunyuanVideo15Transformer3DModel", lambda batch: masked_video(
         batch, encoder_hidden_states_2=torch.randn(batch, 5, 12), image_embeds=torch.randn(batch, 3, 8),
         encoder_attention_mask_2=text_mask(batch, 5).long(), hidden_states=torch.randn(batch, 4, 7, 4, 8),
-    )  # fmt: skip
-
-
-HUNYUAN15 = family(
-    "HunyuanVideo15Transformer3DModel", _hunyuan15, "context_embedder.*", **FOUR, **HEADS, num_layers=3,
+    ), "context_embedder.*", **FOUR, **HEADS, num_layers=3,
     num_refiner_layers=1, patch_size=1, text_embed_dim=16, text_embed_2_dim=12, image_embed_dim=8,
     rope_axes_dim=(4, 6, 6),
 )  # fmt: skip
@@ -122,10 +114,6 @@ def _rotary_cogvideox(batch: int) -> Mapping[str, Any]:
     return _cogvideox(batch, 14, image_rotary_emb=(angles.cos(), angles.sin()))
 
 
-def _consisid(batch: int) -> Mapping[str, Any]:
-    return _cogvideox(batch, id_cond=torch.randn(batch, 4), id_vit_hidden=[torch.randn(batch, 2, 4)])
-
-
 COGVIDEOX_TINY = FOUR | HEADS | dict(
     time_embed_dim=8, text_embed_dim=16, num_layers=3, sample_width=16, sample_height=8, sample_frames=25,
     max_text_seq_length=6,
@@ -137,7 +125,9 @@ COGVIDEOX = (
         use_rotary_positional_embeddings=True,
     ),
     model(
-        "ConsisIDTransformer3DModel", _consisid, **COGVIDEOX_TINY, is_train_face=True, is_kps=False,
+        "ConsisIDTransformer3DModel",
+        lambda batch: _cogvideox(batch, id_cond=torch.randn(batch, 4), id_vit_hidden=[torch.randn(batch, 2, 4)]),
+        **COGVIDEOX_TINY, is_train_face=True, is_kps=False,
         cross_attn_interval=1, cross_attn_dim_head=8, cross_attn_num_heads=2, LFE_id_dim=4, LFE_vit_dim=4, LFE_depth=5,
         LFE_dim_head=4, LFE_num_heads=2, LFE_num_id_token=2, LFE_num_querie=2, LFE_output_dim=21, LFE_ff_mult=1,
         LFE_num_scale=1,

@@ -118,7 +118,7 @@ class SparseConfig(MethodConfig):
         return self.advice_on_size(layout)
 
     def advice_on_size(self, layout: TokenLayout, keeps_all: int = 0) -> str | None:
-        """Say that it can't be faster on a layout, of which it keeps all of so many tiles, or seldom is; or None."""
+        """Say why it can't be faster on a layout, or seldom is; else None. ``keeps_all``: its tiles if it keeps all."""
         tokens, least = layout.visual_tokens, self.worthwhile_tokens
         if keeps_all:
             return f"{self.name} keeps all {keeps_all} tiles of {tokens} visual tokens, so it can't be faster here"

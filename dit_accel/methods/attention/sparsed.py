@@ -104,7 +104,7 @@ class SparseDHandler(SparseHandler):
         self.bits: dict[Key, Tensor] = {}
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Narrow what is kept to the pattern, which is made where there is none yet, or none that can be trusted."""
+        """Keep the pattern's tiles alone; make the pattern where there is none yet, in training and in dense turns."""
         plan = plan.with_tiles(*self.model.tiling.full(context.layout, context.device))
         keep = None if context.training or context.turn == "dense" else self.bits.get(context.key)
         if keep is None:

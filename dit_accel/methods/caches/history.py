@@ -151,7 +151,7 @@ class History:
         ]
 
     def sample_missed(self, output: Any, latents: Any, step: int, end: int) -> Tensor:
-        """Return the error of a forecast of the prediction, as one tensor of its own."""
+        """Return the error of a forecast of the prediction, as one tensor."""
         assert self._spec is not None
         return target_sample(tree_unflatten(self.missed(output, latents, step, end), self._spec))
 
@@ -219,7 +219,7 @@ def tensor_shapes(tensors: Any) -> Any:
 
 @torch.no_grad()
 def own_copies(value: Any, lent: Any) -> Any:
-    """Copy, of what is kept from step to step, the tensors that share memory with lent ones.
+    """Return a value that is kept from step to step, with copies of its tensors that share memory with lent ones.
 
     Schedulers and hand-written loops may write into the tensors of a step once it is over.
     """

@@ -83,7 +83,7 @@ def fits(transformer: Any, weak: Any) -> bool:
 @contextmanager
 def weights_of(weak: nn.Module, transformer: nn.Module) -> Iterator[None]:
     """Let a transformer's modules hold the weights of a weaker model that `fits`, inside the block."""
-    modules, own = dict(transformer.named_modules()), dict(transformer.named_parameters())
+    modules, originals = dict(transformer.named_modules()), dict(transformer.named_parameters())
 
     def lay(weights: Mapping[str, nn.Parameter]) -> None:
         for name, weight in weights.items():
@@ -94,7 +94,7 @@ def weights_of(weak: nn.Module, transformer: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        lay(own)
+        lay(originals)
 
 
 def _sizes(model: Any) -> dict[str, Any]:

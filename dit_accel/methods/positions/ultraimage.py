@@ -321,7 +321,7 @@ class UltraImageHandler(AttentionHandler):
         return [f"{followed} steps {how}", *([f"{pulled} were pulled to its low frequencies"] if pulled else [])]
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return that nothing is saved, what is done, and two numbers a head and branch that are held."""
+        """Return a saving of no work, with notes on what is done; two numbers a head and branch are held."""
         branches = self.model.family.forwards_per_step if self.model.family is not None else 1
         held = 8 * self.model.layers * self.model.heads * branches if self.applies(layout) and steps > 1 else 0
         notes = [f"{self.check_layout(layout)}; it saves no work"]

@@ -12,21 +12,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import StorageCache
+from ..cache import StorageCache, capturing
 from ..csr import EXACT, padded_rows
 from ..problem import Problem
 from ..states import list_states, resolved
-from .library import check_call, missing_package, scaled_queries
+from .library import check_call, missing_package, scaled_queries, tile_sizes
 from .triton.launch import architecture
 
-PACKAGE = "nvidia-cudnn-frontend"
+PACKAGE, FUNCTION = "nvidia-cudnn-frontend", "block_sparse_attention_forward"
+BLACKWELL = ("sm_10", "sm_11")
 
 
 class Blocks(NamedTuple):
-    """Key tiles of each query tile: counts int32 [B, H, NQ], indices int32 [B, H, NQ, N], at least one column."""
+    """Key tiles of each query tile: counts int32 [B, H, NQ], indices int32 [B, H, NQ, N]; tokens of key tiles [NK].
+
+    The last are None where all are whole: without them it attends to what lies beyond the last key.
+    """
 
     counts: Tensor
     indices: Tensor
+    sizes: Tensor | None
 
 
 _BLOCKS: StorageCache[Blocks] = StorageCache()
@@ -37,24 +42,25 @@ def missing_requirement(
 ) -> str | None:
     """What this machine lacks for calls of these tiles and head dims, or None."""
     arch = architecture(device)
-    if not arch.startswith(("sm_9", "sm_10", "sm_11", "sm_12")):
+    if not arch.startswith(("sm_9", *BLACKWELL, "sm_12")):
         return f"a card of sm_90, sm_100, sm_110 or sm_120 (found {arch})"
     if tile not in ((64, 64), (128, 128)):
         return f"tiles of 64 x 64 or 128 x 128 (found {tile[0]} x {tile[1]})"
-    whole = arch.startswith("sm_12") or (tile[0] == 64 and not arch.startswith("sm_9"))
+    whole = arch.startswith("sm_12") or (tile[0] == 64 and arch.startswith(BLACKWELL))
     known = (128,) if whole else (64, 96, 128)
     if dims[0] != dims[1] or dims[0] not in known:
         return f"one head dim of {', '.join(map(str, known))} on {arch} (found {dims[0]} and {dims[1]})"
-    return missing_package("cudnn", PACKAGE)
+    return missing_package("cudnn", PACKAGE, FUNCTION)
 
 
 def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of the library's reach, saying why."""
     missing = check_call("cudnn", problem)
-    tile, dims = (problem.block_q, problem.block_k), (problem.q.shape[-1], problem.v.shape[-1])
-    missing(missing_requirement(problem.q.device, tile, dims))
-    if problem.block_q == 64 and problem.num_q % 64 and architecture(problem.q.device).startswith("sm_9"):
-        missing(f"a multiple of 64 queries in tiles of 64 on sm_90 (found {problem.num_q})")
+    q, k = problem.q, problem.k
+    missing(missing_requirement(q.device, (problem.block_q, problem.block_k), (q.shape[-1], problem.v.shape[-1])))
+    narrow = problem.block_q == 64 and architecture(q.device).startswith(BLACKWELL)
+    if narrow and (q.dtype != torch.bfloat16 or q.shape[1] != k.shape[1]):
+        missing(f"bfloat16 and as many key heads with tiles of 64 (found {q.dtype}, {q.shape[1]} and {k.shape[1]})")
 
 
 @torch.no_grad()
@@ -63,19 +69,29 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, None]:
     check(problem)
     problem, exact = resolved(problem)
     parts = (problem.exact_offsets, problem.exact_indices)
-    shape = (*problem.q.shape[:2], problem.query_tiles)
-    blocks = _BLOCKS.get(parts, (*shape, problem.key_tiles), lambda: _blocks(problem, shape))
-    given = importlib.import_module("cudnn").block_sparse_attention_forward(
-        scaled_queries(problem), problem.k, problem.v, blocks.indices, q2k_block_nums=blocks.counts,
-        sparse_block_size=problem.block_q, allow_empty_block_nums=True, softmax_scale=problem.scale, pack_gqa=False,
-        layout="bhsd",
+    blocks = _BLOCKS.get(parts, (*problem.q.shape[:2], problem.num_k), lambda: _blocks(problem))
+    q, k, v = (_tokens_first(x) for x in (scaled_queries(problem), problem.k, problem.v))
+    lacking = -problem.num_q % 64 if problem.block_q == 64 else 0  # sm_90 takes whole tiles of 64 queries alone
+    given = getattr(importlib.import_module("cudnn"), FUNCTION)(
+        torch.nn.functional.pad(q, (0, 0, 0, 0, 0, lacking)) if lacking else q, k, v, blocks.indices,
+        block_sizes=blocks.sizes, q2k_block_nums=blocks.counts, sparse_block_size=problem.block_q,
+        allow_empty_block_nums=True, softmax_scale=problem.scale, pack_gqa=False, layout="bshd",
     )  # fmt: skip
-    return given["o_tensor"], given["lse_tensor"], exact, None
+    out, lse = given["o_tensor"].transpose(1, 2), given["lse_tensor"]
+    return out[:, :, : problem.num_q], lse[:, :, : problem.num_q], exact, None
 
 
-def _blocks(problem: Problem, shape: tuple[int, ...]) -> Blocks:
-    counts, indices = padded_rows(list_states(problem) >= EXACT)
-    width = max(1, indices.shape[-1])
-    if not indices.shape[-1]:
-        indices = indices.new_zeros(*indices.shape[:-1], 1)
-    return Blocks(counts.expand(shape).contiguous(), indices.expand(*shape, width).contiguous())
+def _tokens_first(x: Tensor) -> Tensor:
+    """[B, S, H, D] of [B, H, S, D], the one layout in which the library is called; copied where it isn't that."""
+    x = x.transpose(1, 2).contiguous()
+    return x if x.data_ptr() % 128 == 0 else x.clone()  # what its loads on sm_90 rely on
+
+
+def _blocks(problem: Problem) -> Blocks:
+    device, ragged = problem.q.device, problem.num_k % problem.block_k
+    # kernels of sm_120 are compiled for a width of lists, those of sm_100 are faster where they know the longest row
+    read = not (capturing(device) or architecture(device).startswith("sm_12"))
+    counts, indices = padded_rows(list_states(problem) >= EXACT, read)
+    sizes = tile_sizes(problem.num_k, problem.block_k, device) if ragged else None
+    shape = (*problem.q.shape[:2], problem.query_tiles)
+    return Blocks(counts.expand(shape).contiguous(), indices.expand(*shape, -1).contiguous(), sizes)

@@ -1,38 +1,50 @@
 """The flashinfer backend: exact tiles as the lists of FlashInfer's block wrapper, which plans them once.
 
-A plan holds for one tensor of lists and is kept with it, so that only static lists gain by it: calls with a selection
-are refused. Lists are by key head. Its LSE is in log2 units and is turned into natural ones.
+A plan names every listed key by itself, four bytes each, and is kept with the lists, so that only static ones gain by
+it: calls with a selection are refused. Its lists are those of key heads: the batch is folded into heads, and keys are
+repeated where heads that share them have lists of their own. Its LSE is in log2 units and is turned into natural ones.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cache import StorageCache
+from ..cache import StorageCache, capturing
 from ..csr import EXACT
 from ..errors import BackendUnavailableError
 from ..problem import Problem
 from ..states import list_states
-from .library import check_call, missing_package, scaled_queries
+from .library import check_call, missing_package, scaled_queries, tile_sizes
 from .triton.launch import architecture
 
-PACKAGE = "flashinfer-python"
+PACKAGE, WRAPPER = "flashinfer-python", "VariableBlockSparseAttentionWrapper"
 WORKSPACE = 128 << 20  # bytes, as its documentation has it
-_PLANS: StorageCache[Any] = StorageCache()
+MOST_KEYS = 2**31 - 1  # that a plan counts
+
+
+class Plan(NamedTuple):
+    """A wrapper with the lists of a call, and which queries see no key: bool [B or 1, H or 1, S_q]."""
+
+    wrapper: Any
+    empty: Tensor
+
+
+_PLANS: StorageCache[Plan] = StorageCache()
 
 
 def missing_requirement(device: torch.device, dims: tuple[int, int] = (128, 128)) -> str | None:
     """What this machine lacks for calls of these head dims, or None."""
-    if not architecture(device).startswith("sm_"):
-        return f"an NVIDIA card from compute capability 8.0 on (found {architecture(device)})"
+    arch = architecture(device)
+    if not arch.startswith(("sm_8", "sm_9", "sm_1")):
+        return f"an NVIDIA card from compute capability 8.0 on (found {arch})"
     if dims[0] != dims[1] or dims[0] not in (64, 128, 256):
         return f"one head dim of 64, 128 or 256 (found {dims[0]} and {dims[1]})"
-    return missing_package("flashinfer", PACKAGE)
+    return missing_package("flashinfer", PACKAGE, WRAPPER)
 
 
 def check(problem: Problem) -> None:
@@ -40,38 +52,42 @@ def check(problem: Problem) -> None:
     missing = check_call("flashinfer", problem)
     missing(missing_requirement(problem.q.device, (problem.q.shape[-1], problem.v.shape[-1])))
     if problem.selection is not None:
-        raise BackendUnavailableError("backend 'flashinfer' plans lists, which a selection changes in every call")
-    if len(problem.q) > 1 or (problem.groups > 1 and problem.q.shape[1] != problem.k.shape[1]):
-        missing(f"one batch row, and lists that heads share where they share keys (found {list(problem.q.shape)})")
+        raise BackendUnavailableError("backend 'flashinfer' plans lists, which a selection changes: use 'auto'")
 
 
 @torch.no_grad()
 def attend(problem: Problem) -> tuple[Tensor, Tensor, None, None]:
-    """Output [1, H, S_q, D], natural-log LSE float32 [1, H, S_q]; no exact tiles, no votes."""
+    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q]; no exact tiles, no votes."""
     check(problem)
-    parts, key = (problem.exact_offsets, problem.exact_indices), (*problem.q.shape, problem.q.dtype, problem.scale)
-    wrapper = _PLANS.get(parts, key, lambda: _planned(problem))
-    tensors = [x[0].contiguous() for x in (scaled_queries(problem), problem.k, problem.v)]
-    out, lse = wrapper.run(*tensors, return_lse=True)
-    empty = (list_states(problem) < EXACT).all(-1).repeat_interleave(problem.block_q, -1)[..., : problem.num_q]
-    lse = (lse.reshape(1, *tensors[0].shape[:2]) * math.log(2.0)).masked_fill(empty, -torch.inf)
-    return out[None].masked_fill(empty[..., None], 0), lse, None, None
+    q, k, v = scaled_queries(problem), problem.k, problem.v
+    parts, key = (problem.exact_offsets, problem.exact_indices), (*q.shape, *k.shape, q.dtype, problem.scale)
+    wrapper, empty = _PLANS.get(parts, key, lambda: _planned(problem))
+    if problem.groups > 1 and q.shape[1] > k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out, lse = wrapper.run(*(x.flatten(0, 1) for x in (q, k, v)), return_lse=True)
+    out, lse = out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2]) * math.log(2.0)
+    return out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf), None, None
 
 
-def _planned(problem: Problem) -> Any:
-    """A wrapper with the lists of a call, its key tiles of every key head."""
-    heads, key_heads, device = problem.q.shape[1], problem.k.shape[1], problem.q.device
-    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
-    wrapper = importlib.import_module("flashinfer").VariableBlockSparseAttentionWrapper(workspace)
-    exact = (list_states(problem)[0] >= EXACT).expand(key_heads, -1, -1).contiguous()
-    rows, columns = (
-        torch.full((key_heads, -(-tokens // side)), side, dtype=torch.int32, device=device)
-        for tokens, side in ((problem.num_q, problem.block_q), (problem.num_k, problem.block_k))
-    )
-    rows[:, -1] -= -problem.num_q % problem.block_q
-    columns[:, -1] -= -problem.num_k % problem.block_k
-    wrapper.plan(
-        exact, rows, columns, heads, key_heads, problem.q.shape[-1], sm_scale=problem.scale,
-        q_data_type=problem.q.dtype, non_blocking=False,
-    )  # fmt: skip
-    return wrapper
+def _planned(problem: Problem) -> Plan:
+    device, (batch, heads, _, dim) = problem.q.device, problem.q.shape
+    key_heads = heads if problem.groups > 1 else problem.k.shape[1]
+    exact = list_states(problem) >= EXACT
+    empty = ~exact.any(-1)
+    exact[..., 0] |= empty  # it gets no row without keys; what it gives of these is masked
+    exact = exact.expand(batch, key_heads, -1, -1).flatten(0, 1)
+    if capturing(device) or int(exact.sum(dtype=torch.int64)) * problem.block_k > MOST_KEYS:
+        raise BackendUnavailableError("backend 'flashinfer' plans nothing inside a graph, nor 2^31 keys: use 'auto'")
+    sides = ((problem.num_q, problem.block_q), (problem.num_k, problem.block_k))
+    rows, columns = (tile_sizes(*side, device).expand(len(exact), -1) for side in sides)
+    try:
+        workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+        wrapper = getattr(importlib.import_module("flashinfer"), WRAPPER)(workspace)
+        wrapper.plan(
+            exact, rows, columns, batch * heads, len(exact), dim, sm_scale=problem.scale, q_data_type=problem.q.dtype,
+            non_blocking=False,
+        )  # fmt: skip
+    except RuntimeError as error:  # out of memory too: other kernels need none for lists
+        why = " ".join(str(error).split())[:200]
+        raise BackendUnavailableError(f"backend 'flashinfer' plans no such lists ({why}): use 'auto'") from error
+    return Plan(wrapper, empty.repeat_interleave(problem.block_q, -1)[..., : problem.num_q])

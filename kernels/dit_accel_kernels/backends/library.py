@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
@@ -39,15 +40,23 @@ def check_call(name: str, problem: Problem) -> Callable[[str | None], None]:
 
 
 @lru_cache(maxsize=8)
-def missing_package(module: str, package: str) -> str | None:
+def missing_package(module: str, package: str, function: str) -> str | None:
     """What is wrong with a library on this machine, or None; it is imported once."""
     if importlib.util.find_spec(module) is None:
         return f"the {package} package (found none: pip install {package})"
     try:
-        importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"a {package} that can be imported (found one, and {error})"
+        getattr(importlib.import_module(module), function)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        found = importlib.metadata.version(package)
+        return f"a {package} with {function} that can be imported (found {found}, and {error})"
     return None
+
+
+def tile_sizes(tokens: int, side: int, device: torch.device) -> Tensor:
+    """Tokens of every tile, int32 [N]; the last one's are fewer where they don't fill it."""
+    sizes = torch.full((-(-tokens // side),), side, dtype=torch.int32, device=device)
+    sizes[-1] -= -tokens % side
+    return sizes
 
 
 def scaled_queries(problem: Problem) -> Tensor:
