@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from dit_accel_kernels import unpack_bits
 from dit_accel_pipelines.families.wan import WAN
-from one_layer import MODEL, OneLayer, random_call
+from one_layer import MODEL, OneLayer, context_of, random_call
 
 from dit_accel import DFA, LVSA, LiteAttention, RadialAttention, SolAttention, SparseD, UltraViCo
 from dit_accel.adapters.installed import family
@@ -175,6 +175,8 @@ def test_layers_take_turns_and_each_is_dense_once_in_so_many_calls():
         gaps = np.diff(np.flatnonzero(dense[:, layer]))
         assert set(gaps[1:]) == {4}
         assert gaps[0] <= 4
+    turns, second = Rests(4, cached=False), context_of(LAYOUT, layer=1)
+    assert [turns.turned(second, "x").turn == "dense" for _ in range(20)] == dense[:, 1].tolist()
     assert rests.dense_share(20, range(12)) == dense.mean()
     assert rests.dense_share(0, range(12)) == 0
 

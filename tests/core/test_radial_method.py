@@ -18,7 +18,7 @@ from dit_accel.methods.attention import radial
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.rules.patches import patch_walk
-from dit_accel.rules.radial import RadialRule, frame_period, half_width, kept_tiles, reaches
+from dit_accel.rules.radial import RadialRule, _meets_published, frame_period, half_width, kept_tiles, reaches
 
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
 
@@ -242,6 +242,11 @@ def test_published_counts_and_sparsities_to_the_digits_printed():
         whole = frames * s // block_size
         tiles = kept_tiles(rule(block_size, decay, "full", sink), frames, 1, s)[:whole, :whole]
         assert f"{1 - tiles.mean():.4f}" == sparsity
+
+
+def test_a_band_narrower_than_a_third_of_a_tile_is_no_published_tile():
+    verdict = [bool(_meets_published(0, 19, 0, 19, reach, least)) for reach, least in ((1, 4), (1, 3), (2, 5), (2, 6))]
+    assert verdict == [False, True, True, False]
 
 
 @given(
