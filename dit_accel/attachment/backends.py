@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from dit_accel_kernels import (
     BACKENDS,
     cudnn_requirement,
@@ -18,6 +17,7 @@ from dit_accel_kernels import (
 )
 
 from ..errors import ConfigError, MissingBackend, did_you_mean
+from ..estimate.kept_races import own_device
 from ..methods.base import AttentionHandler, Handler, Phase
 from ..plan.layout import TokenLayout
 from .state import DenoisingState
@@ -34,8 +34,7 @@ def check_backend(backend: Any, dense: Any, handlers: Sequence[Handler]) -> None
     if backend not in BACKENDS:
         raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
     # the model may still wait in main memory: ask the device it will run on; a torch built for one may find none
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
+    device = own_device()
     requirements = {
         "triton": triton_requirement, "cudnn": cudnn_requirement, "fa4": fa4_requirement,
         "flashinfer": flashinfer_requirement, "flex": lambda on: flex_requirement(on.type),

@@ -27,11 +27,13 @@ BUILT_IN = {
     "plan": (".plan", "Estimate density, FLOPs, memory and speed-up of a run; loads no weights."),
     "methods": (".lists", "List the methods and what each does; with --options, or named, what can be set."),
     "models": (".lists", "List the models that are known by name, and which methods each family takes."),
+    "doctor": (".doctor", "Check and time the attention kernels on this machine; say what would make it faster."),
 }
 """Name of a built-in command -> its module, which loads torch, and its line in the help, which then need not."""
 
 BY_USE = (
-    "generate", "recommend", "describe", "plan", "methods", "models", "ui", "eval", "tune", "finetune", "bench",
+    "generate", "recommend", "describe", "plan", "methods", "models", "doctor", "ui", "eval", "tune", "finetune",
+    "bench",
 )  # fmt: skip
 """The order of the commands in the help; those of other packages follow."""
 

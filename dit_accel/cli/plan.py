@@ -33,8 +33,12 @@ def plan(
     num_frames: Frames = None,
     num_inference_steps: InferenceSteps = None,
     kernel_cost: Annotated[
-        float, typer.Option(help="Time of a sparse kernel per kept FLOP over the dense kernel's.")
-    ] = KERNEL_COST,
+        float | None,
+        typer.Option(
+            help="Time of a sparse kernel per kept FLOP over the dense kernel's; default: as doctor measured on this "
+            f"machine, else {KERNEL_COST}.",
+        ),
+    ] = None,
     linears: Annotated[
         str | None,
         typer.Option(
@@ -189,13 +193,16 @@ def _assumptions(prediction: Prediction) -> str:
             f" b = {prediction.linear_share:.3f} the linear layers' share of the dense FLOPs; lambda = "
             f"{prediction.linear_time:.3f} their time over that in 16 bits (--linear-cost, and quantising the inputs)."
         )
+    whose = "measured by dit-accel doctor" if prediction.cost_measured else "--kernel-cost"
+    if prediction.cost_of_pairs == 1:
+        whose = "whole rows are left out of the dense call"
     return (
         f"1 / ((1 - a){' - b (1 - lambda)' if saved else ''} + a (w + (1 - w) rho kappa)) with "
         f"a = {prediction.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
         f"w = {prediction.dense_share:.3f} share of dense calls; "
         f"rho = {prediction.pair_density:.4f} share of the pairs in a sparse call; "
         f"kappa = {prediction.cost_of_pairs:g} time per kept FLOP over the dense kernel's "
-        f"({'whole rows are left out of the dense call' if prediction.cost_of_pairs == 1 else '--kernel-cost'}).{saved}"
+        f"({whose}).{saved}"
     )
 
 

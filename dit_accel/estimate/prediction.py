@@ -27,6 +27,7 @@ from ..plan.layout import TokenLayout
 from ..report.html import lines, piece, table
 from ..report.report import PredictedSpeedup
 from .hardware import LINEAR_COST, Hardware, Linears, linears_called, linears_of, linears_of_config
+from .kept_races import elsewhere, measured_cost
 from .sizes import beyond_trained, check_steps, rounded_frames, token_layout
 from .work import (
     ASSUMED_BYTES,
@@ -57,6 +58,7 @@ class Prediction:
     savings: Mapping[str, Saving]  # method name -> what it declares, with the measured skips of a preset's cache
     tiles: TilesLeft | None  # what the methods together leave of the attention's tiles; None where none thins it out
     kernel_cost: float  # time per kept FLOP of the sparse kernel over the dense one's
+    cost_measured: str  # where that was measured on this machine, in words; empty: it was not
     linears: Linears | None  # how the linear layers compute; None: in 16 bits, as all else does
     forwards: int  # transformer forwards of the dense run, one per batch row
     attention_flops: int  # Q K^T and P V of all self-attention, dense
@@ -144,7 +146,7 @@ def estimate(
     num_inference_steps: int | None = None,
     methods: Sequence[MethodConfig] = (),
     preset: PresetMethods | None = None,
-    kernel_cost: float = KERNEL_COST,
+    kernel_cost: float | None = None,
     config: Mapping[str, Any] | None = None,
     linears: str | Linears | None = None,
     hardware: str | None = None,
@@ -157,6 +159,8 @@ def estimate(
 
     Args:
         preset: further methods, of which a cache's measured skips are counted.
+        kernel_cost: time of a sparse kernel per kept FLOP over the dense kernel's; None: what was measured on this
+            machine, if ``hardware`` names no other, else `KERNEL_COST`.
         linears: how the linear layers compute: ``int8`` or ``fp8``, weights and activations, or ``weight-only``; None:
             as the config says, else in 16 bits.
         hardware: the card whose figures count for them, as `find_hardware` knows it; None: an H100.
@@ -169,7 +173,7 @@ def estimate(
     height, width = height or family.height, width or family.width
     steps = family.num_inference_steps if num_inference_steps is None else num_inference_steps
     check_steps(steps)
-    if not 0 < kernel_cost < 1000:
+    if kernel_cost is not None and not 0 < kernel_cost < 1000:
         raise ConfigError(
             f"kernel_cost must be above 0 and below 1000, got {kernel_cost}; 1 is as efficient as the dense kernel"
         )
@@ -181,6 +185,8 @@ def estimate(
         read = linears_of_config(config) if linears is None else None
         linears = linears_called(linears or read, hardware, linear_cost, origin="the model's config" if read else "")
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
+    if kernel_cost is None and elsewhere(hardware):
+        kernel_cost = KERNEL_COST
     handlers = make_handlers([*methods, *(preset.configs if preset else ())], model)
     prediction = predict(handlers, family, layout, steps, preset, kernel_cost=kernel_cost, linears=linears)
     return replace(prediction, height=height, width=width, num_frames=frames)
@@ -193,7 +199,7 @@ def predict(
     steps: int,
     preset: PresetMethods | None = None,
     *,
-    kernel_cost: float = KERNEL_COST,
+    kernel_cost: float | None = None,
     linears: Linears | None = None,
 ) -> Prediction:
     """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
@@ -205,6 +211,10 @@ def predict(
     (step, scale), (patch_frames, patch_height, patch_width) = family.vae, family.patch
     dense = _dense_run(family, layout, steps, linears)
     tiles = tiles_left(savings, steps, family.layers, tiles_a_side(layout))
+    measured = None
+    if kernel_cost is None and tiles and not tiles.rows_alone:
+        measured = measured_cost(family.head_dim, layout.tokens, tiles.density)
+    cost, words = measured or (kernel_cost or KERNEL_COST, "")
     waits = [handler.name for handler in handlers if steps < (getattr(handler.settings, "min_steps", None) or 0)]
     return Prediction(
         family=family,
@@ -216,14 +226,15 @@ def predict(
         methods={handler.name: handler.settings.to_dict() for handler in handlers},
         savings=savings,
         tiles=tiles,
-        kernel_cost=kernel_cost,
+        kernel_cost=cost,
+        cost_measured=words,
         linears=linears,
         weight_bytes=least_weights(family, linears.share if linears else 0.0),
         uncounted_methods=tuple(n for n, saving in savings.items() if not saving.counted and n not in waits),
-        notes=(*_notes(savings, tiles), *(linears.notes if linears else ())),
+        notes=(*_notes(savings, tiles), *([words] if words else []), *(linears.notes if linears else ())),
         warnings=tuple(text for saving in savings.values() for text in saving.warnings),
         **dense,
-        **_planned_run(savings, tiles, layout, kernel_cost, steps=steps, layers=family.layers, **dense),
+        **_planned_run(savings, tiles, layout, cost, bool(words), steps=steps, layers=family.layers, **dense),
         **_memory(savings, tiles, family),
     )
 
@@ -302,7 +313,12 @@ def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears
 
 
 def _planned_run(
-    savings: Mapping[str, Saving], tiles: TilesLeft | None, layout: TokenLayout, kernel_cost: float, **dense: Any
+    savings: Mapping[str, Saving],
+    tiles: TilesLeft | None,
+    layout: TokenLayout,
+    kernel_cost: float,
+    measured: bool,
+    **dense: Any,
 ) -> dict[str, Any]:
     """Compute the fields of a `Prediction` on the run with methods; the letters are those of its fields.
 
@@ -321,6 +337,8 @@ def _planned_run(
         w = tiles.dense_share
         rho = (tiles.density * visual + (1 - tiles.density) * pooled + tokens - visual) / tokens + exact_rows
         kappa = 1.0 if tiles.rows_alone else kernel_cost
+        if measured and rho and not tiles.pools:  # what a race shows to be slower goes to dense attention
+            kappa = min(kappa, 1 / rho)
     saved = dense["linear_share"] * (1 - dense["linear_time"])
     time = 1 - a + a * (w + (1 - w) * rho * kappa)
     factors = {"forwards": 1 / share if share else math.inf, "attention": 1 / time, "linears": time / (time - saved)}

@@ -14,7 +14,8 @@ from ..methods.find import find_transformers, resolve_model
 from ..methods.presets import LEVELS, MEASURED_ON, Choice, PresetMethods, preset_methods
 from ..methods.registry import handler_of
 from .hardware import Hardware, Linears, find_hardware, linears_called, linears_of, linears_of_config, weight_size
-from .prediction import Prediction, estimate
+from .kept_races import elsewhere
+from .prediction import KERNEL_COST, Prediction, estimate
 from .recommendation import Recommendation, Setting
 from .sizes import advice, beyond_trained
 from .tuned import TunedSetting, find_tuned
@@ -75,11 +76,12 @@ def recommend(
     of = _subject(model, card if card and card.tflops else None)
     sizes: dict[str, Any] = dict(
         height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, config=of.config,
-        linears=of.linears,
+        linears=of.linears, kernel_cost=KERNEL_COST if elsewhere(hardware) else None,
     )  # fmt: skip
     dense = estimate(of.adapter, of.family, **sizes)
     presets = [preset_methods(level, of.model) for level in LEVELS]
-    rows = [Setting(name=DENSE), *(_preset_row(preset, of, sizes, dense) for preset in presets)]
+    made = [_preset_row(preset, of, sizes, dense) for preset in presets]
+    rows = [Setting(name=DENSE), *(row for row, _ in made)]
     rows.sort(key=lambda row: -round(row.speedup, 2))  # as it is shown: equal ones stay in the presets' order
     tuned = find_tuned(of.source) if of.source else []
     fitting = [setting for setting in tuned if _fits(setting, dense)]
@@ -95,6 +97,7 @@ def recommend(
             *_notes(of, dense, num_frames, presets[-1]),
             *(_card_notes(of, card) if card else ()),
             PREDICTED_NOTE,
+            *dict.fromkeys(measured for _, measured in made if measured),
             *(_elsewhere(setting) for setting in tuned if setting not in fitting),
         ),
     )  # fmt: skip
@@ -145,8 +148,10 @@ def _weights(transformer: Any) -> int:
     return sum(ASSUMED_BYTES * w.numel() if w.is_meta else weight_size(w) for w in transformer.parameters())
 
 
-def _preset_row(preset: PresetMethods, of: _Subject, sizes: Mapping[str, Any], dense: Prediction) -> Setting:
-    """Return the row of a preset; of its methods those are named that act in a run of this size."""
+def _preset_row(
+    preset: PresetMethods, of: _Subject, sizes: Mapping[str, Any], dense: Prediction
+) -> tuple[Setting, str]:
+    """Return the row of a preset, of the methods that act in a run of this size, and how sparse attention counts."""
     idle = {choice.config.name: _idle(choice, dense, of.family) for choice in preset.chosen}
     acting = {choice.config.name: choice for choice in preset.chosen if idle[choice.config.name] is None}
     prediction = estimate(of.adapter, of.family, preset=replace(preset, chosen=tuple(acting.values())), **sizes)
@@ -160,7 +165,7 @@ def _preset_row(preset: PresetMethods, of: _Subject, sizes: Mapping[str, Any], d
         medians={name: promise.median for name, promise in promises.items() if promise is not None},
         sources={name: choice.source for name, choice in acting.items()}, state_bytes=prediction.state_bytes,
         needs=(*needs, *(why for why in idle.values() if why)),
-    )  # fmt: skip
+    ), prediction.cost_measured  # fmt: skip
 
 
 def _idle(choice: Choice, run: Prediction, family: Family) -> str | None:

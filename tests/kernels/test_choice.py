@@ -12,7 +12,7 @@ import pytest
 import torch
 from dit_accel_kernels import BACKENDS, TileLists, backend_of_last_call, decisions, speed_of_dense_by, speed_over_dense
 from dit_accel_kernels.backends.torch.compiled import cache_folder
-from dit_accel_kernels.choice import candidates, measured, race, self_check
+from dit_accel_kernels.choice import candidates, examine, measured, race, self_check
 from dit_accel_kernels.choice.candidates import CANDIDATES, Candidate
 from dit_accel_kernels.choice.self_check import Kind
 from kernel_cases import attend, qkv, random_lists
@@ -200,7 +200,7 @@ def test_the_faster_of_those_that_pass_wins_and_is_kept_and_the_wrong_one_never_
     assert "slow " in said
     race.measured.cache_clear()  # another process
     race._decided.clear()
-    monkeypatch.setattr(race, "_raced", lambda *_: pytest.fail("raced again"))
+    monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced again"))
     run()
     assert backend_of_last_call() == "gather"
     kept = [json.loads(path.read_text()) for path in cache_folder().glob("measured-*.json")]
@@ -239,12 +239,36 @@ def test_a_check_that_ended_the_process_is_not_tried_again(monkeypatch):
     of = kind()
     race.measured(CPU)[f"x , {of}".replace(" ,", ",")] = f"{race.TRIED} {gone.pid}"
     assert "ended the process" in race.refused("x", of)
+    assert "ended the process" in race.refused("x", of, again=True)
     race.measured(CPU)[f"x , {kind('LSE')}".replace(" ,", ",")] = f"{race.TRIED} 1"  # which lives
     assert race.refused("x", kind("LSE")) is None
+    monkeypatch.setitem(CANDIDATES, "x", Candidate(lambda x: None, ignoring_lists, package="no-such-package"))
+    assert race.refused("x", kind("LSE")) is None
+    assert "follow its lists" in race.refused("x", kind("LSE"), again=True)
+
+
+def test_a_race_before_any_call_decides_for_calls_of_its_class(monkeypatch):
+    only(monkeypatch, right=RIGHT)
+    monkeypatch.setitem(CANDIDATES, "late", Candidate(lambda x: None, RIGHT, waits=True))
+    monkeypatch.setitem(CANDIDATES, "card", Candidate(lambda x: None, RIGHT, on=("cuda",)))
+    assert [examine.lacks(name, kind()) for name in ("right", "card")] == [None, "needs a device of type cuda"]
+    seconds = {"right": 1.5, "late": 1.0, "dense": 8.0}
+    monkeypatch.setattr(race, "timed", lambda calls, problem: {name: seconds.get(name, 2.0) for name in calls})
+    x = torch.randn(1, 2, 1000, 16)
+    assert examine.race_of(x, x, x, 0.25, whole=False)["name"] == "right"
+    kept = examine.race_of(x, x, x, 0.25, whole=True)
+    assert (kept["name"], kept["share"]) == ("late", 8 * kept["density"])
+    assert 0.2 < kept["density"] < 0.35
+    assert examine.races(CPU) == [kept]
+    monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced again"))
+    states = 2 * torch.eye(8, dtype=torch.uint8)[None]
+    lists = TileLists.from_states(states + states.roll(1, 1), block_q=128, block_k=128, num_q=1000, num_k=1000)
+    attend(x, x, x, lists, layout="bhsd")
+    assert backend_of_last_call() == "late"
 
 
 def test_nothing_is_measured_where_it_must_not_be(monkeypatch):
-    monkeypatch.setattr(race, "_raced", lambda *_: pytest.fail("raced"))
+    monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced"))
     only(monkeypatch, right=RIGHT)
     torch.use_deterministic_algorithms(True)
     try:
@@ -273,7 +297,7 @@ def test_of_several_processes_all_do_what_the_first_finds(monkeypatch):
         monkeypatch.setattr(race.dist, name, value)
     monkeypatch.setattr(race.dist.distributed_c10d, "_get_default_store", lambda: store)
     only(monkeypatch, right=RIGHT)
-    monkeypatch.setattr(race, "_raced", lambda *_: {"name": "gather", "share": 1.0, "why": "gather"})
+    monkeypatch.setattr(race, "raced", lambda *_: {"name": "gather", "share": 1.0, "why": "gather"})
     run()
     rank[0] = 1
     race._decided.clear()

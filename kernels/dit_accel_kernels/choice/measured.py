@@ -35,6 +35,13 @@ class Measured:
                 self._held = self._read()
             return self._held.get(key)
 
+    def values(self) -> list[Any]:
+        """All that is kept."""
+        with _lock:
+            if self._held is None:
+                self._held = self._read()
+            return list(self._held.values())
+
     def __setitem__(self, key: str, value: Any) -> None:
         """Keep something, in this process and, where that can be, on the disk."""
         with _lock:

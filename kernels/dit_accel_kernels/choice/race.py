@@ -41,6 +41,7 @@ SLICE_FLOPS = 5e9  # of the dense call that is timed on a CPU: as few heads as h
 TURNS, MOST = 3, 3
 WAIT = 30.0  # seconds that other processes wait for what the first one says
 TRIED = "self check begun by process"
+ENDED = "its self check ended the process"
 
 
 class Chosen(NamedTuple):
@@ -91,12 +92,12 @@ def choose(problem: Problem, least: float | None = None) -> Chosen:
 
 def _decide(problem: Problem, kind: Kind, least: float) -> tuple[str, float | None]:
     """The kernel of a class of calls by a race, kept or run now, and its share of the ideal; or the first of ours."""
-    key = _class_of(problem, kind)
+    key = class_of(problem, kind)
 
     def find() -> dict[str, Any] | None:
         kept = measured(kind.device)[key]
         if kept is None and _may_race(problem, least):
-            kept = measured(kind.device)[key] = _raced(problem, kind)
+            kept = measured(kind.device)[key] = raced(problem, kind)
         return kept
 
     with _lock:
@@ -115,21 +116,21 @@ def _first(problem: Problem, kind: Kind, *, check: bool) -> str:
     return "gather"
 
 
-def refused(name: str, kind: Kind) -> str | None:
+def refused(name: str, kind: Kind, *, again: bool = False) -> str | None:
     """Why a kernel is not used for calls of a kind, from its self check, run once and kept; None: it passes.
 
     A process that a check ended, by a crash of the kernel, leaves the note that it had begun: the kernel is not tried
-    again.
+    again. All others are checked anew where `again` says so.
     """
     candidate, kept = CANDIDATES[name], measured(kind.device)
     key = f"{name} {candidate.version}, {kind}".replace(" ,", ",")
     found = kept[key]
     if isinstance(found, str) and found.startswith(TRIED):
         process = int(found.rsplit(" ", 1)[1])
-        found = None if process == os.getpid() or _lives(process) else "its self check ended the process"
+        found = None if process == os.getpid() or _lives(process) else ENDED
         if found:
             kept[key] = found
-    if found is None:
+    if found is None or (again and found != ENDED):
         if candidate.package:  # ours have run on every call of our tests
             kept[key] = f"{TRIED} {os.getpid()}"
         found = fault(kind, candidate.attend) or ""
@@ -149,7 +150,7 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _class_of(problem: Problem, kind: Kind) -> str:
+def class_of(problem: Problem, kind: Kind) -> str:
     """The name of the calls that one race decides: of one kind and about as many tokens, heads and tiles."""
     tokens = 1 << round(math.log2(max(1, problem.num_q * problem.num_k)) / 2)
     heads = problem.q.shape[0] * problem.q.shape[1]
@@ -193,13 +194,17 @@ def _agreed(key: str, find: Callable[[], dict[str, Any] | None]) -> dict[str, An
         return None
 
 
-def _raced(problem: Problem, kind: Kind) -> dict[str, Any]:
-    """The fastest of the kernels that take a call and pass, and its share of the ideal: dense time x density / time."""
+def raced(problem: Problem, kind: Kind, *, whole: bool = False) -> dict[str, Any]:
+    """The fastest of the kernels that take a call and pass, and its share of the ideal: dense time x density / time.
+
+    In a `whole` race all of them run, those that wait too.
+    """
     sample = part(problem)
     passing = []
     for waits in (False, True):
         for name, candidate in CANDIDATES.items():
-            if name == "reference" or candidate.waits != waits or len(passing) == MOST or (waits and passing):
+            enough = not whole and (len(passing) == MOST or (waits and passing))
+            if name == "reference" or candidate.waits != waits or enough:
                 continue
             if candidate.takes(sample) and not refused(name, kind):
                 passing.append(name)
@@ -212,7 +217,10 @@ def _raced(problem: Problem, kind: Kind) -> dict[str, Any]:
     others = "".join(f", {other} {times[other] / times[name]:.2f} times as long" for other in times if other != name)
     gain = f", {speed:.2f} times as fast as dense attention at {sample.density:.0%} of the tiles" if speed else ""
     share = None if speed is None else speed * sample.density
-    return {"name": name, "share": share, "why": f"{name}{gain}{others}", "seconds": {**times, "dense": dense}}
+    about = {"dtype": str(kind.dtype).removeprefix("torch."), "dim": kind.dim, "features": sorted(kind.features)}
+    about |= {"tokens": math.isqrt(problem.num_q * problem.num_k), "density": problem.density}
+    why, seconds = f"{name}{gain}{others}", {**times, "dense": dense}
+    return {"name": name, "share": share, "why": why, "seconds": seconds, **about}
 
 
 def _call(name: str, problem: Problem) -> Callable[[], Any]:

@@ -128,7 +128,7 @@ def _judged(kind: Kind, attend: Callable[[Problem], tuple[Tensor, ...]]) -> str 
     problem = sample(kind)
     wide = replace(problem, **{name: getattr(problem, name).double() for name in "qkv"})
     out, lse, _, kept = reference.attend(wide)
-    given = attend(_on(problem, kind.device))
+    given = attend(on_device(problem, kind.device))
     own = given[0].detach().double().cpu()
     off = TENSOR_FLOAT if kind.dtype == torch.float32 and kind.device.type != "cpu" else OFF[kind.dtype]
     if own.shape != out.shape:
@@ -155,7 +155,7 @@ def _judged(kind: Kind, attend: Callable[[Problem], tuple[Tensor, ...]]) -> str 
     return None
 
 
-def _on(problem: Problem, device: torch.device) -> Problem:
+def on_device(problem: Problem, device: torch.device) -> Problem:
     """A call with all tensors on a device."""
     tensors = {
         name: value.to(device)
