@@ -15,7 +15,7 @@ from ..plan.layout import TokenLayout, layout_of, length_of
 from .layers import AttentionLayer
 from .shards import SequenceShards
 
-NO_GRID: Grid = (-1,) * 5
+NO_GRID: Grid = (-1, -1, -1, -1, -1)
 """The grid of a forward whose adapter gives none."""
 
 

@@ -11,10 +11,7 @@ from parallel_ranks import compare, processes
 from dit_accel import NAG, EasyCache, LiteAttention, RadialAttention
 from dit_accel.methods.registry import methods
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")]
 
 IMAGE, VIDEO = cases_of(image=True), cases_of(image=False)
 

@@ -131,7 +131,7 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
 def help_and_default(name: str) -> tuple[str, Any]:
     """Return the help and the default of a request's option."""
     hint = typing.get_type_hints(RunOptions, include_extras=True)[name]
-    (text,) = (part.help for part in typing.get_args(hint) if isinstance(part, OptionInfo))
+    (text,) = (part.help or "" for part in typing.get_args(hint) if isinstance(part, OptionInfo))
     return text, next(field.default for field in dataclasses.fields(RunOptions) if field.name == name)
 
 
