@@ -192,8 +192,6 @@ def _attend(problem: Problem) -> Results:
     q, name = problem.q, _backend(problem, timed=True)
     candidate = CANDIDATES[name]
     try:
-        if problem.backend not in ("auto", "torch") and (why := candidate.refusal(problem)):  # torch gathers then
-            raise BackendUnavailableError(why)
         out, lse, exact, kept = candidate.attend(problem if candidate.in_order else problem.tiled())
     except BackendUnavailableError:  # torch.compile was switched off since the race, say
         if problem.backend != "auto" or name in OURS:

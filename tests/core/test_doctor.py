@@ -28,7 +28,9 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(examination, "FEATURES", ((), ("LSE",)))
     for module in (examination, kept_races):
         monkeypatch.setattr(module, "own_device", lambda: CPU)
-    monkeypatch.setattr(race, "fault", lambda kind, attend: "it is off" * (attend is FLAT and kind.dtype.itemsize == 2))
+    monkeypatch.setattr(
+        race, "fault", lambda kind, attend, **_: "it is off" * (attend is FLAT and kind.dtype.itemsize == 2)
+    )
     monkeypatch.setitem(CANDIDATES, "gather", Candidate(lambda x: None, FLAT))
     monkeypatch.setattr(race, "timed", lambda calls, problem: {name: SECONDS[name] for name in calls})
     monkeypatch.setitem(CANDIDATES, "torch", Candidate(lambda x: None, RIGHT))

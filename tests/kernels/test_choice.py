@@ -277,7 +277,7 @@ def test_nothing_is_measured_where_it_must_not_be(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(race, "capturing", lambda device: True)
-    monkeypatch.setattr(race, "fault", lambda *_: pytest.fail("checked in a captured graph"))
+    monkeypatch.setattr(race, "fault", lambda *_, **__: pytest.fail("checked in a captured graph"))
     run()
     monkeypatch.setenv(race.SWITCH, "0")
     monkeypatch.setattr(race, "capturing", lambda device: False)
@@ -285,7 +285,7 @@ def test_nothing_is_measured_where_it_must_not_be(monkeypatch):
     assert speed_of_dense_by(CPU, torch.float32, 16) is None
     monkeypatch.delenv(race.SWITCH)
     monkeypatch.setattr(race, "LEAST_FLOPS", 1e12)
-    monkeypatch.setattr(race, "fault", lambda *_: None)
+    monkeypatch.setattr(race, "fault", lambda *_, **__: None)
     run()
     q, k, v = qkv(*CALL)
     assert speed_over_dense(q, k, v, random_lists(2, 256, 256, 64, 64), layout="bhsd") is None

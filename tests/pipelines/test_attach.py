@@ -118,7 +118,7 @@ def test_methods_and_backends_that_do_not_fit(pipe, monkeypatch):
     refused(d.ConfigError, "two RadialAttention", d.RadialAttention(), d.RadialAttention())
     refused(d.MissingBackend, r"backend 'tritn'.*'triton'\?", backend="tritn")
     for other in (7, None):
-        refused(d.MissingBackend, rf"backend {other}.*auto, fa4, flex", backend=other)
+        refused(d.MissingBackend, rf"backend {other}.*auto, cudnn, fa4, flash", backend=other)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for built_for in (None, torch.device("cuda")):  # a torch for CUDA where no card is, as pip gives it

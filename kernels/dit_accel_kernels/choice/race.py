@@ -133,7 +133,7 @@ def refused(name: str, kind: Kind, *, again: bool = False) -> str | None:
     if found is None or (again and found != ENDED):
         if candidate.package:  # ours have run on every call of our tests
             kept[key] = f"{TRIED} {os.getpid()}"
-        found = fault(kind, candidate.attend) or ""
+        found = fault(kind, candidate.attend, compiles=bool(candidate.package) or candidate.waits) or ""
         kept[key] = found
     if found:
         _said[key] = f"{key}: not used, since {found}"
