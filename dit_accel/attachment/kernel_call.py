@@ -37,7 +37,8 @@ def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, re
     if plan.reused is not None or call.rows is not None:
         return plan
     tiles, arguments = plan.kernel_arguments(call)
-    speed = speed_over_dense(*call.as_held(call.q, call.k, call.v), tiles, **arguments)
+    q, k, v = call.as_held(call.q, call.k, call.v)
+    speed = speed_over_dense(q, k, v, tiles, **arguments)
     if speed is None or speed >= LEAST_SPEED:
         return plan
     recorder.backends.add("dense")

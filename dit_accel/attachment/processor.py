@@ -258,8 +258,9 @@ def _speed(query: Tensor, key: Tensor, value: Tensor, tokens_first: bool) -> flo
     if 4.0 * query.numel() * key.shape[1 if tokens_first else 2] < LEAST_FLOPS:
         return None
     chosen = speed_of_dense_by(query.device, query.dtype, query.shape[3])
-    wins = chosen and chosen.name == "torch" and chosen.speed is not None and chosen.speed >= LEAST_GAIN
-    return chosen.speed if wins else None
+    if chosen is None or chosen.name != "torch" or chosen.speed is None:
+        return None
+    return chosen.speed if chosen.speed >= LEAST_GAIN else None
 
 
 def _by_loop(query: Tensor, key: Tensor, value: Tensor, scale: float | None, tokens_first: bool) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def _with_features(problem: Problem, features: frozenset[str], random: torch.Gen
     return replace(problem, **more, return_lse="LSE" in features)
 
 
-def fault(kind: Kind, attend: Callable[[Problem], tuple[Tensor, ...]], *, compiles: bool = False) -> str | None:
+def fault(kind: Kind, attend: Callable[[Problem], tuple[Any, ...]], *, compiles: bool = False) -> str | None:
     """What is wrong with a kernel's results for calls of a kind, in words, or None; it may raise or hang."""
     ended: list[str | None] = []
 
@@ -125,7 +125,7 @@ def fault(kind: Kind, attend: Callable[[Problem], tuple[Tensor, ...]], *, compil
     return ended[0] if ended else f"it took more than {limit:.0f} s"
 
 
-def _judged(kind: Kind, attend: Callable[[Problem], tuple[Tensor, ...]]) -> str | None:
+def _judged(kind: Kind, attend: Callable[[Problem], tuple[Any, ...]]) -> str | None:
     problem = sample(kind)
     wide = replace(problem, **{name: getattr(problem, name).double() for name in "qkv"})
     out, lse, _, kept = reference.attend(wide)
