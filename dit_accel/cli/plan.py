@@ -25,6 +25,22 @@ FACTORS = {
 """What the parts of a speed-up are called, one beside those before it."""
 
 
+KernelCost = Annotated[
+    float | None,
+    typer.Option(
+        help="Time of a sparse kernel per kept FLOP over the dense kernel's; default: as doctor measured on this "
+        f"machine, else {KERNEL_COST}.",
+    ),
+]
+Linears = Annotated[
+    str | None,
+    typer.Option(
+        help="Linear layers in 8 bits, as torchao computes them: int8 or fp8, weights and activations, or weight-only.",
+        metavar="KIND",
+    ),
+]
+
+
 def plan(
     family: FamilyName = None,
     model: ModelName = None,
@@ -32,21 +48,8 @@ def plan(
     width: Pixels = None,
     num_frames: Frames = None,
     num_inference_steps: InferenceSteps = None,
-    kernel_cost: Annotated[
-        float | None,
-        typer.Option(
-            help="Time of a sparse kernel per kept FLOP over the dense kernel's; default: as doctor measured on this "
-            f"machine, else {KERNEL_COST}.",
-        ),
-    ] = None,
-    linears: Annotated[
-        str | None,
-        typer.Option(
-            help="Linear layers in 8 bits, as torchao computes them: int8 or fp8, weights and activations, or "
-            "weight-only.",
-            metavar="KIND",
-        ),
-    ] = None,
+    kernel_cost: KernelCost = None,
+    linears: Linears = None,
     hardware: Annotated[
         str | None, typer.Option(help=f"The card whose figures count for --linears; default: {CARD}.", metavar="NAME")
     ] = None,

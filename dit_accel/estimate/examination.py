@@ -128,14 +128,8 @@ def _race(found: Examination, device: torch.device, dtype: torch.dtype, shape: S
     model = family(name)
     tokens = token_layout(model, height=height, width=width, num_frames=frames).tokens
     size = f"{width}x{height}" + (f"x{frames}" if frames > 1 else "")
-    row = dict(
-        model=name,
-        size=size,
-        tokens=tokens,
-        heads=model.heads,
-        head_dim=model.head_dim,
-        dtype=_name(dtype),
-    )
+    row: dict[str, Any] = {"model": name, "size": size, "tokens": tokens, "dtype": _name(dtype)}
+    row |= {"heads": model.heads, "head_dim": model.head_dim}
     found.races.append(row)
     if left < RACE:
         row["why"] = "not measured, to end in time"

@@ -22,6 +22,11 @@ eval_app.command("compare")(compare_settings)
 eval_app.command("vbench")(evaluate)
 
 
+DenseRuns = Annotated[
+    Path | None, typer.Option(help="Folder of dense runs; default: in the user's cache folder.", metavar="DIR")
+]
+
+
 @eval_app.command("run")
 def run_suite(
     suite: Annotated[Path, typer.Argument(help="Suite of arms, such as eval/suites/smoke.toml.", metavar="SUITE.toml")],
@@ -36,9 +41,7 @@ def run_suite(
     frames: Annotated[
         Path | None, typer.Option(help="Folder that keeps every run's frames, for the report.", metavar="DIR")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of dense runs; default: in the user's cache folder.", metavar="DIR")
-    ] = None,
+    cache: DenseRuns = None,
     device: Device = None,
     offload: Offload = "none",
     only_table: Annotated[

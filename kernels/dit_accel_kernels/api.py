@@ -196,7 +196,7 @@ def _attend(problem: Problem) -> Results:
     except BackendUnavailableError:  # torch.compile was switched off since the race, say
         if problem.backend != "auto" or name in OURS:
             raise
-        name = next(name for name in OURS if CANDIDATES[name].takes(problem))
+        name = race.first(problem)
         candidate = CANDIDATES[name]
         out, lse, exact, kept = candidate.attend(problem if candidate.in_order else problem.tiled())
     _ran.name = name

@@ -1,5 +1,6 @@
 """What "auto" takes: kernels that are wrong are refused by the self check, slow ones lose the race, files are kept."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -359,6 +360,13 @@ def test_the_part_that_is_timed_has_few_heads_where_they_share_lists(monkeypatch
     out, *_ = RIGHT(small.tiled())
     assert torch.equal(out, RIGHT(replace(call, q=q[:1], k=k[:1], v=v[:1], key_length=call.key_length[:1],
                                           selection=Selection(keep=keep.keep[:1])).tiled())[0][:, :3])  # fmt: skip
+
+
+def test_a_copy_of_the_package_that_is_no_distribution_measures_too(monkeypatch):
+    monkeypatch.setattr(candidates.importlib.metadata, "version", raising(importlib.metadata.PackageNotFoundError()))
+    candidates.machine.cache_clear()
+    assert "torch" in candidates.machine(CPU)
+    candidates.machine.cache_clear()
 
 
 def test_every_candidate_can_be_named():

@@ -29,6 +29,14 @@ Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Output [B, H, S_q, D], LSE [B, H, S_q], exact tiles, kept bits of a call; what it doesn't give is empty or None."""
 
 
+def version_of(package: str) -> str:
+    """The version of an installed package, or "" of what is not: a copy of ours under another name is no package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 class Candidate(NamedTuple):
     """One kernel: what a call lacks here, as "backend 'x' needs ..." or None; how it runs; its package, if not ours.
 
@@ -51,10 +59,7 @@ class Candidate(NamedTuple):
     @property
     def version(self) -> str:
         """The version of the package that the kernel comes from, or "" for ours and torch's."""
-        try:
-            return importlib.metadata.version(self.package) if self.package else ""
-        except importlib.metadata.PackageNotFoundError:
-            return ""
+        return version_of(self.package) if self.package else ""
 
 
 def _triton(problem: Problem) -> Results:
@@ -100,8 +105,8 @@ CANDIDATES: dict[str, Candidate] = {
     "flashinfer": Candidate(_checked(flashinfer.check), flashinfer.attend, flashinfer.PACKAGE, ("cuda",)),
     "torch": Candidate(_loop_refusal, lambda x: torch_backend.attend(x, need_lse=x.return_lse)),
     "gather": Candidate(
-        lambda x: None, lambda x: torch_backend.attend(x, need_lse=x.return_lse, by_loop=False)
-    ),
+        lambda x: None, lambda x: torch_backend.attend(x, need_lse=x.return_lse, by_loop=False), on=("cpu",)
+    ),  # what is left on other devices, where it is too slow to be raced
     "flex": Candidate(
         _checked(lambda x: flex.check(x, need_lse=x.return_lse)),
         lambda x: flex.attend(x, need_lse=x.return_lse),
@@ -114,8 +119,6 @@ CANDIDATES: dict[str, Candidate] = {
 OURS = ("triton", "torch", "gather")
 """Taken without a race, in this order."""
 
-BACKENDS = ("auto", *CANDIDATES)
-
 
 @lru_cache(maxsize=16)
 def machine(device: torch.device) -> str:
@@ -127,4 +130,4 @@ def machine(device: torch.device) -> str:
         name = f"{processor_text()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     else:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return "; ".join((name, f"torch {torch.__version__}", *versions, importlib.metadata.version("dit-accel-kernels")))
+    return "; ".join((name, f"torch {torch.__version__}", *versions, version_of("dit-accel-kernels")))

@@ -79,7 +79,7 @@ def choose(problem: Problem, least: float | None = None) -> Chosen:
     """
     kind, exact = kind_of(problem), torch.are_deterministic_algorithms_enabled()
     if not measures():
-        return Chosen(_first(problem, kind, check=False))
+        return Chosen(first(problem))
     call = (kind, problem.q.shape, problem.num_k, problem.groups, problem.tiles_exact, exact)
     decided = _decided.get(call)
     if decided is None:
@@ -96,24 +96,22 @@ def _decide(problem: Problem, kind: Kind, least: float) -> tuple[str, float | No
 
     def find() -> dict[str, Any] | None:
         kept = measured(kind.device)[key]
-        if kept is None and _may_race(problem, least):
+        if kept is None and _may_race(problem):
             kept = measured(kind.device)[key] = raced(problem, kind)
         return kept
 
     with _lock:
         kept = _agreed(key, find) if _flops(problem) >= least else None
     if kept is None:
-        return _first(problem, kind, check=not capturing(kind.device)), None
+        return first(problem, None if capturing(kind.device) else kind), None
     _said[key] = f"{key}: {kept['why']}"
     return kept["name"], kept["share"]
 
 
-def _first(problem: Problem, kind: Kind, *, check: bool) -> str:
-    """The first of our kernels that takes a call, and passes its check where it may be checked."""
-    for name in OURS:
-        if CANDIDATES[name].takes(problem) and not (check and refused(name, kind)):
-            return name
-    return "gather"
+def first(problem: Problem, kind: Kind | None = None) -> str:
+    """The first of our kernels that takes a call and, where its kind is named, passes the self check for that."""
+    taking = (name for name in OURS if CANDIDATES[name].takes(problem))
+    return next((name for name in taking if kind is None or not refused(name, kind)), "gather")
 
 
 def refused(name: str, kind: Kind, *, again: bool = False) -> str | None:
@@ -168,12 +166,9 @@ def _flops(problem: Problem) -> float:
     return 2.0 * batch * heads * tokens * problem.num_k * (dim + problem.v.shape[-1])
 
 
-def _may_race(problem: Problem, least: float) -> bool:
+def _may_race(problem: Problem) -> bool:
     return not (
-        _flops(problem) < least
-        or problem.precision is not None
-        or torch.are_deterministic_algorithms_enabled()
-        or capturing(problem.q.device)
+        problem.precision is not None or torch.are_deterministic_algorithms_enabled() or capturing(problem.q.device)
     )
 
 

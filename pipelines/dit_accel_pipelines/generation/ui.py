@@ -108,12 +108,6 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
         leave(request)
         return STOPPED if on else gradio.skip()
 
-    def field(name: str, kind: Callable[..., Any], **shown: Any) -> Any:
-        """Make the field of an option with the help and the default that a request gives it."""
-        text, default = help_and_default(name)
-        label = name.removeprefix("num_").replace("_", " ").capitalize()
-        return kind(**{"value": default, "label": label, "info": text, "elem_id": name, **shown})
-
     with gradio.Blocks(title="dit-accel", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown("# dit-accel\nOne prompt and seed, dense and with methods.")
         with gradio.Row():
@@ -137,6 +131,13 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
         halt.click(stop, None, outputs[0], cancels=[event], queue=False, api_visibility="private")
         page.unload(leave)
     return page
+
+
+def field(name: str, kind: Callable[..., Any], **shown: Any) -> Any:
+    """Make the field of an option with the help and the default that a request gives it."""
+    text, default = help_and_default(name)
+    label = name.removeprefix("num_").replace("_", " ").capitalize()
+    return kind(**{"value": default, "label": label, "info": text, "elem_id": name, **shown})
 
 
 def _outputs(gradio: Any) -> list[Any]:
