@@ -10,6 +10,7 @@ from rich.markup import escape
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
+from .benchmarking import show_protocol
 from .comparing import compare_settings
 from .vbench.command import evaluate
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("compare")(compare_settings)
 eval_app.command("vbench")(evaluate)
+eval_app.command("protocol")(show_protocol)
 
 
 DenseRuns = Annotated[
