@@ -34,7 +34,7 @@ def show_protocol(
 
     dit-accel eval protocol
 
-    dit-accel eval protocol --prompts judging > judging.txt
+    dit-accel eval protocol --prompts judging
 
     dit-accel eval protocol --see 1 --see 3 --arms 4 --results pilot.jsonl
     """  # fmt: skip
