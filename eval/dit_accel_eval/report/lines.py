@@ -10,15 +10,15 @@ from pathlib import Path
 from dit_accel import ConfigError
 
 from ..metrics.registered import metric_about
-from ..runs.results import ResultLine, last_lines
+from ..runs.results import FLOOR, ResultLine, last_lines
 
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
-NUMBERS = (
-    "clip", "num_inference_steps", "psnr", "ssim", "work", "work_real", "attended", "reference_agreement",
-    "reference_steps",
-)  # fmt: skip
+NUMBERS = ("clip", "num_inference_steps", "psnr", "ssim", "reference_agreement", "reference_steps")
+COSTS = ("work", "work_real", "attended")
+"""Numbers of what ran besides, which nobody knows of clips in folders."""
+
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
 ONE = ("model", "weights", "dtype", "call", "reference")
 """What all lines of one report must share."""
@@ -60,14 +60,15 @@ def _line(where: str, text: str) -> ResultLine:
         raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
     if not isinstance(line, dict):
         raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
-    missing = [key for key in (*NUMBERS, *TEXTS, "call", "methods", "reference", "flow_shift") if key not in line]
+    numbers = NUMBERS if "role" in line else (*NUMBERS, *COSTS)
+    missing = [key for key in (*numbers, *TEXTS, "call", "methods", "reference", "flow_shift") if key not in line]
     if missing:
         raise ConfigError(
             f"{where} lacks {', '.join(missing)}; a report takes results that are held against converged runs, and "
             "dit-accel eval run SUITE.toml --table prints those of a suite with a judge"
         )
     metrics = line.get("metrics", {})
-    kinds = {"finite number": {key: line[key] for key in (*NUMBERS, "score") if key in line},
+    kinds = {"finite number": {key: line[key] for key in (*numbers, "score") if key in line},
              "text": {key: line[key] for key in TEXTS},
              "table": {"metrics": metrics, "call": line["call"], "methods": line["methods"]}}  # fmt: skip
     for kind, values in kinds.items():
@@ -93,6 +94,8 @@ def further_metrics(lines: Sequence[ResultLine]) -> list[str]:
 def metric_words(metric: str) -> str:
     """Return a metric in words; its name alone where it is not installed."""
     about = metric_about(metric)
+    if metric == FLOOR:
+        return "PSNR of the encoding alone, dB"
     return ALWAYS.get(metric) or (about.words if about else metric)
 
 

@@ -40,6 +40,9 @@ TIMED = {"steps_in_time": "time"}
 NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")
 """Fields of a line that are figures; others are metrics of the suite."""
 
+FLOOR = "encoding-alone"
+"""Metric of clips that are encoded with loss: PSNR in dB of the reference to itself, encoded as they are."""
+
 REFERENCE = "reference"
 """What stands for the arm's name in the file of a converged run."""
 
@@ -168,8 +171,13 @@ class ResultLine:
 
     @cached_property
     def is_rival(self) -> bool:
-        """Whether this is a dense run that others are compared with; these alone are named by their steps."""
-        return self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
+        """Whether this is a dense run that others are compared with; of suites these alone are named by their steps."""
+        return self.raw["role"] == "rival" if self.of_folder else self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
+
+    @property
+    def of_folder(self) -> bool:
+        """Whether `eval folders` measured this of clips in files, of which the cost in blocks is not known."""
+        return "role" in self.raw
 
     @cached_property
     def is_converged(self) -> bool:
@@ -199,6 +207,12 @@ def result_lines(path: Path) -> list[ResultLine]:
 def last_lines(lines: Iterable[ResultLine]) -> dict[tuple[str, int], ResultLine]:
     """Return (arm, clip) -> its last line."""
     return {line.key: line for line in lines}
+
+
+def frames_hash(clip: Clip | Frames) -> str:
+    """Return a hash of frames as 8 bits, [F, height, width, 3], and of their shape."""
+    frames = clip if clip.dtype == np.uint8 else to_uint8(clip)
+    return hashlib.sha256(f"{frames.shape}".encode() + frames.tobytes()).hexdigest()[:16]
 
 
 def kept_path(folder: Path, arm: str, clip: int) -> Path:
