@@ -20,6 +20,9 @@ from .clip_files import PICTURES, ClipFile, kept_frames
 ENCODERS = {"h264": ("libx264", 52), "hevc": ("libx265", 52), "vp9": ("libvpx-vp9", 64), "av1": ("libaom-av1", 64)}
 """Codec of a video -> ffmpeg's encoder, and how many levels of constant quality (CRF) it has, the best first."""
 
+NOTED, NOTE = re.compile(rb" crf=(\d+)"), 1 << 20
+"""How x264 and x265 note the quality in the first frame, and in how many bytes of a file that is looked for."""
+
 QUALITIES = {"jpeg": 100, "webp": 100}
 """Lossy format of a picture -> Pillow's levels of quality, the worst first."""
 
@@ -91,13 +94,16 @@ class Encoder:
 
 
 def encoder_like(clip: ClipFile, form: Form, frames: Frames) -> Encoder | None:
-    """Return what encodes as a clip's file is: at the best quality at which these frames take no more bytes than it.
+    """Return what encodes as a clip's file is; None: no encoder of that format is known here.
 
-    The bytes of a video's sound count as its pictures'. None: no encoder of that format is known here.
+    The quality is the one that x264 and x265 note in their files, else the best at which these frames, its reference's,
+    take no more bytes than the file; the bytes of a video's sound count as its pictures'.
     """
     levels = ENCODERS.get(form.encoding.partition(" ")[0], ("", QUALITIES.get(form.encoding, 0)))[1]
     if not levels:
         return None
+    if noted := NOTED.search(clip.path.read_bytes()[:NOTE]):
+        return Encoder(encoding=form.encoding, level=int(noted[1]))
     order = range(levels, 0, -1) if form.encoding in QUALITIES else range(levels)
     target = clip.path.stat().st_size
     place = bisect_left(order, -target, key=lambda level: -_coded(frames, form.encoding, level)[1])

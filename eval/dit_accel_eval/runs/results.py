@@ -40,11 +40,11 @@ TIMED = {"steps_in_time": "time"}
 NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")
 """Fields of a line that are figures; others are metrics of the suite."""
 
-FLOOR = "encoding-alone"
-"""Metric of clips that are encoded with loss: PSNR in dB of the reference to itself, encoded as they are."""
-
 REFERENCE = "reference"
 """What stands for the arm's name in the file of a converged run."""
+
+KEPT = ("kept", "kept_reference")
+"""Keys of a line that tell where its frames and its reference's were kept."""
 
 _KEY = "dit-accel"
 _SHAPING = ("model", "weights", "call", "clip", "num_inference_steps", "solver", "flow_shift", "methods")
@@ -171,8 +171,12 @@ class ResultLine:
 
     @cached_property
     def is_rival(self) -> bool:
-        """Whether this is a dense run that others are compared with; of suites these alone are named by their steps."""
-        return self.raw["role"] == "rival" if self.of_folder else self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
+        """Whether this is a dense run that others are compared with; a suite's are named by their steps."""
+        return (
+            self.raw["role"] == "rival"
+            if self.of_folder
+            else self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
+        )
 
     @property
     def of_folder(self) -> bool:

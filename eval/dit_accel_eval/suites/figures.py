@@ -14,9 +14,9 @@ from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..metrics.registered import decimals_of
+from ..metrics.registered import FLOOR, decimals_of
 from ..runs.model import OWN
-from ..runs.results import AGREE, FLOOR, TIMED, TUNED, WORKS, ResultLine, last_lines, markdown_table
+from ..runs.results import AGREE, TIMED, TUNED, WORKS, ResultLine, last_lines, markdown_table
 from ..statistics import FEWEST, TOO_FEW, ClipMean, Judged, clip_mean, frontier, judge, p_words
 from .judges import judge_of
 from .ladder import setting_words
@@ -81,6 +81,11 @@ class PairFigures:
         more = f", at more {self.by}" if dearer and verdict not in ("open", TOO_FEW) else ""
         return words.get(verdict, verdict) + more
 
+    @property
+    def shares(self) -> str:
+        """The costs of both in words."""
+        return "not known" if math.isnan(self.costs[0]) else f"{self.costs[0]:.2f} vs {self.costs[1]:.2f}"
+
 
 class Comparison:
     """Lines whose reference converged, all where none did, beside the dense runs that cost as much."""
@@ -101,7 +106,7 @@ class Comparison:
         Of rivals in folders it is linear between those of the curve that took less and more time.
         """
         if self.curve:
-            places, (first, *_, last) = self.curve, (*self.curve.values(), *self.curve.values())
+            places, first, last = self.curve, min(self.curve.values()), max(self.curve.values())
             steps = min(max(steps, first), last) if first <= EQUAL * steps and steps <= EQUAL * last else steps
         else:
             steps = max(1.0, steps)
@@ -288,7 +293,7 @@ def rule_words(arms: Sequence[ArmFigures]) -> str:
 
 def rival_words(lines: Sequence[ResultLine]) -> str:
     """Return in words which dense runs arms are compared with."""
-    if lines[0].of_folder:
+    if lines and lines[0].of_folder:
         curve = _curve(lines)
         off = dict.fromkeys(line.arm for line in lines if line.is_rival and curve and line.arm not in curve)
         words = "At equal time arms are held against the curve of these rivals, linear between two of them: "
@@ -366,7 +371,7 @@ def pairs_markdown(pairs: Sequence[PairFigures]) -> str:
     heads += f"{'| score, % ' if scored else ''}| share of dense {cost}"
     rows = []
     for pair in pairs:
-        costs = f"{pair.costs[0]:.2f} vs {pair.costs[1]:.2f}" + ("" if pair.by == cost else f" by {pair.by}")
+        costs = pair.shares + ("" if pair.by == cost else f" by {pair.by}")
         cells = [str(pair.pair), pair.ahead.cell("+"), p_words(pair.ahead.p_holm), pair.verdict]
         rows.append((*cells, *([pair.score.judged("+.1f") if pair.score else ""] if scored else []), costs))
     return f"{pairs_rule(pairs)}\n\n{markdown_table(heads, rows)}"

@@ -1,4 +1,4 @@
-"""Measures clips that any engine wrote: lines of the form that `eval run` writes, of arms and rivals against a reference.
+"""Measures clips that any engine wrote against their reference: lines of the form that `eval run` writes.
 
 Cost is time alone, in steps of the reference: its own number of steps times the share of its seconds. Where clips are
 encoded with loss, the metric `FLOOR` tells how near the reference itself stays once it is encoded as they are.
@@ -8,19 +8,43 @@ import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from dit_accel_pipelines.generation.progress import Stages
+
+from dit_accel.files import held
 
 from ..metrics.metric import Sample
-from ..metrics.registered import scores
+from ..metrics.registered import FLOOR, scores
 from ..protocol import PROTOCOL
 from ..runs.conditions import processor_name
 from ..runs.encodings import Encoder, encoder_like
 from ..runs.pairing import Folder, Key, PairedClip
-from ..runs.results import FLOOR, ITSELF, Line, frames_hash
+from ..runs.results import ITSELF, KEPT, Line, append_line, keep_beside, result_lines, write_lines
+from ..runs.results import frames_hash as hash_of
 from .measuring import ALWAYS, measured
 
 UNKNOWN = "unknown"
+
+
+def measure_folders(
+    folders: Sequence[Folder], rivals: Sequence[str], out: Path, *, frames: bool, quiet: bool, **same: Any
+) -> None:
+    """Write the lines of `folder_lines`, each as it is measured, and beside them where requested their frames."""
+    with held(out, "the results file"), Stages(quiet=quiet) as stages:
+        known, lines = {line.key: line.raw for line in result_lines(out)}, list[Line]()
+        stages.stage("measuring clips", sum(len(folder.clips) for folder in folders[1:]))
+        for line, clip, reference in folder_lines(folders, rivals, known, **same):
+            if frames and not all((out.parent / line.get(key, "")).is_file() for key in KEPT):
+                shown = clip.file.frames(), reference.file.frames()
+                line |= keep_beside(out.with_suffix(".frames"), out.parent, line, *shown)
+            if line != known.get((line["arm"], line["clip"])):
+                append_line(out, line)
+            lines.append(line)
+            stages.advance()
+        write_lines(out, lines)
 
 
 def folder_lines(
@@ -34,7 +58,7 @@ def folder_lines(
         known: lines of an earlier call, which are given again where nothing of theirs has changed.
     """
     reference, *others = folders
-    hashes = {key: frames_hash(clip.file.levels()) for key, clip in reference.clips.items()}
+    hashes = {key: hash_of(clip.file.levels()) for key, clip in reference.clips.items()}
     together = hashlib.sha256("".join(f"{key}{hashes[key]}" for key in sorted(hashes, key=str)).encode()).hexdigest()
     first = next(iter(reference.clips.values())).form
     same = {
@@ -50,12 +74,15 @@ def folder_lines(
             line: Line = {"arm": folder.name, "clip": number, "role": "rival" if folder.name in rivals else "arm",
                           "prompt": key[0], **same, **_times(clip, other)}  # fmt: skip
             line |= {"seed": key[1]} if key[1] is not None else {}
-            line |= {"folder": str(folder.path), "file": clip.file.path.name, "encoding": clip.form.encoding}
-            line |= {"frames_hash": frames_hash(clip.file.levels()), "reference_hash": hashes[key]}
+            line |= {"folder": str(folder.path), "file": clip.file.path.name, "encoding": clip.form.encoding,
+                     "lossy": not clip.form.exact}  # fmt: skip
+            line |= {"frames_hash": hash_of(clip.file.levels()), "reference_hash": hashes[key]}
             before = known.get((folder.name, number), {})
             wanted = {*metrics} - {*ALWAYS, *before.get("skipped", ()), *before.get("unavailable", ())}
-            if all(before.get(name) == value for name, value in line.items()) and wanted <= {*before["metrics"]}:
-                line = before
+            if all(before.get(name) == value for name, value in line.items()) and wanted <= {
+                *before.get("metrics", ())
+            }:
+                line = dict(before)
             else:
                 line |= _measured(clip, other, encoders[folder.name], metrics, fps)
             yield line, clip, other
@@ -88,6 +115,6 @@ def _measured(
         _, frames = sample.pair()
         encoded = encoder(np.rint(255 * frames).astype(np.uint8))
         floor = scores(ALWAYS[:1], Sample(frames=np.divide(encoded, 255, dtype=np.float32), reference=frames))
-        line["metrics"] |= {FLOOR: floor.values()["psnr"]}
+        line.setdefault("metrics", {})[FLOOR] = floor.values()["psnr"]
         line["encoder"] = str(encoder)
     return line
