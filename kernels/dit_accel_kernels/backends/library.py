@@ -1,7 +1,5 @@
 """What backends that hand exact tiles to another library have in common: what they refuse, and what they look for."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import importlib.util

@@ -7,8 +7,6 @@ From its output and LSE the triton backend's forward kernel starts with pooled t
 that both parts are one softmax. Gradients are those of the triton backend, from this output and LSE.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import replace
 from typing import Any, NamedTuple

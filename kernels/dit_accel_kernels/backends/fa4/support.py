@@ -1,7 +1,5 @@
 """Where the fa4 backend runs, found out without importing flash-attn-4: cards, dtypes, head dims, tiles, features."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 from functools import lru_cache

@@ -3,8 +3,6 @@
 # pyright: basic, reportCallIssue=false
 # (launches take options that a kernel's signature doesn't show)
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

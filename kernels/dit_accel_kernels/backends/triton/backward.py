@@ -7,8 +7,6 @@ once, by one program that adds in a fixed order, so gradients are deterministic.
 kernel of their own, and are spread over the tile's valid tokens where grad_k and grad_v are written.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -7,8 +7,6 @@ would be every weight of its row: the kernel of grad_q adds up the weights and l
 others. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; lists, pools and decay are ours.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

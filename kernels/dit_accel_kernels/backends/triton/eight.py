@@ -4,8 +4,6 @@ The formulas and what they are for are those of precision.py. Eight bits lie whe
 caller's order; their scales follow the tiled one.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -5,8 +5,6 @@ the same order, to the same places of a scratch that has room for the whole plan
 shares its lists. The exact tiles also leave as bits, and the pooled ones as nothing else.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

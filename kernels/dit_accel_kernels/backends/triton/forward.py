@@ -8,8 +8,6 @@ one row sum. Logits are in base 2; sums are float32; addresses are 64-bit. Head 
 two column parts (96 = 64 + 32), the second padded where it must be.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

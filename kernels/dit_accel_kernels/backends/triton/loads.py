@@ -1,7 +1,5 @@
 """How kernels load rows, in two column parts, so that head dims need not be powers of 2, and what goes with rows."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -5,8 +5,6 @@ a sync, made once for lists, frames and valid keys and remembered as long as the
 """
 # pyright: basic
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

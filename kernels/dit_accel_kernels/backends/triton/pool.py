@@ -4,8 +4,6 @@ Means rather than sums of V, with log2 of the length added to the logit: e^s sum
 cannot overflow fp16.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

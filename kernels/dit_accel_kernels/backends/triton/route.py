@@ -7,8 +7,6 @@ kernels: mean queries, statistics of the mean keys' channels, and scores, which 
 specification is `routing_scores` in states.py; sums are float32.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

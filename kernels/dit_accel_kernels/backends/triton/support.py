@@ -1,8 +1,6 @@
 """Where the triton backend runs: devices, dtypes, head dims; triton is imported only where it interprets bfloat16."""
 # pyright: basic
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

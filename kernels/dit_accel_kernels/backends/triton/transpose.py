@@ -4,8 +4,6 @@ Pure torch code on the lists' device without a sync, made once and remembered as
 """
 # pyright: basic
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
