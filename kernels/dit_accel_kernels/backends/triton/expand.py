@@ -15,8 +15,7 @@ from torch import Tensor
 from ...bits import word_count
 from ...problem import Problem, by_head
 from .loads import _from
-from .plan import RowPlan, bits_of
-from .transpose import ColumnPlan
+from .plan import ColumnPlan, RowPlan, bits_of
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere
