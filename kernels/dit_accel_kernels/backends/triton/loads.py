@@ -63,6 +63,28 @@ def _token_rows(token, live, token_order_ptr):
 
 
 @triton.jit
+def _tokens(tile, offset, TILE: tl.constexpr, number, token_order_ptr):
+    """The tokens at some offsets in a tile, which of them are there, and the rows that hold them."""
+    token = tile * TILE + offset
+    live = (offset < TILE) & (token < number)
+    return token, live, _token_rows(token, live, token_order_ptr)
+
+
+@triton.jit
+def _keys(tile, offset, TILE: tl.constexpr, number, batch, valid_ptr, token_order_ptr):
+    """`_tokens` of a batch, of which only the valid ones are there."""
+    token = tile * TILE + offset
+    live = _valid(valid_ptr, batch, number, token, (offset < TILE) & (token < number))
+    return token, live, _token_rows(token, live, token_order_ptr)
+
+
+@triton.jit
+def _valid(valid_ptr, batch, number, token, live):
+    """Which of some keys of a batch count, of those that are there."""
+    return live if valid_ptr is None else live & (tl.load(valid_ptr + batch * number + token, mask=live, other=0) > 0)
+
+
+@triton.jit
 def _pair_decay(q_frame, k_frame, table_ptr, table_last):
     """Decay t of frames that broadcast against each other; 1 outside the video (frame -1)."""
     distance = tl.minimum(tl.abs(q_frame - k_frame), table_last)
