@@ -13,6 +13,7 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 
+from ..metrics.dynamics import dynamics
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
 from ..runs.conditions import device_name, processor_name
@@ -138,5 +139,6 @@ def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
         by_frame = {name: result.by_frame for name, result in results.measured.items() if name in suite.metrics}
         line["metrics"] = values
         line["by_frame"] = {name: [round(x, DIGITS) for x in row] for name, row in by_frame.items() if row is not None}
+    line |= {"dynamics": moved} if (moved := dynamics(sample)) else {}
     line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(results, key))}
     return line

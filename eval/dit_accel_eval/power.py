@@ -1,0 +1,1 @@
+"""How many clips a comparison takes: a verdict's chance, simulated from the differences that clips really show."""
