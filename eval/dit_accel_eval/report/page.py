@@ -5,6 +5,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..metrics.dynamics import DYNAMICS
 from ..metrics.registered import FLOOR, decimals_of
 from ..runs.results import ResultLine
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
@@ -61,7 +62,9 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "forest": forest(report), "hues": hues(report), "groups": groups,
         "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
         "metrics": {key: words for key, words in ALWAYS.items() if key != "score" or scored},
-        "columns": _columns(report), "words_of": metric_words, "better_of": better_of,
+        "columns": _columns(report),
+        "dynamics": {key: words for key, words in DYNAMICS.items() if any(key in arm.dynamics for arm in report.arms)},
+        "words_of": metric_words, "better_of": better_of,
         "digits": lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
         "prompt_map": prompt_map(report, [arm for _, arms in groups for arm in arms]),
         "step_map": step_map(report), "costs": costs(report),
@@ -168,6 +171,7 @@ def _cells(report: SuiteReport, arm: ArmFigures) -> dict[int, dict[str, str]]:
         cells |= {"score": f"{100 * line.score:.0f} %"} if line.score is not None else {}
         metrics = {name: line.metrics[name] for name in _columns(report) if name in line.metrics}
         cells |= {name: f"{value:.{decimals_of(name)}f}" for name, value in metrics.items()}
+        cells |= {name: f"{100 * (clip - other):+.1f}" for name, (clip, other) in line.dynamics.items()}
         by_clip[line.clip] = cells
     return by_clip
 

@@ -12,6 +12,7 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
+from ..metrics.dynamics import DYNAMICS
 from ..metrics.registered import FLOOR
 from ..runs.results import ITSELF, TIMED, WORKS, ResultLine
 from ..statistics import FEWEST
@@ -168,6 +169,7 @@ def _warnings(results: Results, arms: Sequence[ArmFigures]) -> Iterator[str]:
     yield from filter(None, [rival_words(lines)])
     yield from _of_folders(lines, arms) if lines[0].of_folder else ()
     yield from _guided(lines)
+    yield from _moved(arms)
     yield from _unmeasured(lines)
     for key in ("torch", "diffusers", "dit_accel", "protocol"):
         versions = sorted({str(line.raw[key]) for line in lines if key in line.raw})
@@ -203,6 +205,16 @@ def _guided(lines: Sequence[ResultLine]) -> Iterator[str]:
     if arms:
         text = _some([*arms])
         yield f"Guidance seeks other clips than the converged run; judge these by their prompts, not by PSNR: {text}."
+
+
+def _moved(arms: Sequence[ArmFigures]) -> Iterator[str]:
+    """Name the arms that do not move as their references do."""
+    changed = [
+        f"{arm.name} {arm.dynamic_words(name)} ({DYNAMICS[name].head} {moved.mean:+.1f} points)"
+        for arm in arms for name, moved in arm.dynamics.items() if moved.verdict in ("ahead", "behind")
+    ]  # fmt: skip
+    if changed:
+        yield f"PSNR does not tell motion from stillness. Beside their references: {'; '.join(changed)}."
 
 
 def _unmeasured(lines: Sequence[ResultLine]) -> Iterator[str]:

@@ -82,6 +82,7 @@ def _arm(report: SuiteReport, arm: ArmFigures) -> dict[str, Any]:
         "name": arm.name, "dense": report.is_dense(arm), "clips": arm.clips,
         **{key: setting[key] for key in SETTING}, **{key: setting[key] for key in FURTHER if key in setting},
         "psnr": asdict(arm.psnr), "means": dict(arm.means),
+        **({"dynamics": {name: asdict(moved) for name, moved in arm.dynamics.items()}} if arm.dynamics else {}),
         "against_fewer_steps": {key: asdict(lead) for key, lead in arm.ahead.items()},
         "metrics": {
             name: {**asdict(figures), "better": better_of(name),

@@ -135,6 +135,7 @@ class ResultLine:
     seconds: float | None = None
     dense_seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    dynamics: Mapping[str, Sequence[float]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     unavailable: Mapping[str, str] = field(default_factory=dict)
     times: Mapping[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
+from ..metrics.dynamics import DYNAMICS
 from ..metrics.registered import FLOOR, decimals_of
 from ..runs.model import OWN
 from ..runs.results import AGREE, TIMED, TUNED, WORKS, ResultLine, last_lines, markdown_table
@@ -45,6 +46,7 @@ class ArmFigures:
     Attributes:
         ahead: key of `WORKS` or `TIMED` -> how far it is ahead of the dense run of equal work or time, in dB.
         differences: further metric -> its difference to the dense run of equal own work; of clips in folders, time.
+        dynamics: metric of `DYNAMICS` -> by how many points it is above the reference's, of arms that are no rivals.
         saved_nothing: whether its methods left nothing out on any clip; it is judged by none of these.
     """
 
@@ -55,7 +57,13 @@ class ArmFigures:
     ahead: Mapping[str, Judged] = field(default_factory=dict)
     metrics: Mapping[str, ClipMean] = field(default_factory=dict)
     differences: Mapping[str, Judged] = field(default_factory=dict)
+    dynamics: Mapping[str, Judged] = field(default_factory=dict)
     saved_nothing: bool = False
+
+    def dynamic_words(self, name: str) -> str:
+        """Return what the arm does beside its references by a metric of `DYNAMICS`, else the verdict."""
+        about, verdict = DYNAMICS[name], self.dynamics[name].verdict
+        return {"ahead": about.above, "behind": about.below}.get(verdict, verdict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +159,11 @@ class Comparison:
             (name, metric): [*self.leads(name, cost, metric).values()]
             for name, metrics in further.items() for metric in metrics if metric != FLOOR
         })  # fmt: skip
+        moved = judge({
+            (name, metric): [100 * (line.dynamics[metric][0] - line.dynamics[metric][1]) for line in each
+                             if metric in line.dynamics and not line.is_rival]
+            for name, each in arms.items() for metric in DYNAMICS
+        })  # fmt: skip
         return [
             ArmFigures(
                 name=name, clips=len(lines), psnr=clip_mean([line.psnr for line in lines]),
@@ -159,6 +172,7 @@ class Comparison:
                 ahead={key: judged[name] for key, judged in ahead.items() if name in judged},
                 metrics={metric: clip_mean(values) for metric, values in further[name].items()},
                 differences={metric: judged for (arm, metric), judged in differences.items() if arm == name},
+                dynamics={metric: judged for (arm, metric), judged in moved.items() if arm == name},
                 saved_nothing=name in self.idle,
             )
             for name, lines in arms.items()
@@ -330,6 +344,9 @@ def arms_markdown(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     def metric(name: str) -> Callable[[ArmFigures], str]:
         return lambda arm: f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else ""
 
+    def moved(name: str) -> Callable[[ArmFigures], str]:
+        return lambda arm: f"{arm.dynamics[name]:+.1f} {arm.dynamic_words(name)}" if name in arm.dynamics else ""
+
     columns: dict[str, Callable[[ArmFigures], str]] = {"arm": lambda arm: arm.name}
     if any(arm.clips < whole for arm in arms):
         columns["clips"] = lambda arm: str(arm.clips)
@@ -341,6 +358,8 @@ def arms_markdown(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
         columns["score"] = mean("score", ".0%")
     columns |= {f"against fewer steps at equal {words}, dB (median)": lead(key) for key, words in works.items()}
     columns |= {name: metric(name) for name in dict.fromkeys(name for arm in arms for name in arm.metrics)}
+    columns |= {f"{about.head} less the reference's, points": moved(name)
+                for name, about in DYNAMICS.items() if any(name in arm.dynamics for arm in arms)}  # fmt: skip
     return markdown_table(" | ".join(columns), [[cell(arm) for cell in columns.values()] for arm in arms])
 
 

@@ -14,6 +14,7 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 
+from ..metrics.dynamics import dynamics
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
 from ..protocol import PROTOCOL
@@ -146,4 +147,5 @@ def measured(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] 
         by_frame = {name: result.by_frame for name, result in results.measured.items() if name in metrics}
         line["metrics"] = values
         line["by_frame"] = {name: [round(x, DIGITS) for x in row] for name, row in by_frame.items() if row is not None}
+    line |= {"dynamics": moved} if (moved := dynamics(sample)) else {}
     return line | {key: why for key in ("skipped", "unavailable") if (why := getattr(results, key))}
