@@ -12,6 +12,7 @@ from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_jso
 
 from .benchmarking import show_protocol
 from .comparing import compare_settings
+from .folders import compare_folders
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("compare")(compare_settings)
+eval_app.command("folders")(compare_folders)
 eval_app.command("vbench")(evaluate)
 eval_app.command("protocol")(show_protocol)
 
