@@ -18,9 +18,8 @@ from . import binding
 from .binding import STRIDES, LoopCall
 from .chunks import Lists, flat_lists
 from .compiled import compiled_loop, library
-from .memory import LEAST_BYTES, cast, fresh
+from .memory import LEAST_BYTES, buffer, cast, fresh
 from .tiled import decays, pools
-from .workers import buffer, thread_buffers
 
 START_FLOPS = 5e5  # what a thread computes while one more joins in
 PACK_FLOPS = 25  # what it computes while a number is packed
@@ -116,7 +115,7 @@ def _panels(name: str, shape: tuple[int, ...]) -> Tensor:
     """Memory that the loop fills: in small calls what the last one had, since new pages take longer than filling it."""
     if 4 * math.prod(shape) >= LEAST_BYTES:
         return fresh(shape, torch.float32)
-    return buffer(thread_buffers(), name, torch.empty(0), shape, torch.float32)
+    return buffer(name, torch.empty(0), shape)
 
 
 def _threads(flops: float) -> int:
