@@ -116,7 +116,8 @@ def _download(model: str, file: str, revision: str | None) -> Path:
         cached = try_to_load_from_cache(model, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
-        get_hf_file_metadata(hf_hub_url(model, file, revision=revision))  # a download would try for half a minute without a network
+        # a download would try for half a minute without a network
+        get_hf_file_metadata(hf_hub_url(model, file, revision=revision))
         return Path(hf_hub_download(model, file, revision=revision))
     except Exception as error:  # the errors of the hub client's transport change from release to release
         reason = str(error).strip().partition("\n")[0]

@@ -1,6 +1,8 @@
 """Which ways of saving memory a run takes to stay below ``max_memory``, by an estimate that is checked at its end."""
 
 import contextlib
+import functools
+import json
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
 VAE_WAYS = {"tile": "enable_tiling", "slice": "enable_slicing"}
 """Way of running an autoencoder in parts -> its method."""
 
-WAYS = (("none", False), ("text", False), ("text", True), ("model", False), ("model", True), ("group", False),
-        ("group", True))  # fmt: skip
-"""Offload and whether the autoencoder works in tiles, from what costs the least time on."""
+OFFLOADS = ("none", "text", "model", "group")
+"""What may wait in main memory, from what costs the least time on."""
 
 SHARE = 0.9
 """Share of ``max_memory`` that an estimate may take: allocators hold more than is in use."""
@@ -40,11 +41,20 @@ def vae_ways(text: str | None) -> list[str]:
     return names
 
 
+def check_memory(request: "Request") -> None:
+    """Refuse a ``max_memory`` that is no size, and ways of an autoencoder that there are not."""
+    vae_ways(request.vae)
+    if request.max_memory is not None:
+        find_hardware(request.max_memory)
+
+
 def check_vae(request: "Request", files: ModelFiles) -> None:
     """Refuse tiles or slices of an autoencoder that has none."""
     for name in vae_ways(request.vae):
         if not files.vae or not hasattr(empty_model(files.vae), {"tile": "use_tiling", "slice": "use_slicing"}[name]):
-            raise ConfigError(f"vae {name!r} was requested, and the autoencoder of {files.name} has no such way; leave it out")
+            raise ConfigError(
+                f"vae {name!r} was requested, and the autoencoder of {files.name} has no such way; leave it out"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,24 +81,23 @@ class Needs:
 
 
 def fitted(
-    request: "Request", files: ModelFiles, family: Family | None, device_type: str
-) -> tuple["Request", list[str], list[str]]:
-    """Return a request with what it needs to stay below its ``max_memory``, notes on that, and warnings.
+    request: "Request", files: ModelFiles, family: Family | None, notes: list[str], warnings: list[str]
+) -> tuple["Request", Family | None, list[str], list[str]]:
+    """Return a request with what it needs to stay below its ``max_memory``, and further notes and warnings on that.
 
     What the user chose stays; on a CPU nothing waits elsewhere, so that only tiles are left.
     """
     if request.max_memory is None:
-        return request, [], []
+        return request, family, notes, warnings
+    from .loading import pick_device
+
+    device_type = pick_device(request.device).type
     limit = find_hardware(request.max_memory).gib * GIB
     needs = needs_of(request, files, family, device_type)
     base = resident_now() if device_type == "cpu" else 0
-    ways = [
-        (offload, tiled) for offload, tiled in WAYS
-        if (offload == request.offload if device_type == "cpu" or request.offload != "none" else True)
-        and (needs.tiles is not None if tiled else "tile" not in vae_ways(request.vae))
-    ] or [(request.offload, "tile" in vae_ways(request.vae))]  # fmt: skip
-    if device_type == "cpu":
-        ways += [("none", True)] if needs.tiles is not None and ("none", True) not in ways else []
+    offloads = (request.offload,) if device_type == "cpu" or request.offload != "none" else OFFLOADS
+    tiles = [True] if "tile" in vae_ways(request.vae) else [False, *([True] if needs.tiles is not None else [])]
+    ways = [(offload, tiled) for offload in offloads for tiled in tiles]
     estimates = {way: base + needs.peak(*way) for way in ways}
     fits = [way for way in ways if estimates[way] <= SHARE * limit]
     offload, tiled = chosen = fits[0] if fits else min(ways, key=estimates.__getitem__)
@@ -98,12 +107,13 @@ def fitted(
     text = f"max_memory {request.max_memory}: {words}, by an estimate of {estimates[chosen] / GIB:.3g} GiB"
     request = replace(request, offload=offload, vae=vae)
     if fits:
-        return request, [text], []
-    return request, [], [f"{text}, the least there is, which may not fit; quantize the weights, or ask for a smaller output"]
+        return request, family, [*notes, text], warnings
+    text += ", the least there is, which may not fit; quantize the weights, or ask for a smaller output"
+    return request, family, notes, [*warnings, text]
 
 
 def used(request: "Request", peak: Mapping[str, int]) -> tuple[str, bool] | None:
-    """Return how much memory a run took of its ``max_memory``, in words, and whether it stayed below; None: no limit."""
+    """Return in words what a run took of its ``max_memory``, and whether it stayed below; None without one."""
     if request.max_memory is None:
         return None
     most, limit = peak.get("cuda", peak["host"]), find_hardware(request.max_memory).gib * GIB
@@ -120,7 +130,7 @@ def needs_of(request: "Request", files: ModelFiles, family: Family | None, devic
     ]  # fmt: skip
     text = sum(_text_encoder(files, name, size, request) for name in text_encoders(files.index))
     vae = empty_model(files.vae) if files.vae else None
-    whole, tiles = (0, None) if vae is None or family is None else decoding_bytes(vae, request, family)
+    whole, tiles = (0, None) if vae is None or family is None else decoding_bytes(files.vae, request, family)
     return Needs(
         text=text, transformers=tuple(transformers), vae=0 if vae is None else _weights(vae, 4, None),
         denoising=denoising_bytes(request, family, size), decoding=whole, tiles=tiles,
@@ -155,15 +165,18 @@ def denoising_bytes(request: "Request", family: Family | None, size: int) -> int
     return layout.tokens * (family.heads * family.head_dim * (6 * size + 8) + 2 * family.ffn_dim * size)
 
 
-def decoding_bytes(vae: Any, request: "Request", family: Family) -> tuple[int, int | None]:
-    """Return the activations of decoding a request's output whole, and in tiles; None where there are none."""
+def decoding_bytes(config: Mapping[str, Any], request: "Request", family: Family) -> tuple[int, int | None]:
+    """Return the activations of decoding a request's output whole, and in tiles; None where there are none.
+
+    ``config``: the autoencoder's.
+    """
     height, width = _of(request, family, "height"), _of(request, family, "width")
-    frames = _of(request, family, "num_frames")
-    whole = _decoded(vae, family, frames, height, width)
+    frames, vae, text = _of(request, family, "num_frames"), empty_model(config), json.dumps(config, sort_keys=True)
+    whole = _decoded(text, family.vae, frames, height, width)
     tile = getattr(vae, "tile_sample_min_height", None) or getattr(vae, "tile_sample_min_size", None)
     if tile is None or not hasattr(vae, "use_tiling"):
         return whole, None
-    one = _decoded(vae, family, frames, min(tile, height), min(tile, width))
+    one = _decoded(text, family.vae, frames, min(tile, height), min(tile, width))
     return whole, min(whole, one + 3 * 4 * 3 * frames * height * width)  # the rows of tiles, blended, and the output
 
 
@@ -171,18 +184,17 @@ def _of(request: "Request", family: Family, name: str) -> int:
     return getattr(request, name) or getattr(family, name) or 1
 
 
-def _decoded(vae: Any, family: Family, frames: int, height: int, width: int) -> int:
-    """Return the most bytes alive while an empty autoencoder decodes without data."""
+@functools.lru_cache(maxsize=32)
+def _decoded(config: str, scales: tuple[int, int], frames: int, height: int, width: int) -> int:
+    """Return the most bytes alive while an autoencoder of a config decodes without data."""
     import torch
 
-    step, scale = family.vae
-    channels = vae.config.get("latent_channels") or vae.config.get("z_dim") or 16
-    sizes = [height // scale, width // scale]
-    if "3d" in type(vae.decoder).__name__.lower() or step > 1:
-        sizes = [(frames - 1) // step + 1, *sizes]
-    latents = torch.empty((1, channels, *sizes), device="meta")
+    vae, (step, scale) = empty_model(json.loads(config)).to("meta"), scales
+    latents = [1, vae.config.get("latent_channels") or vae.config.get("z_dim") or 16, height // scale, width // scale]
+    if step > 1:
+        latents.insert(2, (frames - 1) // step + 1)
     with torch.no_grad(), most_alive() as most:
-        vae.to("meta").decode(latents)
+        vae.decode(torch.empty(latents, device="meta"))
     return most[0]
 
 
@@ -194,27 +206,32 @@ def most_alive() -> Iterator[list[int]]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    now, most, seen = [0], [0], weakref.WeakKeyDictionary[Any, int]()
+    now, most, seen = [0], [0], weakref.WeakSet[Any]()
+
+    def storages(values: Any) -> Iterator[Any]:
+        for value in tree_leaves(values):
+            if isinstance(value, torch.Tensor) and value.untyped_storage() not in seen:
+                seen.add(value.untyped_storage())
+                yield value.untyped_storage()
 
     def gone(size: int) -> None:
         now[0] -= size
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            weights_and_inputs = [*storages((args, kwargs))]  # which are there before, and views of them later
             result = func(*args, **(kwargs or {}))
-            for tensor in tree_leaves(result):
-                storage = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else None
-                if storage is not None and storage not in seen:
-                    seen[storage] = size = storage.nbytes()
-                    now[0] += size
-                    most[0] = max(most[0], now[0])
-                    weakref.finalize(storage, gone, size)
+            del weights_and_inputs
+            for storage in storages(result):
+                now[0] += storage.nbytes()
+                most[0] = max(most[0], now[0])
+                weakref.finalize(storage, gone, storage.nbytes())
             return result
 
     class Fused(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.nn.functional.scaled_dot_product_attention:  # which without data would lay out all scores
-                return torch.empty_like(args[0])
+                return torch.empty_like((*args, *(kwargs or {}).values())[0])
             return func(*args, **(kwargs or {}))
 
     with Fused(), Counting():

@@ -1,5 +1,6 @@
 """LoRA files: where they may be, whether they fit a model, and loading several into a pipeline, each whole."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,13 +102,22 @@ def check_loras(request: "Request", pipeline: type, files: ModelFiles) -> None:
         if component not in shapes:
             config = read_config(files.name, f"{component}/config.json", request.revision)
             shapes[component] = {name: tuple(w.shape) for name, w in empty_model(config).named_parameters()}
-        _check_shapes(lora.name, _state(pipeline, lora.name, str(file)), shapes[component], files.name)
+        matrices = _matrices(pipeline, lora.name, str(file), file.stat().st_mtime_ns)
+        _check_shapes(lora.name, matrices, shapes[component], files.name)
 
 
-def _check_shapes(name: str, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
+@functools.lru_cache(maxsize=16)
+def _matrices(pipeline: Any, name: str, file: str, changed: int) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of a LoRA's matrices, read once for all outputs of a run."""
+    return {key: tuple(weight.shape) for key, weight in _state(pipeline, name, file).items()}
+
+
+def _check_shapes(
+    name: str, matrices: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], model: str
+) -> None:
     """Refuse a LoRA that has layers which a transformer lacks, or of other widths."""
     wrong, count = list[str](), 0
-    for key, weight in state.items():
+    for key, shape in matrices.items():
         component, _, rest = key.partition(".")
         layer, matrix, _ = rest.partition(".lora_")
         if component not in TRANSFORMERS or not matrix:
@@ -116,8 +126,8 @@ def _check_shapes(name: str, state: Mapping[str, Any], shapes: Mapping[str, tupl
         have, axis = shapes.get(f"{layer}.weight"), 1 if ".lora_A." in key else 0
         if have is None:
             wrong.append(f"{layer}, which is not there")
-        elif weight.ndim == len(have) == 2 and weight.shape[axis] != have[axis]:
-            wrong.append(f"{layer}, {weight.shape[axis]:,} wide where the model's is {have[axis]:,}")
+        elif len(shape) == len(have) == 2 and shape[axis] != have[axis]:
+            wrong.append(f"{layer}, {shape[axis]:,} wide where the model's is {have[axis]:,}")
     if wrong:
         raise ConfigError(
             f"the LoRA {name} is of another model than {model}: {len(wrong)} of its {count} matrices do not fit, such "

@@ -1,5 +1,6 @@
 """Weights in fewer bits, or from a single file: what a request names is checked before anything is loaded."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,23 +64,26 @@ def check_files(request: "Request") -> None:
                 raise ConfigError(f"quantize {request.quantize!r} would quantise {path} again; leave one of them out")
 
 
-def model_of_file(name: str) -> tuple[str, str] | None:
-    """Return the hub id of the model whose transformer a single file holds, by diffusers' table, and the file.
+def named_by_file(request: "Request") -> tuple["Request", list[str]]:
+    """Return a request whose ``model`` is a single file as one of the model that diffusers knows for it, and a note.
 
-    None for what is no such file; `ConfigError` for one that diffusers can't tell.
+    Raises:
+        ConfigError: for a file that diffusers can't tell.
     """
-    path = Path(name)
+    path = Path(request.model or "")
     if path.suffix.lower() not in FILES or not path.is_file():
-        return None
+        return request, []
     import torch
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
 
     names = {key: torch.empty(shape, device="meta") for key, shape in shapes_of(path).items()}
     if infer_diffusers_model_type(names) == "v1":  # what diffusers takes all that it does not know for
         raise ConfigError(
-            f"diffusers can't tell which model {name} is of; name that by --model, and the file by --transformer"
+            f"diffusers can't tell which model {path} is of; name that by --model, and the file by --transformer"
         )
-    return fetch_diffusers_config(names)["pretrained_model_name_or_path"], str(path)
+    model = fetch_diffusers_config(names)["pretrained_model_name_or_path"]
+    changed = dataclasses.replace(request, model=model, transformer=(*request.transformer, str(path)))
+    return changed, [f"{path} is taken as the transformer of {model}, whose other parts are loaded from there"]
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
@@ -103,11 +107,15 @@ def check_model(request: "Request", files: ModelFiles) -> None:
     import diffusers
 
     if request.quantize is not None and files.transformer.get("quantization_config"):
-        raise ConfigError(f"quantize {request.quantize!r} goes with plain weights, and {files.name} is quantised already")
+        raise ConfigError(
+            f"quantize {request.quantize!r} goes with plain weights, and {files.name} is quantised already"
+        )
+    if request.revision is not None and Path(files.name).exists():
+        raise ConfigError(f"revision {request.revision!r} is of a hub id, and {files.name} is a folder; leave it out")
     if request.quantize_text_encoder is not None and not text_encoders(files.index):
         raise ConfigError(
-            f"quantize_text_encoder {request.quantize_text_encoder!r} needs a text encoder, {files.name} has none; leave "
-            "it out"
+            f"quantize_text_encoder {request.quantize_text_encoder!r} needs a text encoder, and {files.name} has none; "
+            "leave it out"
         )
     for component in weight_files(request):
         name = str((files.index.get(component) or ["", None])[1])
@@ -173,9 +181,9 @@ def _require(library: str, what: str) -> None:
         raise MissingBackend(f"{what} needs {library}, which is not installed; {install('quantize')}")
 
 
-def slow_products(request: "Request", device_type: str) -> list[str]:
+def slow_products(request: "Request") -> list[str]:
     """Return a warning for products in 8 bits whose blocks are not compiled."""
-    if request.quantize not in ("int8", "fp8") or request.compile or device_type == "cpu":
+    if request.quantize not in ("int8", "fp8") or request.compile:
         return []
     return [
         f"quantize {request.quantize!r} is quick in compiled blocks alone, as with --compile; without them "
@@ -240,8 +248,8 @@ def _single_file(request: "Request", component: str, path: Path, class_name: str
             )  # fmt: skip
         lacking = [name for name, weight in model.named_parameters() if weight.is_meta]
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
-        lacking, reason = ["?"], re.sub(r"\s+", " ", str(error))[:200]
+        lacking = ["?"]
+        reason = "it lacks layers" if "meta tensor" in str(error) else re.sub(r"\s+", " ", str(error))[:200]
     if lacking:
         raise ConfigError(f"transformer {path} does not fit {class_name} of {request.source}: {reason}; give another")
     return model
-
