@@ -83,7 +83,6 @@ class RunOptions(SharedOptions):
     check: Annotated[bool, option("Generate dense too, and compare: PSNR, SSIM, FILE.check.png.", "--check")] = False
     num_inference_steps: InferenceSteps = None
     seed: Seed = 0
-    same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed", panel=FILES)] = False
     image: Annotated[Path | None, option("Image to start from.", panel=FILES, metavar="FILE")] = None
     video: Annotated[Path | None, option("Video to start from.", panel=FILES, metavar="FILE")] = None
     lora: Annotated[str | None, option("A LoRA: a file, its folder, or a hub id.", panel=FILES, metavar="LORA")] = None
