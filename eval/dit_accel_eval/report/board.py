@@ -1,4 +1,4 @@
-"""The board: one page of all runs whose JSON files lie in a folder, to be sorted and filtered, with the rules on top."""
+"""The board: one page of all runs whose JSON files lie in a folder, sorted and filtered, with the rules on top."""
 
 import json
 import os
