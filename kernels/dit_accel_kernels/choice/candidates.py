@@ -45,6 +45,10 @@ class Candidate(NamedTuple):
         """Whether "auto" may hand a call to it."""
         return (not self.on or problem.q.device.type in self.on) and self.refusal(problem) is None
 
+    def run(self, problem: Problem) -> Results:
+        """The results of a call, in its own order of tokens if the kernel follows that, else in the tiled one."""
+        return self.attend(problem if self.in_order else problem.tiled())
+
     @property
     def version(self) -> str:
         """The version of the package that the kernel comes from, or "" for ours and torch's."""

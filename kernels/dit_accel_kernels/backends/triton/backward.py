@@ -115,7 +115,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` of batches and heads that are computed together."""
     out, grad_out, problem = with_whole_rows(out), with_whole_rows(grad_out), in_pieces(problem)
-    q, k, v = problem.q, problem.k, problem.v
+    q = problem.q
     masks = (problem.key_valid, problem.key_mask, problem.key_length, problem.mask_ids)
     features = ("decay",) * (problem.decay is not None) + ("mask",) * any(x is not None for x in masks)
     with on_device(q.device):
@@ -124,9 +124,7 @@ def _attend_backward(
         plan, exact = row_plan(problem), None
         means: tuple[Tensor | None, ...] = (None, None, None)
         if problem.may_pool:
-            means = pool(
-                k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, dtype=k.dtype
-            )
+            means = pool(problem, plan.valid, q.dtype)
         if problem.selection is not None and narrows(problem.selection):
             plan, exact = expand(problem, plan, problem.selection.routed)
         with fitting("dq", problem, features) as launch:
