@@ -25,15 +25,17 @@ from ..processes.parallel import ALONE, Group, check_transformer, joined_group
 from ..processes.processes import Process
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
-from .media import Frames, to_uint8, upscale, write_media
+from .media import Frames, to_uint8, upscale, whole_output, write_media
 from .pipeline_call import CallSignature
 from .progress import Stages
 from .quiet import quiet_diffusers
+from .rates import rate_arguments
 from .request import Request, check_path, read_pictures, resolve, side_car_path
 from .resume import kept_record, request_digest
 from .room import check_outputs_fit
 from .side_car import Generation, side_car
 from .solvers import make_scheduler
+from .sound import sound_of
 from .threads import one_thread
 from .timing import timed_steps
 
@@ -212,7 +214,7 @@ class Loaded:
         record["ulysses"] = self._group.size
         record["request_digest"] = request_digest(request)
         if self._writes:
-            _write(request.output, generation.frames, record, resolved)
+            _write(request.output, generation, record, resolved)
         return Written(record=record, report=generation.report, check=check)
 
     def _run(self, request: Request, attachment: Any) -> Generation:
@@ -271,17 +273,20 @@ def run(
     stages = stages or Stages(silent=True)
     pictures = read_pictures(request) if pictures is None else pictures
     call = CallSignature.of(type(pipe))
-    arguments = {**request.beside(call), **request.call_arguments(), "prompt": prompt, **pictures}
+    arguments = {**request.beside(call), **request.call_arguments(), **rate_arguments(request, call)}
+    arguments |= {"prompt": prompt, **pictures}
     call.check(arguments)
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
         called = pipe if attachment is None else attachment.call
-        pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
+        output = called(**arguments, generator=generator, output_type="np")
+    pictures_made = pictures_of(output)
     report = attachment.report() if attachment is not None else None
     return Generation(
         prompt=prompt,
         frames=to_uint8(pictures_made),
+        sound=sound_of(output, pipe),
         timings=timings,
         report=report,
         pictures=pictures_made if request.check else None,
@@ -333,7 +338,8 @@ def any_pictures_of(output: Any) -> np.ndarray:
     return pictures[:1] if name in ("images", "image") else pictures
 
 
-def _write(output: Path, frames: Frames, record: dict[str, Any], request: Request) -> None:
-    with written_whole(side_car_path(output)) as text, written_whole(output) as media:  # the file first, then its word
-        write_media(media, upscale(frames, request.scale), fps=request.output_fps)
+def _write(output: Path, made: Generation, record: dict[str, Any], request: Request) -> None:
+    frames, choices = upscale(made.frames, request.scale), {"fps": request.output_fps, "quality": request.quality}
+    with written_whole(side_car_path(output)) as text, whole_output(output) as media:  # the file first, then its word
+        write_media(media, frames, sound=made.sound, **choices)
         text.write_text(json_text(record) + "\n", encoding="utf-8")

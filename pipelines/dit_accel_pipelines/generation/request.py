@@ -23,13 +23,15 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .lora import check_lora
-from .media import check_even, check_output, read_image, read_video
+from .media import check_even, check_output, check_quality, read_image, read_video
 from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
 from .options import RunOptions
 from .pipeline_call import PICTURES, CallSignature, pipeline_class
 from .ranges import ABOVE_ZERO, check_choices, check_ranges
+from .rates import with_rate
 from .solvers import SOLVERS
+from .sound import lost_sound
 
 EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
@@ -102,6 +104,7 @@ class Request(RunOptions, NamesModel):
             check_lora(self.lora)
         for output in self.outputs():
             check_output(output)
+            check_quality(output, self.quality)
             check_writable(side_car_path(output))
             if self.check:
                 check_writable(check_path(output), "the check's picture")
@@ -180,7 +183,8 @@ def resolve(request: Request) -> Resolved:
     files = read_model_files(request.source)
     request, call, notes = _resolve_call(request, files)
     family = _family_of(files, request)
-    notes += idle_negative(request, call)
+    request, rate = with_rate(request, call)
+    notes += [*idle_negative(request, call), *rate, *lost_sound(request.output, call)]
     if family is None:
         check_even(request.output, *(request.scale * (value or 0) for value in (request.height, request.width)))
         return Resolved(request, None, notes, [])
