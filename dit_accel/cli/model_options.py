@@ -23,6 +23,14 @@ ModelName = Annotated[
     ),
 ]
 
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize", help="Linear layers in fewer bits, as generate: fp8, int8, fp8-weights, int8-weights, int4, nf4.",
+        metavar="KIND",
+    ),
+]  # fmt: skip
+
 
 def one_model(command: str, family: str | None, model: str | None) -> str:
     """Return the family or the model that a command got; raise `ConfigError` if it got both or neither."""

@@ -35,7 +35,10 @@ KernelCost = Annotated[
 Linears = Annotated[
     str | None,
     typer.Option(
-        help="Linear layers in 8 bits, as torchao computes them: int8 or fp8, weights and activations, or weight-only.",
+        "--quantize",
+        "--linears",
+        help="Linear layers in fewer bits, as generate: fp8 and int8, of weights and activations; fp8-weights, "
+        "int8-weights, int4 and nf4, of weights alone.",
         metavar="KIND",
     ),
 ]
@@ -51,7 +54,7 @@ def plan(
     kernel_cost: KernelCost = None,
     linears: Linears = None,
     hardware: Annotated[
-        str | None, typer.Option(help=f"The card whose figures count for --linears; default: {CARD}.", metavar="NAME")
+        str | None, typer.Option(help=f"The card whose figures count for --quantize; default: {CARD}.", metavar="NAME")
     ] = None,
     linear_cost: Annotated[
         float, typer.Option(help="Time of an 8-bit product over what the card's data sheet gives.")
@@ -75,7 +78,7 @@ def plan(
 
     dit-accel plan --family flux.1-dev --preset balanced
 
-    dit-accel plan --family hunyuan-video --sol --linears fp8 --hardware h200
+    dit-accel plan --family hunyuan-video --sol --quantize fp8 --hardware h200
     """
     adapter, sizes, config = named_model("plan", family, model)
     described = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)

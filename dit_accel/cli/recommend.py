@@ -7,7 +7,7 @@ import typer
 from ..adapters import installed
 from ..estimate.recommend import recommend as recommendation
 from .console import OUT, print_json
-from .model_options import FamilyName, ModelName, one_model
+from .model_options import FamilyName, ModelName, Quantize, one_model
 from .run_options import Frames, InferenceSteps, Pixels
 
 
@@ -21,6 +21,7 @@ def recommend(
     hardware: Annotated[
         str | None, typer.Option(help="A card, such as h100 or rtx-4090, or its memory, such as 24GB.", metavar="NAME")
     ] = None,
+    quantize: Quantize = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List what could be attached to a model at a size: speed-up, loss, memory.
@@ -32,6 +33,8 @@ def recommend(
 
     dit-accel recommend --family wan2.1-14b --height 720 --hardware 24GB
 
+    dit-accel recommend --family wan2.1-14b --quantize int8-weights --hardware 24GB
+
     dit-accel recommend --model FOLDER --json
     """
     if family and not model:
@@ -39,6 +42,7 @@ def recommend(
     advice = recommendation(
         one_model("recommend", family, model),
         height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, hardware=hardware,
+        quantize=quantize,
     )  # fmt: skip
     if json:
         print_json(advice.to_dict())

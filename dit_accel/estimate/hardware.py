@@ -16,7 +16,7 @@ from torch import nn
 from ..adapters.adapter import Family
 from ..errors import ConfigError, did_you_mean
 from ..plan.layout import TokenLayout
-from .work import linear_flops, linear_inputs
+from .work import least_weights, linear_flops, linear_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +91,17 @@ CONFIGS = {
 }
 """How linear layers compute -> torchao's configs: weights and activations in 8 bits, or weights alone."""
 
+QUANTIZATIONS: Mapping[str, tuple[str, float]] = {
+    "fp8": ("fp8", 1.0), "int8": ("int8", 1.0),
+    "fp8-weights": ("weight-only", 1.0), "int8-weights": ("weight-only", 1.0),
+    "int4": ("weight-only", 0.53), "nf4": ("weight-only", 0.56),
+}  # fmt: skip
+"""What `generate --quantize` takes -> how the linear layers then compute, and bytes of a weight with its scales.
+
+fp8 and int8 are torchao's, of weights and activations, or of weights alone; int4 is torchao's in groups of 128 weights,
+nf4 that of bitsandbytes in blocks of 64.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linears:
@@ -100,6 +111,7 @@ class Linears:
     hardware: Hardware  # the card whose figures count
     share: float = 1.0  # of the layers' weights, by elements, that are in 8 bits
     cost: float = LINEAR_COST  # time of an 8-bit product per FLOP over what the data sheet gives; `LINEAR_COST`
+    weight_bytes: float = 1.0  # of a weight, its scales included
     origin: str = ""  # who said so, where no user did, such as ``the model's config``; empty otherwise
 
     def time(self, family: Family, layout: TokenLayout) -> float:
@@ -127,7 +139,11 @@ class Linears:
         ]
 
     def __str__(self) -> str:
-        return "8-bit weights alone" if self.kind == "weight-only" else f"in {self.kind}, weights and activations"
+        return (
+            f"{8 if self.weight_bytes == 1 else 4}-bit weights alone"
+            if self.kind == "weight-only"
+            else f"in {self.kind}, weights and activations"
+        )
 
 
 def linears_called(
@@ -141,8 +157,9 @@ def linears_called(
                 "'fp8', or ask `dit-accel recommend --hardware` for seconds"
             )
         return None
-    if kind not in CONFIGS:
-        raise ConfigError(f"linears takes no {kind!r}; {did_you_mean(kind, CONFIGS)}")
+    if kind not in {*CONFIGS, *QUANTIZATIONS}:
+        raise ConfigError(f"linears takes no {kind!r}; {did_you_mean(kind, (*QUANTIZATIONS, 'weight-only'))}")
+    kind, size = QUANTIZATIONS.get(kind, (kind, 1.0))
     if not 0 < cost < 1000:
         raise ConfigError(
             f"linear_cost must be above 0 and below 1000, got {cost}; 1 is as fast as the data sheet says"
@@ -156,7 +173,7 @@ def linears_called(
         raise ConfigError(
             f"linears = {kind!r} needs a card that multiplies in it, {card.name} does not{other}; {able} do"
         )
-    return Linears(kind=kind, hardware=card, cost=cost, **more)
+    return Linears(kind=kind, hardware=card, cost=cost, weight_bytes=size, **more)
 
 
 def linears_of_config(config: Mapping[str, Any]) -> str | None:
@@ -193,6 +210,11 @@ def _kind(weight: Any) -> str:
     if getattr(weight, "act_quant_kwargs", None) is None:
         return "weight-only"
     return "fp8" if held.dtype.is_floating_point else "int8"
+
+
+def weights_of(family: Family, linears: Linears | None) -> int:
+    """Return the least bytes of a model's weights, with its linear layers as they compute."""
+    return least_weights(family) if linears is None else least_weights(family, linears.share, linears.weight_bytes)
 
 
 def weight_size(weight: Any) -> int:

@@ -26,14 +26,13 @@ from ..methods.saving import Saving
 from ..plan.layout import TokenLayout
 from ..report.html import lines, piece, table
 from ..report.report import PredictedSpeedup
-from .hardware import LINEAR_COST, Hardware, Linears, linears_called, linears_of, linears_of_config
+from .hardware import LINEAR_COST, Hardware, Linears, linears_called, linears_of, linears_of_config, weights_of
 from .kept_races import elsewhere, measured_cost
 from .sizes import beyond_trained, check_steps, rounded_frames, token_layout
 from .work import (
     ASSUMED_BYTES,
     TilesLeft,
     attention_flops,
-    least_weights,
     linear_flops,
     other_flops,
     tiles_a_side,
@@ -161,8 +160,8 @@ def estimate(
         preset: further methods, of which a cache's measured skips are counted.
         kernel_cost: time of a sparse kernel per kept FLOP over the dense kernel's; None: what was measured on this
             machine, if ``hardware`` names no other, else `KERNEL_COST`.
-        linears: how the linear layers compute: ``int8`` or ``fp8``, weights and activations, or ``weight-only``; None:
-            as the config says, else in 16 bits.
+        linears: how the linear layers compute: ``int8`` or ``fp8``, weights and activations, ``weight-only``, or
+            another of `QUANTIZATIONS`; None: as the config says, else in 16 bits.
         hardware: the card whose figures count for them, as `find_hardware` knows it; None: an H100.
         linear_cost: time of an 8-bit product per FLOP over what the card's data sheet gives.
 
@@ -229,7 +228,7 @@ def predict(
         kernel_cost=cost,
         cost_measured=words,
         linears=linears,
-        weight_bytes=least_weights(family, linears.share if linears else 0.0),
+        weight_bytes=weights_of(family, linears),
         uncounted_methods=tuple(n for n, saving in savings.items() if not saving.counted and n not in waits),
         notes=(*_notes(savings, tiles), *([words] if words else []), *(linears.notes if linears else ())),
         warnings=tuple(text for saving in savings.values() for text in saving.warnings),

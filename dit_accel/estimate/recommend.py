@@ -8,18 +8,27 @@ from typing import Any
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
 from ..adapters.model_files import ModelFiles, model_source, read_model_files
-from ..errors import UnsupportedModel
+from ..errors import ConfigError, UnsupportedModel
 from ..methods.base import AttentionHandler, Model
 from ..methods.find import find_transformers, resolve_model
 from ..methods.presets import LEVELS, MEASURED_ON, Choice, PresetMethods, preset_methods
 from ..methods.registry import handler_of
-from .hardware import Hardware, Linears, find_hardware, linears_called, linears_of, linears_of_config, weight_size
+from .hardware import (
+    Hardware,
+    Linears,
+    find_hardware,
+    linears_called,
+    linears_of,
+    linears_of_config,
+    weight_size,
+    weights_of,
+)
 from .kept_races import elsewhere
 from .prediction import KERNEL_COST, Prediction, estimate
 from .recommendation import Recommendation, Setting
 from .sizes import advice, beyond_trained
 from .tuned import TunedSetting, find_tuned
-from .work import ASSUMED_BYTES, least_weights
+from .work import ASSUMED_BYTES
 
 DENSE = "dense"
 """The name of the row without methods."""
@@ -58,6 +67,7 @@ def recommend(
     num_frames: int | None = None,
     num_inference_steps: int | None = None,
     hardware: str | None = None,
+    quantize: str | None = None,
 ) -> Recommendation:
     """List what could be attached to a model at a size, with predicted speed-up, loss and memory; changes nothing.
 
@@ -67,13 +77,14 @@ def recommend(
         height: output height in pixels; None: the model's default, as of the other sizes.
         hardware: a card, such as ``"h100"``, of which the least seconds are given too, or its memory, such as
             ``"24GB"``.
+        quantize: of a model by name, the bits of its linear layers, one of `QUANTIZATIONS`; None: as its config says.
 
     Raises:
         UnsupportedModel: if no adapter covers the model, or no family is called so.
         ConfigError: for sizes that the model can't make, unknown hardware, or a tuned file that can't be read.
     """
     card = None if hardware is None else find_hardware(hardware)
-    of = _subject(model, card if card and card.tflops else None)
+    of = _subject(model, card if card and card.tflops else None, quantize)
     sizes: dict[str, Any] = dict(
         height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, config=of.config,
         linears=of.linears, kernel_cost=KERNEL_COST if elsewhere(hardware) else None,
@@ -103,23 +114,28 @@ def recommend(
     )  # fmt: skip
 
 
-def _subject(model: Any, card: Hardware | None) -> _Subject:
+def _subject(model: Any, card: Hardware | None, quantize: str | None) -> _Subject:
     if isinstance(model, Path) or (isinstance(model, str) and model not in installed.families()):
         if isinstance(model, str) and "/" not in model and not Path(model).is_dir():
             installed.family(model)  # refuses it, with the nearest name
         files = read_model_files(model_source(str(model)))
         adapter, family = files.identify()
-        kind = linears_of_config(files.transformer)
-        linears = linears_called(kind, card, origin="the model's config") if kind else None
-        weights = least_weights(family, linears.share if linears else 0.0)
+        kind = quantize or linears_of_config(files.transformer)
+        linears = linears_called(kind, card, origin="" if quantize else "the model's config") if kind else None
+        weights = weights_of(family, linears)
         return _Subject(
             adapter=adapter, family=family, config=files.transformer, weight_bytes=weights,
             source=str(model), linears=linears,
         )  # fmt: skip
     if isinstance(model, str):
         adapter, family = installed.described(model)
-        weights = least_weights(family)
-        return _Subject(adapter=adapter, family=family, config=family.config, weight_bytes=weights, source=family.repo)
+        linears = linears_called(quantize, card) if quantize else None
+        return _Subject(
+            adapter=adapter, family=family, config=family.config, weight_bytes=weights_of(family, linears),
+            source=family.repo, linears=linears,
+        )  # fmt: skip
+    if quantize:
+        raise ConfigError(f"quantize = {quantize!r} is for a model by its name, got a loaded one; quantise that itself")
     transformers = find_transformers(model)
     found = resolve_model(list(transformers)[-1], transformers)
     config = dict(transformers[list(transformers)[-1]].config)
@@ -220,7 +236,10 @@ def _notes(of: _Subject, dense: Prediction, num_frames: int | None, largest: Pre
         )
     notes += advice(of.adapter, of.family, dense.layout, largest.configs)
     if dense.linears is not None:
+        alone = 1 / (1 - dense.linear_share * (1 - dense.linear_time))
         notes += [*dense.linears.notes, "speed-ups are over the dense run of the model as it is"]
+        if alone != 1:
+            notes.append(f"with linear layers {dense.linears} that run is {alone:.2f} times as fast as in 16 bits")
     return notes
 
 
@@ -231,7 +250,7 @@ def _card_notes(of: _Subject, card: Hardware) -> list[str]:
     if gib > card.gib:
         notes.append(
             f"{weights}, beyond the {card.gib:g} GiB there are: generate with --offload group or sequential, or "
-            "quantize them"
+            "--quantize"
         )
     elif gib > card.gib / 2:
         notes.append(

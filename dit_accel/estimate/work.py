@@ -118,12 +118,12 @@ def linear_inputs(family: Family, layout: TokenLayout) -> int:
     return 4 * tokens * width + tokens * (width + family.ffn_dim) + cross
 
 
-def least_weights(family: Family, eight: float = 0.0) -> int:
-    """Return the bytes of the matrices that every block has, a share ``eight`` of them in 8 bits, the rest in 16.
+def least_weights(family: Family, share: float = 0.0, size: float = 1.0) -> int:
+    """Return the bytes of the matrices that every block has, a share of them of ``size`` bytes, the rest in 16 bits.
 
     Text streams and modulations come on top.
     """
     width = family.heads * family.head_dim
     attention = 4 * width**2 * (2 if family.cross_tokens else 1)
     elements = family.experts * family.layers * (attention + 2 * width * family.ffn_dim)
-    return round(elements * (ASSUMED_BYTES * (1 - eight) + eight))
+    return round(elements * (ASSUMED_BYTES * (1 - share) + size * share))

@@ -99,7 +99,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from .suites.reference import default_cache
     from .suites.running import run_job
 
-    lines, first = _check_output(options.output), Ranks().first
+    lines, first = check_output(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
     extra = {line.arm for line in result_lines(lines) if not line.is_rival} - names
@@ -128,14 +128,14 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         OUT.print(str(options.output), markup=False, soft_wrap=True)
 
 
-def _check_output(page: Path) -> Path:
+def check_output(page: Path, beside: Sequence[str] = ()) -> Path:
     """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
     from dit_accel.files import check_writable
 
     from .report.lines import read_results
     from .runs.results import read_lines
 
-    lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media"))
+    lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media", *beside))
     if page.suffix != ".html":
         raise ConfigError(f"the page must be a .html, got {page}; write, say, -o {page.with_suffix('.html')}")
     check_writable(page, "the page")
@@ -268,18 +268,22 @@ def _say_rules(suite: "Suite", clips: int) -> None:
 
 def arms_table(report: "SuiteReport") -> "Table":
     """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
+    from .metrics.dynamics import DYNAMICS
     from .metrics.registered import decimals_of
     from .suites.figures import NOTHING
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
-    columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, "ahead of fewer steps, dB", "verdict")
+    moved = {key: about.head for key, about in DYNAMICS.items() if any(key in arm.dynamics for arm in report.judged)}
+    columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, *moved.values(), "ahead of fewer steps, dB",
+               "verdict")  # fmt: skip
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
     for arm in report.judged:
         lead, steps = arm.ahead.get(main), arm.means[main]
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
+        cells += [f"{arm.dynamics[name].mean:+.1f}" if name in arm.dynamics else "" for name in moved]
         stands = (f"{lead:+}", lead.verdict) if lead else ("", NOTHING * arm.saved_nothing)
         rows.append((-lead.mean if lead else 0.0, [*cells, *stands]))
     for _, cells in sorted(rows, key=lambda row: row[0]):

@@ -14,10 +14,7 @@ warp at a time and with ranges, the outcome is the same, but for a ragged last t
 directions here, and 2 to 20 of some 3,000 bits differ for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -30,13 +27,12 @@ from .states import list_states, visiting_order
 from .tiles import EXACT
 
 VOTE_BYTES = 16_777_216  # in which a backend may keep what votes go by until they are settled
-_HOLDING = Lock()  # by one thread at a time
 
 
 class Tally:
     """The votes of a call whose query tiles b * H * NQ + h * NQ + i are computed in any order, settled some at a time.
 
-    The problem is in tiled order, with its selection. Threads may settle different query tiles at once.
+    The problem is in tiled order, with its selection.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -91,11 +87,10 @@ class Tally:
 
     def hold(self, q_tiles: Tensor, tiles: Tensor, evidence: Tensor) -> None:
         """`settle`, but with as many others as `VOTE_BYTES` hold, since it takes an operation or more for each tile."""
-        with _HOLDING:
-            of_tiles = [evidence, *(x for _, _, x in self.held)]  # padded to the longest
-            if max(map(len, of_tiles)) * sum(x[0].nbytes for x in of_tiles) > VOTE_BYTES:
-                self._settle_held()
-            self.held.append((q_tiles, tiles, evidence))
+        of_tiles = [evidence, *(x for _, _, x in self.held)]  # padded to the longest
+        if max(map(len, of_tiles)) * sum(x[0].nbytes for x in of_tiles) > VOTE_BYTES:
+            self._settle_held()
+        self.held.append((q_tiles, tiles, evidence))
 
     def _settle_held(self) -> None:
         if not self.held:

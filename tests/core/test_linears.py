@@ -87,6 +87,18 @@ def test_weights_alone_take_a_byte_and_save_no_time():
     assert plain.weight_bytes == 2 * 40 * (8 * 5120**2 + 2 * 5120 * 13824) == 2 * eight.weight_bytes
     assert plain.speedup == eight.speedup == 1
     assert any("save memory and no time" in note for note in eight.notes)
+    for kind, size in (("int8-weights", 1), ("fp8-weights", 1), ("int4", 0.53), ("nf4", 0.56), ("fp8", 1)):
+        fewer = plan("wan2.1-14b", linears=kind)
+        assert fewer.weight_bytes == pytest.approx(size / 2 * plain.weight_bytes)
+        assert (fewer.speedup > 1) == (kind == "fp8")
+        assert dit_accel.recommend("wan2.1-14b", quantize=kind).weight_bytes == fewer.weight_bytes
+    seconds = [
+        dit_accel.recommend("wan2.1-14b", hardware="h100", quantize=kind).settings[-1].seconds for kind in (None, "fp8")
+    ]
+    assert 1.05 < seconds[0] / seconds[1] < plan("wan2.1-14b", linears="fp8").speedup
+    for model, kind in (("wan2.1-14b", "int9"), (tiny_transformer(), "int8")):
+        with pytest.raises(ConfigError, match=kind):
+            dit_accel.recommend(model, quantize=kind)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_metrics_that_were_added_or_missing_are_measured_later(job, fake, monkey
     assert len(line["by_frame"]["psnr"]) == 3
     assert np.mean(line["by_frame"]["psnr"]) == pytest.approx(line["psnr"], abs=0.1)
     assert "161 pixels" in line["skipped"]["ms-ssim"]
+    assert len(line["dynamics"]["flickering"]) == 2  # beside the reference's
     assert "| psnr-change |" in suite_table(measuring.suite, result_lines(job.out))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dit_accel_kernels import FrameDecay, Selection, Vote, pack_bits, problem, unpack_bits, values
 from dit_accel_kernels.backends.torch import attend as torch_attend
-from dit_accel_kernels.backends.torch import chunks
+from dit_accel_kernels.backends.torch import chunks, memory
 from dit_accel_kernels.backends.torch.chunks import chunks_of
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.checks import problem_of
@@ -66,22 +66,6 @@ def test_chunks_are_made_once_for_a_list_and_leave_a_processor_its_cache():
         assert chunks_of(same, 40, 1, remember=True) is found
     call.exact_indices[-1] = call.exact_indices[-1]
     assert chunks_of(call, 40, 1, remember=True) is not found
-
-
-def test_long_calls_have_workers_and_chunks_stay_in_a_threads_cache(monkeypatch):
-    """2 MB of logits; 5e9 products a thread, 4 x 2 x 5 x 2500 x 4000 x 25 of two, from which on workers share it."""
-    tiles = full(2500, 4000, 100, 50)
-
-    def sizes(threads: int, dim: int = 25, device: str = "cpu") -> tuple[int, int, int]:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        q, k = (torch.empty(1, device=device).expand(2, 5, tokens, dim) for tokens in (2500, 4000))
-        return torch_attend.chunk_sizes(problem_of(q, k, k, tiles.to(device), layout="bhsd"))
-
-    most = (2 << 20) // (100 * 4)
-    assert [sizes(2), sizes(2, 24), sizes(3)] == [(2, most, 1), (1, 2 * most, 2), (1, 3 * most, 3)]
-    assert sizes(2, device="meta") == (1, 256 * most, 1)
-    monkeypatch.setattr(torch_attend, "WORKERS_FLOPS", 0)
-    assert sizes(64) == (16, 4 * most, 4)
 
 
 @pytest.mark.parametrize("columns", [1, 150, 10_000])
@@ -190,10 +174,8 @@ def test_outputs_beside_votes_stay_within_rounding(monkeypatch, dtype, part, vot
 
 
 @pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("flops", [0, 1e12])
-def test_several_threads_vote_alike(monkeypatch, flops):
-    """As workers, or within operations; keys are long or short tile by tile, so that some are voted down."""
-    monkeypatch.setattr(torch_attend, "WORKERS_FLOPS", flops)
+def test_several_threads_vote_alike():
+    """Keys are long or short tile by tile, so that some are voted down."""
     q, k, v = qkv(2, 4, 2, 100, 110, 16, torch.float32)
     length = (1.5 * torch.randn(2, 2, 7)).repeat_interleave(16, 2)[:, :, :110, None]
     call = (1 + 0.1 * q, length + 0.1 * k, v, full(100, 110))
@@ -230,3 +212,14 @@ def test_a_pooled_tile_weighs_in_bfloat16_what_its_tokens_do():
     tiles = lists_of([[2, 1, 1]], 64, 64, 64, 192)
     out = attend(q, k, v, tiles, scale=1.0, backend="torch")
     assert (out.double() - 2 / 3).abs().max() < 0.003
+
+
+def test_buffers_serve_later_calls_unless_they_are_large(monkeypatch):
+    like = torch.zeros(1)
+    with torch.inference_mode():
+        first = memory.buffer("x", like, (8,))
+    first.fill_(3.0)  # though it was made in inference mode
+    assert memory.buffer("x", like, (5,)).tolist() == [3.0] * 5
+    assert memory.buffer("x", like, (8,), torch.int32).data_ptr() != first.data_ptr()
+    monkeypatch.setattr(memory, "KEPT_BYTES", 4)
+    assert memory.buffer("x", like, (8,)).data_ptr() != first.data_ptr()

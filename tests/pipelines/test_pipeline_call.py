@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from dit_accel_pipelines.generation.generate import frames_of, generate, run
+from dit_accel_pipelines.generation.inputs import read_pictures
+from dit_accel_pipelines.generation.media import write_media
 from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, read_pictures, resolve
+from dit_accel_pipelines.generation.request import Request, resolve
 from model_folders import model_folder
 from PIL import Image
 
@@ -37,12 +39,13 @@ REFUSED = [
     ("HunyuanVideo15Pipeline", {"guidance_scale": 3.0}, NO_GUIDANCE),
     ("HunyuanImagePipeline", {"guidance_scale": 3.0}, "its guidance is set by distilled_guidance_scale"),
     ("QwenImage21Pipeline", {"guidance_scale": 3.0}, "its guidance is set by true_cfg_scale"),
-    ("WanPipeline", {"image": Path("a.png")}, "WanPipeline takes no image, got a.png; leave it out"),
-    ("FluxPipeline", {"video": Path("a.mp4")}, "FluxPipeline takes no video, got a.mp4; leave it out"),
     ("WanImageToVideoPipeline", {}, "starts from an image, got none; give generate --image FILE"),
     ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", {}, "starts from a video, got none; give generate --video"),
     ("Cosmos2VideoToWorldPipeline", {}, "from an image or a video, got none; give generate --image FILE or --video"),
-    ("WanAnimatePipeline", {"image": "a"}, "needs pose_video, face_video, which generate can't give; call it from"),
+    ("WanAnimatePipeline", {"image": "a"}, "give generate --video pose=FILE and --video face=FILE"),
+    ("FluxInpaintPipeline", {"image": "a"}, "starts from mask_image, got none; give generate --image mask=FILE"),
+    ("FluxControlPipeline", {}, "starts from control_image, got none; give generate --image FILE"),
+    ("FluxControlInpaintPipeline", {"image": "a", "mask_image": "b"}, "give generate --image control=FILE"),
     ("VisualClozePipeline", {}, "takes no prompt, so generate can't run it; call it from Python"),
 ]
 
@@ -82,12 +85,14 @@ def request(folder: Path, **changes: Any) -> Request:
 
 def test_defaults_go_only_to_parameters_that_are_there(tmp_path: Path):
     """The family knows frames and sizes; an image pipeline takes no frames, image to video no sizes."""
+    write_media(tmp_path / "b.gif", np.zeros((5, 64, 64, 3), np.uint8), fps=8)
+    Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
     model = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
-    asked, family, notes, _ = resolve(request(tmp_path, model=model, video=tmp_path / "b.mp4"))
+    asked, family, notes, _ = resolve(request(tmp_path, model=model, video=[tmp_path / "b.gif"]))
     assert (family.name, notes, asked.num_frames) == ("wan-plain", [], None)
     assert (asked.height, asked.width, asked.num_inference_steps) == (64, 64, 20)
     model = str(model_folder(tmp_path / "i2v", _class_name="HunyuanVideo15ImageToVideoPipeline"))
-    asked, *_ = resolve(request(tmp_path, model=model, image=tmp_path / "b.png"))
+    asked, *_ = resolve(request(tmp_path, model=model, image=[tmp_path / "b.png"]))
     assert (asked.height, asked.width, asked.num_frames) == (None, None, 17)
 
 
@@ -95,10 +100,10 @@ def test_bad_requests_are_refused_before_weights_are_loaded(tmp_path: Path, monk
     monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", lambda request: 1 / 0)
     video = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
     for changes, message in (
-        (dict(model=str(model_folder(tmp_path / "t2v")), image=tmp_path / "b.png"), "WanPipeline.*no image, got"),
+        (dict(model=str(model_folder(tmp_path / "t2v")), image=[tmp_path / "b.png"]), "WanPipeline.*no image, got"),
         (dict(model=video), "WanVideoToVideoPipeline.*--video"),
-        (dict(model=video, video=tmp_path / "b.mp4"), r"video .*b.mp4.*read"),
-        (dict(model=video, video=tmp_path / "b.mp4", num_frames=9), "no num_frames, got 9"),
+        (dict(model=video, video=[tmp_path / "b.mp4"]), r"video .*b.mp4.*read"),
+        (dict(model=video, video=[tmp_path / "b.mp4"], num_frames=9), "no num_frames, got 9"),
     ):
         with pytest.raises(ConfigError, match=message):
             generate(request(tmp_path, **changes))
@@ -114,10 +119,10 @@ def test_a_run_passes_pictures_and_nothing_else(tmp_path: Path):
             seen.update(image=image, prompt=prompt, steps=num_inference_steps, output_type=output_type)
             return SimpleNamespace(images=np.zeros((1, 4, 6, 3)))
 
-    made = run(Pipe(), PROMPT, request(tmp_path, image=tmp_path / "b.png"))
+    made = run(Pipe(), PROMPT, request(tmp_path, image=[tmp_path / "b.png"]))
     assert (seen["image"].size, seen["prompt"], seen["steps"], seen["output_type"]) == ((8, 6), PROMPT, 2, "np")
     assert made.frames.shape == (1, 4, 6, 3)
-    assert read_pictures(request(tmp_path)) == {}
+    assert read_pictures(request(tmp_path), CallSignature.of(Pipe)) == {}
 
 
 def test_steps_are_counted_by_the_progress_bar(tmp_path: Path, monkeypatch):
@@ -204,10 +209,10 @@ def test_image_to_video_end_to_end(tmp_path: Path):
         image, output = (tmp_path / f"{colour}.{end}" for end in ("png", "gif"))
         Image.new("RGB", (48, 32), colour).save(image)
         small = dict(num_inference_steps=1, num_frames=5, height=32, width=48)
-        (written,) = generate(request(tmp_path, output=output, model=str(model), image=image, **small))
+        (written,) = generate(request(tmp_path, output=output, model=str(model), image=[image], **small))
         record = json.loads((tmp_path / f"{colour}.gif.json").read_text())
         assert record == json.loads(json.dumps(written.record))
-        assert (record["image"], record["video"]) == (str(image), None)
+        assert (record["image"], record["video"]) == ([str(image)], [])
         with Image.open(output) as video:
             shown[colour] = np.asarray(video.convert("RGB"), dtype=float).mean((0, 1))
     assert shown["red"][0] > shown["red"][2] + 60

@@ -5,7 +5,8 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..metrics.registered import decimals_of
+from ..metrics.dynamics import DYNAMICS
+from ..metrics.registered import FLOOR, decimals_of
 from ..runs.results import ResultLine
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
 from ..suites.figures import NOTHING, ArmFigures, pairs_rule, rule_words, seconds_cell
@@ -55,13 +56,15 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
     return {
         "prefix": prefix, "level": level, "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores), "report": report, "first": lines[0].raw,
-        "reference": f"the model's own {report.full_steps} steps" if report.own else "the converged run",
+        "reference": reference_of(report), "whole": whole_of(report),
         "warnings": [*report.warnings, *failed], "rows": _rows(report, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report), "hues": hues(report), "groups": groups,
         "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
         "metrics": {key: words for key, words in ALWAYS.items() if key != "score" or scored},
-        "columns": _columns(report), "words_of": metric_words, "better_of": better_of,
+        "columns": _columns(report),
+        "dynamics": {key: words for key, words in DYNAMICS.items() if any(key in arm.dynamics for arm in report.arms)},
+        "words_of": metric_words, "better_of": better_of,
         "digits": lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
         "prompt_map": prompt_map(report, [arm for _, arms in groups for arm in arms]),
         "step_map": step_map(report), "costs": costs(report),
@@ -72,6 +75,17 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "machines": "; ".join(sorted({line.raw["device"] for line in lines if "device" in line.raw})),
         "tokens": lines[0].raw.get("tokens"), "data": _data(report, media, prefix),
     }  # fmt: skip
+
+
+def reference_of(report: SuiteReport) -> str:
+    """Return in words what clips are held against."""
+    own = f"the model's own {report.full_steps} steps" if report.own else "the converged run"
+    return "the reference's clips" if report.of_folders else own
+
+
+def whole_of(report: SuiteReport) -> str:
+    """Return in words what speed-ups are over."""
+    return "its clips" if report.of_folders else f"{report.full_steps} dense steps"
 
 
 def score_leads(report: SuiteReport) -> dict[str, Judged]:
@@ -125,8 +139,8 @@ def _rows(report: SuiteReport, scores: Mapping[str, Judged]) -> list[dict[str, A
 
 
 def _columns(report: SuiteReport) -> list[str]:
-    """Return the further metrics of the first table: those that compare frames as people do."""
-    return [name for name in report.further if name.startswith("lpips")][:1]
+    """Return the further metrics of the first table: of those that compare frames as people do, and the encoding's."""
+    return [name for name in report.further if name.startswith("lpips")][:1] + [FLOOR] * (FLOOR in report.further)
 
 
 def _data(report: SuiteReport, media: Entry, prefix: str) -> dict[str, Any]:
@@ -143,7 +157,7 @@ def _data(report: SuiteReport, media: Entry, prefix: str) -> dict[str, Any]:
     return {
         "prefix": prefix, "prompts": report.prompts, "arms": arms, "references": media.get("references", {}),
         "rivals": media.get("rivals", {}), "fps": fps_of(report), "amplified": AMPLIFIED,
-        "reference": f"own {report.full_steps} steps" if report.own else "converged",
+        "reference": "converged" if not report.own else whole_of(report).replace("dense", "own"),
     }  # fmt: skip
 
 
@@ -157,6 +171,7 @@ def _cells(report: SuiteReport, arm: ArmFigures) -> dict[int, dict[str, str]]:
         cells |= {"score": f"{100 * line.score:.0f} %"} if line.score is not None else {}
         metrics = {name: line.metrics[name] for name in _columns(report) if name in line.metrics}
         cells |= {name: f"{value:.{decimals_of(name)}f}" for name, value in metrics.items()}
+        cells |= {name: f"{100 * (clip - other):+.1f}" for name, (clip, other) in line.dynamics.items()}
         by_clip[line.clip] = cells
     return by_clip
 
@@ -179,6 +194,9 @@ def package_versions(lines: Sequence[ResultLine]) -> dict[str, str]:
 def _commands(report: SuiteReport) -> list[str]:
     """Return the commands that make the results anew, and the page from those."""
     path, lines = report.results.path, report.results.lines
+    if report.of_folders:
+        folders = {f"--{line.raw['role']} {shlex.quote(line.arm)}=DIR": "" for line in lines}
+        return [f"dit-accel eval folders --reference DIR {' '.join(folders)} -o {path.stem}.html"]
     suite, out, page = (shlex.quote(name) for name in (f"{report.name}.toml", path.name, f"{path.stem}.html"))
     timed = " --time" if any(line.seconds is not None for line in lines) else ""
     frames = " --frames frames" if any(line.kept for line in lines) else ""

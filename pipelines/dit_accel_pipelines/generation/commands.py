@@ -84,7 +84,9 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     require_one_document(options.json, process.count)
     fields = fields_of(Request, options)
     fields |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if fields[name] is None}
-    fields |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
+    if not options.solver:
+        shift = run.get("flow_shift") if options.flow_shift is None else options.flow_shift
+        fields |= {"solver": run.get("solver"), "flow_shift": shift}
     request = Request(prompts=prompts, methods=tuple(methods), **fields)
     if len(request.prompts) > 1:
         STOP.files = "outputs that were made are whole, and the same command with --resume makes the others"

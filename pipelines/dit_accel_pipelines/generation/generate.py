@@ -23,14 +23,15 @@ from dit_accel.methods.presets import NONE
 
 from ..processes.parallel import ALONE, Group, check_transformer, joined_group
 from ..processes.processes import Process
+from .dense_attention import check_attention_backend, use_attention_backend
+from .inputs import other_sizes, read_pictures
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, whole_output, write_media
 from .pipeline_call import CallSignature
 from .progress import Stages
 from .quiet import quiet_diffusers
-from .rates import rate_arguments
-from .request import Request, check_path, read_pictures, resolve, side_car_path
+from .request import Request, check_path, resolve, side_car_path
 from .resume import kept_record, request_digest
 from .room import check_outputs_fit
 from .side_car import Generation, side_car
@@ -126,7 +127,9 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
 def _resolve(request: Request, stages: Stages, notes: Sequence[str] = ()) -> tuple[Request, Family | None]:
     """Return the resolved request and its family, and show these notes and its own."""
     resolved = resolve(request)
-    device_of(request)
+    device = device_of(request)
+    if request.attention_backend is not None:
+        check_attention_backend(request.attention_backend, read_model_files(request.source), device)
     for text in (*notes, *resolved.notes):
         stages.note(text)
     for text in resolved.warnings:
@@ -165,13 +168,12 @@ class Loaded:
         writes: bool = True, group: Group = ALONE,
     ) -> None:  # fmt: skip
         self._stages, self._command, self._writes, self._group = stages, command, writes, group
-        self._pictures = read_pictures(request)
         if request.check:
             require_tools()
         stages.stage("loading")
         started = time.perf_counter()
         self._pipe = load_pipeline(request)
-        if request.solver is not None:
+        if request.solver is not None or request.flow_shift is not None:
             self._pipe.scheduler = make_scheduler(self._pipe.scheduler, request.solver, request.flow_shift)
         self._loading = time.perf_counter() - started
         for text in prepare_larger(self._pipe, request, family):
@@ -179,6 +181,8 @@ class Loaded:
         with quiet_diffusers():
             for transformer in transformers_of(self._pipe):
                 group.share(transformer)
+                if request.attention_backend is not None:
+                    use_attention_backend(transformer, request.attention_backend)
         choices = {"preset": request.preset, "dense": request.dense, "quiet": stages.quiet}
         self._attached = attached(self._pipe, request.methods, request.backend, **choices)
         self._request = request
@@ -202,10 +206,13 @@ class Loaded:
     def make(self, request: Request) -> Written:
         """Generate and write a request of one prompt."""
         resolved, dense, check = _with_choices(request, self._pipe), None, None
+        pictures = read_pictures(request, CallSignature.of(type(self._pipe)))
         if request.check:
             with self._attachment.suspended():
-                dense = self._run(resolved, None)
-        generation = self._run(resolved, self._attachment)
+                dense = self._run(resolved, None, pictures)
+        generation = self._run(resolved, self._attachment, pictures)
+        if text := other_sizes(request, generation.frames.shape):
+            self._stages.note(text)
         record = side_car(resolved, generation, request.output, loading=self._loading, command=self._command)
         if dense is not None and self._writes:
             check = check_of(dense, generation)
@@ -217,9 +224,9 @@ class Loaded:
             _write(request.output, generation, record, resolved)
         return Written(record=record, report=generation.report, check=check)
 
-    def _run(self, request: Request, attachment: Any) -> Generation:
+    def _run(self, request: Request, attachment: Any, pictures: Mapping[str, Any]) -> Generation:
         return run(
-            self._pipe, request.prompts[0], request, pictures=self._pictures, stages=self._stages, attachment=attachment
+            self._pipe, request.prompts[0], request, pictures=pictures, stages=self._stages, attachment=attachment
         )
 
 
@@ -266,15 +273,14 @@ def run(
 ) -> Generation:
     """Run a loaded pipeline on one prompt of a (resolved) request.
 
-    ``pictures``: what the request's image and video files hold; None reads them.
+    ``pictures``: what the request's files hold, as arguments of the call; None reads them.
     """
     import torch
 
     stages = stages or Stages(silent=True)
-    pictures = read_pictures(request) if pictures is None else pictures
     call = CallSignature.of(type(pipe))
-    arguments = {**request.beside(call), **request.call_arguments(), **rate_arguments(request, call)}
-    arguments |= {"prompt": prompt, **pictures}
+    pictures = read_pictures(request, call) if pictures is None else pictures
+    arguments = {**request.full_call(call, pictures), "prompt": prompt}
     call.check(arguments)
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)

@@ -43,7 +43,8 @@ def idle_negative(request: Any, call: CallSignature) -> list[str]:
     if text is None or any(getattr(method, OWN[0], None) == text for method in request.methods):
         return []
     name = "true_cfg_scale" if call.takes("true_cfg_scale") else "guidance_scale"
-    scale = request.beside(call).get(name, getattr(request, name, None))
+    scale = getattr(request, name)
+    scale = request.beside(call).get(name) if scale is None else scale
     scale = call.default(name) if scale is None else scale
     if scale is None or scale > 1:
         return []

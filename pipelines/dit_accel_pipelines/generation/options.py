@@ -7,9 +7,8 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +17,7 @@ from typer.models import OptionInfo
 from dit_accel.cli.run_options import Frames, InferenceSteps, Pixels
 from dit_accel.errors import ConfigError
 
-from .ranges import FINITE, between
+from .ranges import ABOVE_ZERO, FINITE, between
 
 RUN, FILES = "Running", "Prompts, pictures and files"
 
@@ -82,10 +81,31 @@ class RunOptions(SharedOptions):
     ] = None  # fmt: skip
     check: Annotated[bool, option("Generate dense too, and compare: PSNR, SSIM, FILE.check.png.", "--check")] = False
     num_inference_steps: InferenceSteps = None
+    guidance_scale_2: Annotated[
+        float | None, option("Guidance scale of the second of two experts; default: the first's."), FINITE
+    ] = None
+    true_cfg_scale: Annotated[
+        float | None, option("Scale of a negative prompt, of models that have both this and a guidance scale."), FINITE
+    ] = None
     seed: Seed = 0
     same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed", panel=FILES)] = False
-    image: Annotated[Path | None, option("Image to start from.", panel=FILES, metavar="FILE")] = None
-    video: Annotated[Path | None, option("Video to start from.", panel=FILES, metavar="FILE")] = None
+    image: Annotated[
+        Sequence[str],
+        option(
+            "Image to start from; NAME says what for: first, last, mask, control, reference, or a frame's number.",
+            panel=FILES,
+            metavar="[NAME=]FILE",
+        ),
+    ] = ()
+    video: Annotated[
+        Sequence[str],
+        option("Video to start from; NAME: mask, control, pose, face ...", panel=FILES, metavar="[NAME=]FILE"),
+    ] = ()
+    strength: Annotated[
+        float | None,
+        option("How far an image or video to start from is changed; how firmly a frame of LTX is held.", panel=FILES),
+        between(0, 1),
+    ] = None
     lora: Annotated[str | None, option("A LoRA: a file, its folder, or a hub id.", panel=FILES, metavar="LORA")] = None
     fps: Annotated[
         float | None,
@@ -101,8 +121,18 @@ class RunOptions(SharedOptions):
     scale: Annotated[
         int, option("Enlarge every pixel so many times.", panel=FILES), between(1, 64, "a whole number ")
     ] = 1
+    flow_shift: Annotated[
+        float | None, option("Noise shift; default: the model's own.", "--shift", panel=RUN), ABOVE_ZERO
+    ] = None
+    arg: Annotated[
+        Sequence[str],
+        option("Any other argument of the pipeline's call; VALUE as in TOML.", panel=RUN, metavar="NAME=VALUE"),
+    ] = ()
     compile: Annotated[bool, option("Compile the transformer's blocks.", "--compile", panel=RUN)] = False
     backend: Backend = "auto"
+    attention_backend: Annotated[
+        str | None, option("Attention of what no method touches, by diffusers' names.", panel=RUN, metavar="NAME")
+    ] = None
     dense: Annotated[
         str | None, option("Dense attention: user (yours) or auto (the faster on a CPU).", panel=RUN, metavar="HOW")
     ] = None
@@ -128,10 +158,17 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
 
     kind = inspect.Parameter.KEYWORD_ONLY
     options = [
-        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name]) for field in fields
+        inspect.Parameter(field.name, kind, default=field.default, annotation=_for_typer(hints[field.name]))
+        for field in fields
     ]
     run.__signature__ = signature.replace(parameters=[*options, *parameters])  # type: ignore[attr-defined]
     return run
+
+
+def _for_typer(hint: Any) -> Any:
+    """Return the annotation of an option that may be repeated as Typer knows it: a list."""
+    kind, *more = typing.get_args(hint) or [hint]
+    return Annotated[list[str], *more] if kind == Sequence[str] else hint
 
 
 def help_and_default(name: str) -> tuple[str, Any]:

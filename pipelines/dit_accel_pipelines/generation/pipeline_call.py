@@ -2,21 +2,73 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dit_accel.adapters.model_files import ModelFiles
-from dit_accel.errors import ConfigError, UnsupportedModel
+from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
+from dit_accel.methods.toml import parse_value
 
 from .quiet import quiet_diffusers
 
 ALWAYS_GIVEN = ("self", "prompt", "generator", "output_type")
-PICTURES = ("image", "video")
-"""Arguments that hold pictures to start from; `generate` has an option of the same name for each."""
 
-STARTS_FROM_PICTURES = re.compile(r"Img2Img|Image(To|2)Video|VideoToVideo|VideoToWorld|(?<!T)I2[IV]")
-"""Names of pipeline classes that need pictures although their signature makes them optional."""
+PICTURES: Mapping[str, Sequence[str]] = {
+    "image": (
+        "image", "images", "cond_image", "last_image", "mask_image", "mask", "control_image", "control_mask",
+        "reference_images", "image_reference", "reference_image", "conditions",
+    ),
+    "video": (
+        "video", "control_video", "mask", "mask_video", "pose_video", "face_video", "background_video", "conditions",
+        "reference_conditions",
+    ),
+}  # fmt: skip
+"""Option -> the arguments of diffusers' pipelines that hold what it names."""
+
+SHORT: Mapping[str, Sequence[str]] = {
+    "first": ("conditions", "image", "cond_image"),
+    "last": ("conditions", "last_image"),
+    "mask": ("mask", "mask_image", "mask_video", "control_mask"),
+    "control": ("control_image", "control_video"),
+    "reference": (
+        "reference_images", "image_reference", "reference_image", "reference_conditions", "images", "image",
+    ),
+    "pose": ("pose_video",), "face": ("face_video",), "background": ("background_video",),
+}  # fmt: skip
+"""What a file may be named -> the arguments that mean it, of which a pipeline has one."""
+
+PLAIN: Mapping[str, Sequence[str]] = {
+    "image": ("conditions", "image", "images", "cond_image", "reference_images", "control_image"),
+    "video": ("reference_conditions", "conditions", "video", "control_video"),
+}
+"""Option -> the argument that a file without a name is for."""
+
+TENSORS = re.compile("EasyAnimate|AnyFlow")
+"""Pipeline classes that take tensors in place of pictures."""
+
+OPTIONS: Mapping[str, str] = {
+    "prompt": "the prompt", "generator": "--seed", "flow_shift": "--shift", "frame_rate": "--fps", "fps": "--fps",
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in (
+            "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale",
+            "guidance_scale_2", "true_cfg_scale", "strength",
+        )
+    },
+}  # fmt: skip
+"""Arguments of the call that options set."""
+
+NOT_TEXT = re.compile("^(self|return_dict|output_type|prompt_ids)$|embeds|latents|callback|_mask$|_per_prompt$|kwargs$")
+"""Arguments of the call that no text can hold, or that decide what comes back."""
+
+NEEDED: Mapping[str, re.Pattern[str]] = {
+    "image": re.compile(r"Img2Img|Inpaint|Fill|ImageEdit|Image(To|2)Video|(?<!T)I2[IV]"),
+    "video": re.compile("VideoToVideo"),
+    "mask": re.compile("Inpaint|Fill"),
+    "control": re.compile("Control"),
+}
+"""What pipeline classes of such names start from, although their signature makes it optional."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +92,21 @@ class CallSignature:
         parameter = self.parameters.get(argument)
         return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
+    def argument_of(self, option: str, name: str | None) -> str | None:
+        """Return the argument that a file of an option is for: a short name, its own, or None of a file without one."""
+        if TENSORS.search(self.name):
+            return None
+        if name is not None and name.isdecimal():
+            name = "first"  # a frame of conditions
+        names = PLAIN[option] if name is None else SHORT.get(name, (name,))
+        frames = self.takes("video")  # without which a mask is one picture
+        known = PICTURES[option] if option == "image" or frames else set(PICTURES[option]) - {"mask"}
+        return next((argument for argument in names if argument in known and self.takes(argument)), None)
+
+    def names_of(self, option: str) -> list[str]:
+        """Return what files of an option may be named."""
+        return [name for name in SHORT if self.argument_of(option, name)]
+
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Refuse arguments that the pipeline does not take, and a call that lacks what it needs."""
         if not self.takes("prompt"):
@@ -53,16 +120,62 @@ class CallSignature:
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         missing = [name for name in needed if name not in {*ALWAYS_GIVEN, *arguments}]
-        beyond = [name for name in missing if name not in PICTURES]
+        beyond = [name for name in missing if not _option_of(name)]
         if beyond:
             raise ConfigError(f"{self.name} needs {', '.join(beyond)}, which generate can't give; call it from Python")
-        taken = [name for name in PICTURES if self.takes(name)]
-        if not missing and STARTS_FROM_PICTURES.search(self.name) and not any(name in arguments for name in taken):
-            missing = taken
+        for name in self._unstated():
+            if name not in {*missing, *arguments}:
+                missing.append(name)
+        if not missing and "VideoToWorld" in self.name and not {"image", "video"} & {*arguments}:
+            raise ConfigError(
+                f"{self.name} starts from an image or a video, got none; give generate --image FILE or --video FILE"
+            )
         if missing:
-            options = " or ".join(f"--{name} FILE" for name in missing)
-            pictures = " or ".join("an image" if name == "image" else "a video" for name in missing)
+            options = " and ".join(f"--{_option_of(name)} {self._name_of(name)}FILE" for name in missing)
+            pictures = " and ".join({"image": "an image", "video": "a video"}.get(name, name) for name in missing)
             raise ConfigError(f"{self.name} starts from {pictures}, got none; give generate {options}")
+
+    def _name_of(self, argument: str) -> str:
+        """Return what a file for an argument is named, with the equals sign; empty for what needs no name."""
+        if any(self.argument_of(option, None) == argument for option in PICTURES):
+            return ""
+        return next((f"{short}=" for short, names in SHORT.items() if argument in names), f"{argument}=")
+
+    def _unstated(self) -> list[str]:
+        """Return the arguments that the pipeline needs although its signature makes them optional."""
+        if TENSORS.search(self.name):
+            return []
+        roles = [role for role, names in NEEDED.items() if names.search(self.name)]
+        found = [self.argument_of(kind, role if role in SHORT else None) for role in roles for kind in _kinds(role)]
+        return [name for name in dict.fromkeys(found) if name is not None]
+
+    def free_arguments(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return arguments of the call that no option is for, from texts such as ``max_sequence_length=256``."""
+        arguments: dict[str, Any] = {}
+        for text in texts:
+            name, sign, value = text.partition("=")
+            name = name.strip().replace("-", "_")
+            if not sign:
+                raise ConfigError(f"arg takes NAME=VALUE, got {text!r}; write, say, max_sequence_length=256")
+            if option := _option_for(name):
+                raise ConfigError(f"arg {name} has an option, got {text!r}; use {option}")
+            if not self.takes(name):
+                free = [known for known in self.parameters if not _option_for(known) and not NOT_TEXT.search(known)]
+                raise ConfigError(f"{self.name} takes no {name!r}; {did_you_mean(name, free)}")
+            if NOT_TEXT.search(name):
+                raise ConfigError(f"arg {name} can't be given as text, got {text!r}; call the pipeline from Python")
+            arguments[name] = parse_value(value.strip())
+            self._check_kind(name, arguments[name])
+        return arguments
+
+    def _check_kind(self, name: str, value: Any) -> None:
+        """Refuse a value of another kind than the parameter's default."""
+        default = self.default(name)
+        if not isinstance(default, (bool, int, float, str)):
+            return
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise ConfigError(f"arg {name} is {default!r} by default, got {value!r}, which is of another kind")
 
     def _instead(self, argument: str) -> str:
         """Say what to do about an argument that is not taken."""
@@ -91,3 +204,19 @@ def pipeline_class(files: ModelFiles) -> type:
 def _shown(value: Any) -> str:
     """Return a value as errors show it: pictures are too long to print."""
     return repr(value) if isinstance(value, (str, int, float)) else str(value)[:80]
+
+
+def _option_for(argument: str) -> str | None:
+    """Return the option that sets an argument of the call; None where there is none."""
+    if option := _option_of(argument):
+        return f"--{option} NAME=FILE"
+    return OPTIONS.get(argument)
+
+
+def _kinds(role: str) -> Sequence[str]:
+    return (role,) if role in PICTURES else tuple(PICTURES)
+
+
+def _option_of(argument: str) -> str | None:
+    """Return the option whose files an argument takes."""
+    return next((option for option, names in PICTURES.items() if argument in names), None)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from dit_accel_kernels import BACKENDS
 
@@ -22,15 +22,16 @@ from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
+from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
 from .lora import check_lora
-from .media import check_even, check_output, check_quality, read_image, read_video
+from .media import check_even, check_output, check_quality
 from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
 from .options import RunOptions
-from .pipeline_call import PICTURES, CallSignature, pipeline_class
-from .ranges import ABOVE_ZERO, check_choices, check_ranges
-from .rates import with_rate
-from .solvers import SOLVERS
+from .pipeline_call import CallSignature, pipeline_class
+from .ranges import check_choices, check_ranges
+from .rates import rate_arguments, with_rate
+from .solvers import SOLVERS, make_scheduler, read_scheduler
 from .sound import lost_sound
 
 EMBEDDED = "wan-tiny"
@@ -41,8 +42,11 @@ EMBEDDED_FPS, OTHER_FPS = 8, 16
 SIZES = ("height", "width", "num_frames", "num_inference_steps")
 """What a family knows a default for."""
 
-CALL_ARGUMENTS = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
-"""Arguments of the pipeline's call that a request holds."""
+CALL_ARGUMENTS = ("negative_prompt", *SIZES, "guidance_scale")
+"""Arguments of the pipeline's call that a request holds, and embedded models have defaults for."""
+
+SET_ALONE = ("guidance_scale_2", "true_cfg_scale", "strength")
+"""Arguments of the pipeline's call that a request holds, which are its pipeline's own where they are not set."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -78,7 +82,6 @@ class Request(RunOptions, NamesModel):
 
     prompts: tuple[str, ...]  # one video (or image) each
     output: Path  # file to write; with several prompts a number is put before the suffix
-    flow_shift: Annotated[float | None, ABOVE_ZERO] = None  # noise shift of the solver; None: the model's own
     methods: tuple[MethodConfig, ...] = ()  # method configs to attach
 
     def __post_init__(self) -> None:
@@ -88,8 +91,6 @@ class Request(RunOptions, NamesModel):
         if self.num_inference_steps is not None:
             check_steps(self.num_inference_steps)
         check_choices(self, CHOICES)
-        if self.flow_shift is not None and self.solver is None:
-            raise ConfigError(f"flow_shift goes with a solver, got {self.flow_shift} without one; name a solver")
         if not (self.seed >= 0 and self.seeds()[-1] < 2**63):
             raise ConfigError(
                 f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
@@ -133,7 +134,16 @@ class Request(RunOptions, NamesModel):
 
     def call_arguments(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that are set, except the prompt."""
-        return {name: getattr(self, name) for name in CALL_ARGUMENTS if getattr(self, name) is not None}
+        names = (*CALL_ARGUMENTS, *SET_ALONE)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def full_call(self, call: CallSignature, pictures: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all arguments of the pipeline's call that are set, except the prompt, with these pictures."""
+        arguments = {**self.beside(call), **self.call_arguments(), **rate_arguments(self, call), **pictures}
+        arguments |= call.free_arguments(self.arg)
+        if {*CONDITIONS} & {*pictures}:
+            arguments.pop("strength", None)  # which each condition has
+        return arguments
 
     def beside(self, call: CallSignature) -> dict[str, Any]:
         """Return the arguments of an embedded model's call that a request has no field for."""
@@ -185,6 +195,8 @@ def resolve(request: Request) -> Resolved:
     family = _family_of(files, request)
     request, rate = with_rate(request, call)
     notes += [*idle_negative(request, call), *rate, *lost_sound(request.output, call)]
+    request, seen = follow_inputs(request, call, files, family)
+    notes += seen
     if family is None:
         check_even(request.output, *(request.scale * (value or 0) for value in (request.height, request.width)))
         return Resolved(request, None, notes, [])
@@ -201,7 +213,14 @@ def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, CallSig
     cls = pipeline_class(files)
     call = CallSignature.of(cls)
     request, notes = negative_of_methods(request, call)
-    call.check(request.call_arguments())
+    call.check(request.full_call(call, arguments_of(inputs_of(request), call)))
+    if request.guidance_scale_2 is not None and call.name.startswith("Wan") and not files.index.get("boundary_ratio"):
+        raise ConfigError(
+            f"guidance_scale_2 is for a model of two experts, got {request.guidance_scale_2:g} for {files.name}, which "
+            "has one; leave it out"
+        )
+    if request.solver is not None or request.flow_shift is not None:
+        make_scheduler(read_scheduler(files), request.solver, request.flow_shift)
     if request.lora is not None and not hasattr(cls, "load_lora_weights"):
         raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
     if request.embedded:
@@ -230,16 +249,6 @@ def _resolve_sizes(request: Request, family: Family, call: CallSignature) -> tup
 def _filled(request: Request, defaults: Mapping[str, Any]) -> Request:
     missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
     return dataclasses.replace(request, **missing)
-
-
-def read_pictures(request: Request) -> dict[str, Any]:
-    """Read the files that a request starts from: ``image``, a PIL image; ``video``, a list of them."""
-    pictures: dict[str, Any] = {}
-    if request.image is not None:
-        pictures["image"] = read_image(request.image)
-    if request.video is not None:
-        pictures["video"] = read_video(request.video)
-    return pictures
 
 
 def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from dit_accel.files import json_text
 
+from .inputs import inputs_of
 from .lora import lora_file
+from .pipeline_call import PICTURES
 from .request import Request, side_car_path
 
 APART = ("prompts", "output", "device", "same_seed")
@@ -22,8 +23,9 @@ def request_digest(request: Request) -> str:
     }
     text["prompt"], text["suffix"] = request.prompts[0], request.output.suffix
     text["methods"] = {method.name: method.to_dict() for method in request.methods}
-    for name in ("image", "video"):
-        text[name] = text[name] and hashlib.sha256(Path(text[name]).read_bytes()).hexdigest()
+    for option in PICTURES:
+        files = [file for file in inputs_of(request) if file.option == option]
+        text[option] = [[file.name, hashlib.sha256(file.path.read_bytes()).hexdigest()] for file in files]
     file = lora_file(request.lora) if request.lora else None
     text["lora"] = hashlib.sha256(file.read_bytes()).hexdigest() if file else request.lora
     return hashlib.sha256(json_text(text).encode()).hexdigest()

@@ -11,8 +11,10 @@ import numpy as np
 
 import dit_accel
 
+from .inputs import inputs_of
 from .media import Frames
 from .memory import peak_memory
+from .pipeline_call import PICTURES
 from .request import EMBEDDED, Request
 from .sound import Sound
 from .timing import Timings
@@ -20,8 +22,8 @@ from .timing import Timings
 LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
 
 AS_ASKED = (
-    "solver", "flow_shift", "guidance_scale", "seed", "dtype", "device", "offload", "compile", "scale", "lora",
-    "backend", "dense", "preset",
+    "solver", "flow_shift", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "strength", "seed", "dtype",
+    "device", "offload", "compile", "scale", "lora", "backend", "attention_backend", "dense", "preset",
 )  # fmt: skip
 """What a side-car says as the resolved request does."""
 
@@ -49,8 +51,8 @@ def side_car(
         "output": str(output),
         "prompt": generation.prompt,
         "negative_prompt": request.negative_prompt,
-        "image": str(request.image) if request.image else None,
-        "video": str(request.video) if request.video else None,
+        **{option: [str(file) for file in inputs_of(request) if file.option == option] for option in PICTURES},
+        "arg": list(request.arg),
         "model": request.model or EMBEDDED,
         "height": height,
         "width": width,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel import ConfigError
+from dit_accel.adapters.model_files import ModelFiles, read_config
 from dit_accel.errors import did_you_mean
 
 BEST = "unipc"
@@ -52,20 +53,45 @@ def shift_of(shipped: Any) -> float | None:
     return float(config.flow_shift if "flow_shift" in config else config.shift)
 
 
-def make_scheduler(shipped: Any, solver: str, flow_shift: float | None = None) -> Any:
-    """Return a fresh scheduler of a named solver.
+def read_scheduler(files: ModelFiles) -> Any:
+    """Return the scheduler that a model ships with, made of its config alone."""
+    import diffusers
+
+    if not files.has("scheduler"):
+        raise ConfigError(f"{files.name} has no scheduler, so that no solver or shift can be set; leave both out")
+    config = read_config(files.name, "scheduler/scheduler_config.json")
+    return getattr(diffusers, files.index["scheduler"][1]).from_config(config)
+
+
+def make_scheduler(shipped: Any, solver: str | None, flow_shift: float | None = None) -> Any:
+    """Return a fresh scheduler of a named solver, or with None of the model's own.
 
     ``flow_shift``: another shift; None: the model's own. Where that grows with the tokens, as FLUX's e^mu does with
     diffusers' mu, it is the same for any number of them.
     """
-    check_solver(solver)
+    if solver is not None:
+        check_solver(solver)
     flow = is_flow(shipped.config)
     if flow_shift is not None and not flow:
         raise ConfigError(f"{type(shipped).__name__} has no noise shift, got flow_shift {flow_shift}; leave it out")
     shift = {} if flow_shift is None else {"flow_shift": flow_shift, "shift": flow_shift}
+    if solver is None:
+        return _own(shipped, shift)
     if flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
         shift |= {"base_shift": math.log(flow_shift), "max_shift": math.log(flow_shift)}
     return scheduler_like(shipped, SOLVERS[solver][0 if flow else 1], **shift)
+
+
+def _own(shipped: Any, shift: dict[str, Any]) -> Any:
+    """Return a scheduler like the one that a model ships with, at another shift."""
+    taken = inspect.signature(type(shipped)).parameters
+    if shift and type(shipped).__name__.startswith("FlowMatch"):
+        shift = {**shift, "use_dynamic_shifting": False}  # which takes a mu then, and leaves it
+    elif shift and shipped.config.get("use_dynamic_shifting"):
+        shift = {**shift, **dict.fromkeys(("base_shift", "max_shift"), math.log(shift["shift"]))}
+    scheduler = type(shipped).from_config(shipped.config, **{k: v for k, v in shift.items() if k in taken})
+    scheduler.register_to_config(**{key: value for key, value in shift.items() if key in DYNAMIC and key not in taken})
+    return scheduler
 
 
 def scheduler_like(shipped: Any, name: str, **options: Any) -> Any:

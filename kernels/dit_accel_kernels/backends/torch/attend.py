@@ -2,14 +2,11 @@
 
 On a CPU with a compiler most dtypes run in a compiled loop instead (fused.py). For all else a chunk of query tiles is a
 gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and votes are applied
-while the logits are there. Long calls are shared by workers, chunk by chunk; short ones leave the cores to torch, whose
-threads take milliseconds to come back from others. A selection is turned into lists of every batch and head first.
+while the logits are there. A selection is turned into lists of every batch and head first.
 bench/block_sparse.py times other ways to write it, bench/selection.py what selections cost.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,14 +18,12 @@ from ...selection import LOG2_E
 from ...states import resolved
 from ...votes import Tally
 from . import fused
-from .chunks import Chunk, chunks_of
-from .memory import cast
+from .chunks import Chunk, beyond, chunks_of
+from .memory import buffer, cast, taken
 from .tiled import Tiled, in_tiles
-from .workers import buffer, run_all, worker_threads
 
 CHUNK_BYTES = 2 << 20  # logits of one chunk, a thread: more would leave the caches
 GPU_CHUNKS = 256  # a GPU's chunks are this many times larger
-WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
 
 
 def attend(
@@ -56,53 +51,44 @@ def _by_chunks(
     """Output and LSE of all query tiles, [B * H * NQ, block_q, Dv] and [B * H * NQ, block_q]."""
     out = tiled.q.new_zeros(*tiled.q.shape[:2], tiled.v.shape[2])  # query tiles that see nothing give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    workers, columns, multiple = chunk_sizes(problem)
-    work = partial(_attend_chunk, tiled, out, lse if need_lse else None, tally)
-    run_all(work, chunks_of(problem, columns, multiple, remember=remember), workers)
+    with torch.no_grad():
+        for chunk in chunks_of(problem, *chunk_sizes(problem), remember=remember):
+            _attend_chunk(tiled, out, lse if need_lse else None, tally, chunk)
     return out, lse
 
 
-def chunk_sizes(problem: Problem) -> tuple[int, int, int]:
-    """How many workers a call is shared by; most columns of a chunk, and what its query tiles are a multiple of."""
-    block_q, threads = problem.block_q, torch.get_num_threads()
+def chunk_sizes(problem: Problem) -> tuple[int, int]:
+    """Most columns of a chunk, and what its number of query tiles is a multiple of."""
     itemsize = product_dtype(problem.q.dtype, problem.q.device.type).itemsize
-    columns = CHUNK_BYTES // (block_q * itemsize)
+    columns = CHUNK_BYTES // (problem.block_q * itemsize)
     if problem.q.device.type != "cpu":
-        return 1, columns * GPU_CHUNKS, 1
-    repeats = problem.q.shape[0] * problem.q.shape[1] // problem.exact_offsets.shape[0]
-    logits = problem.exact_indices.numel() * problem.block_k * block_q * repeats
-    if 4 * problem.q.shape[3] * logits >= WORKERS_FLOPS * threads:
-        workers, each = worker_threads(threads)
-        return workers, columns * each, each
-    return 1, columns * threads, threads  # as many rows for each thread stay in its own cache
+        return columns * GPU_CHUNKS, 1
+    threads = torch.get_num_threads()
+    return columns * threads, threads  # as many rows for each thread stay in its own cache
 
 
-def _attend_chunk(
-    tiled: Tiled, out: Tensor, lse: Tensor | None, tally: Tally | None, chunk: Chunk, buffers: dict[str, Tensor]
-) -> None:
+def _attend_chunk(tiled: Tiled, out: Tensor, lse: Tensor | None, tally: Tally | None, chunk: Chunk) -> None:
     """Write output and LSE of one chunk, and what votes need of it."""
-    wide, pools = wide_dtype(tiled.q.dtype), chunk.pooled.shape[1] > 0
-    q = taken(tiled.q, chunk.q_tiles, buffers, "queries")
-    result = buffer(buffers, "outputs", q, (*q.shape[:2], tiled.v.shape[2]), q.dtype)
+    wide, means = wide_dtype(tiled.q.dtype), tiled.means if chunk.pooled.shape[1] else None
+    q = taken("queries", tiled.q, chunk.q_tiles)
+    result = buffer("outputs", q, (*q.shape[:2], tiled.v.shape[2]))
     columns = chunk.exact.shape[1] * tiled.k.shape[1]
     if tally is None and chunk.least == chunk.most:
         columns = chunk.most  # all end with the ragged tile
-    x = buffer(buffers, "products", q, (*q.shape[:2], columns + chunk.pooled.shape[1]), q.dtype)
+    x = buffer("products", q, (*q.shape[:2], columns + chunk.pooled.shape[1]))
     near, far = x[:, :, :columns], x[:, :, columns:]
     scale = tiled.scale if tally is None else tiled.scale * LOG2_E
     if columns:
-        k = taken(tiled.k, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
+        k = taken("tokens", tiled.k, chunk.exact).flatten(1, 2)[:, :columns]
         torch.baddbmm(near, q, k.mT, beta=0, alpha=scale, out=near)
-    if pools:
-        assert tiled.means is not None
-        means = taken(tiled.means.k, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, q.shape[2])
-        torch.baddbmm(far, q, means.mT, beta=0, alpha=scale, out=far)
+    if means is not None:
+        torch.baddbmm(far, q, means.k[chunk.pooled].mT, beta=0, alpha=scale, out=far)
     p = x
-    if x.dtype != wide and (pools or tally is not None or tiled.decay is not None):
-        x = buffer(buffers, "wide", q, tuple(x.shape), wide).copy_(x)
+    if x.dtype != wide and (means is not None or tally is not None or tiled.decay is not None):
+        x = buffer("wide", x, x.shape, wide).copy_(x)
     weights = softmax_weights(tiled, chunk)
     in_log2 = weights if tally is None or weights is None else weights * LOG2_E
-    _, empty, hidden = transform(x, tiled, chunk, columns, in_log2, buffers)
+    _, empty, hidden = transform(x, tiled, chunk, columns, in_log2)
     if tally is None:
         row_lse, total = _softmax(x, lse is not None), None
     else:
@@ -114,14 +100,12 @@ def _attend_chunk(
     if p is not x:
         p.copy_(x if total is None else x.div_(total[:, :, None]))
     if columns:
-        v = taken(tiled.v, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, tiled.v.shape[2])[:, :columns]
+        v = taken("tokens", tiled.v, chunk.exact).flatten(1, 2)[:, :columns]
         _weigh(p[:, :, :columns], v, hidden, result)
     else:
         result.zero_()
-    if pools:
-        assert tiled.means is not None
-        means = taken(tiled.means.v, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, tiled.v.shape[2])
-        result.baddbmm_(p[:, :, columns:], means)
+    if means is not None:
+        result.baddbmm_(p[:, :, columns:], means.v[chunk.pooled])
     if total is not None and p is x:
         result.div_(total[:, :, None])
     out.index_copy_(0, chunk.q_tiles, result)
@@ -130,27 +114,25 @@ def _attend_chunk(
 
 
 def transform(
-    x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, weights: Tensor | None, buffers: dict[str, Tensor]
+    x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, weights: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Decay logits, mask what is absent and add a pooled tile's length, in place.
 
     Returns the decay t; which rows see no key, bool [R, 1 or block_q] (None: all of them do); and where masks inside
     tiles may hide what is no number, what each row does not see, bool [R, block_q, columns].
     """
-    t = decay_of(tiled, chunk, columns, buffers)
+    t = decay_of(tiled, chunk, columns)
     if t is not None:
-        torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
+        torch.minimum(x, torch.mul(x, t, out=buffer("decayed", x, x.shape)), out=x)
     absent, start = absent_of(tiled, chunk, columns)
     x[:, :, start:columns].masked_fill_(absent, -torch.inf)
     if weights is not None:
         x[:, :, columns:].add_(weights[:, None])
-    empty = hidden = None
-    if tiled.absent is not None or (chunk.partial is not None and chunk.partial.alone):
+    empty = None
+    if tiled.absent is not None or chunk.partial is not None:
         empty = absent.all(-1)
         empty = empty if weights is None else empty & (weights == -torch.inf).all(1, keepdim=True)
-    if chunk.partial is not None and not tiled.finite:
-        hidden = torch.nn.functional.pad(absent, (start, 0))
-    return t, empty, hidden
+    return t, empty, None if chunk.partial is None or tiled.finite else absent
 
 
 def _weigh(p: Tensor, v: Tensor, hidden: Tensor | None, out: Tensor) -> None:
@@ -207,31 +189,23 @@ def softmax_weights(tiled: Tiled, chunk: Chunk) -> Tensor | None:
 
 
 def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor, int]:
-    """Which exact columns of a chunk are padding, masked or hidden by a tile's mask, and the first that is said of.
-
-    Bool [R, 1 or block_q, columns - start].
-    """
-    padded = beyond(chunk.tokens, columns, chunk.least)[:, None]
-    block_k, partial, absent, start = tiled.k.shape[1], chunk.partial, None, 0
+    """Which columns are padding, masked or hidden by a tile's mask, bool [R, 1 or block_q, columns - start]; start."""
+    if tiled.absent is None and chunk.partial is None:
+        return beyond(chunk.tokens, columns, chunk.least)[:, None], chunk.least
+    absent = beyond(chunk.tokens, columns)[:, None]
     if tiled.absent is not None:
-        absent = tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
-    if partial is not None:
+        absent = absent | tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
+    if chunk.partial is not None:
         assert tiled.bits is not None
-        first = min(partial.first, chunk.least // block_k) if absent is None else 0
-        row, column, place = partial.tiles
-        sizes = (len(chunk.exact), tiled.q.shape[1], chunk.exact.shape[1] - first, block_k)
-        hidden = torch.zeros(sizes, dtype=torch.bool, device=tiled.q.device)
-        hidden[row, :, column - first] = (~unpack_bits(tiled.bits[partial.masks], block_k))[place]
-        start = first * block_k
-        hidden = hidden.flatten(2)[:, :, : columns - start]
-        absent = hidden if absent is None else hidden.logical_or_(absent)
-    if absent is None:
-        return padded, chunk.least
-    absent[:, :, chunk.least - start :] |= padded
-    return absent, start
+        row, column, mask = chunk.partial
+        block_k = tiled.k.shape[1]
+        hidden = absent.new_zeros(len(chunk.exact), tiled.q.shape[1], chunk.exact.shape[1], block_k)
+        hidden[row, :, column] = ~unpack_bits(tiled.bits[mask], block_k)
+        absent = hidden.flatten(2)[:, :, :columns].logical_or_(absent)
+    return absent, 0
 
 
-def decay_of(tiled: Tiled, chunk: Chunk, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:
+def decay_of(tiled: Tiled, chunk: Chunk, columns: int) -> Tensor | None:
     """Decay of a chunk's logits, float32 [R, block_q, columns + pooled], or [R, 1, ...] where each tile has one frame.
 
     None in calls without decay.
@@ -243,18 +217,7 @@ def decay_of(tiled: Tiled, chunk: Chunk, columns: int, buffers: dict[str, Tensor
     if torch.equal(frames.amin(1), frames.amax(1)):
         frames = frames[:, :1]
     first = frames[:, :, None] * count
-    by_token = taken(tiled.decay.by_token, (first + chunk.exact[:, None] % count).flatten(), buffers, "decay")
-    by_token = by_token.view(*frames.shape, -1)[:, :, :columns]
+    by_token = taken("decay", tiled.decay.by_token, first + chunk.exact[:, None] % count).flatten(2)[:, :, :columns]
     if not chunk.pooled.shape[1]:
         return by_token
     return torch.cat([by_token, tiled.decay.by_tile[first + chunk.pooled[:, None] % count]], 2)
-
-
-def beyond(counts: Tensor, columns: int, start: int = 0) -> Tensor:
-    """Where columns, from `start` on, lie behind the `counts` [R] of their rows, bool [R, columns - start]."""
-    return torch.arange(start, columns, device=counts.device) >= counts[:, None]
-
-
-def taken(x: Tensor, index: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
-    """x[index] for a flat index, in a reused buffer."""
-    return torch.index_select(x, 0, index, out=buffer(buffers, name, x, (len(index), *x.shape[1:]), x.dtype))

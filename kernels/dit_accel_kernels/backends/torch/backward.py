@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ...features import wide_dtype
 from ...problem import Problem
-from .attend import chunk_sizes, softmax_weights, taken, transform
+from .attend import chunk_sizes, softmax_weights, transform
 from .chunks import Chunk, chunks_of
+from .memory import buffer, taken
 from .tiled import Tiled, in_tiles, tiles_in_order
-from .workers import buffer, thread_buffers
 
 TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes back to the system each time
 
@@ -26,7 +26,7 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
     sums = {name: torch.zeros(x.shape, dtype=wide, device=x.device) for name, x in parts.items()}
     grad_out = tiles_in_order(grad_out.to(tiled.q.dtype), problem.block_q)
     grad_lse = None if grad_lse is None else tiles_in_order(grad_lse[..., None], problem.block_q)
-    _, columns, multiple = chunk_sizes(problem)
+    columns, multiple = chunk_sizes(problem)
     for chunk in chunks_of(problem, columns // TEMPORARIES, multiple, remember=True):
         of_lse = None if grad_lse is None else grad_lse[chunk.q_tiles]
         _add_chunk(tiled, chunk, grad_out[chunk.q_tiles], of_lse, sums)
@@ -34,34 +34,34 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
 
 
 def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | None, sums: dict[str, Tensor]) -> None:
-    """Add the gradients of one chunk into `sums`, in the wide dtype; what is as large as its logits is in buffers."""
-    columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], thread_buffers()
+    """Add the gradients of one chunk into `sums`, in the wide dtype."""
+    columns = chunk.exact.shape[1] * tiled.k.shape[1]
     exact, pooled, weights = chunk.exact.flatten(), chunk.pooled.flatten(), softmax_weights(tiled, chunk)
     q = tiled.q[chunk.q_tiles]
     wide, shape = wide_dtype(q.dtype), (*q.shape[:2], columns + chunk.pooled.shape[1])
 
-    def columns_of(tokens: Tensor, means: Tensor | None, name: str) -> Tensor:
-        near = taken(tokens, exact, buffers, name).view(len(q), -1, tokens.shape[-1])
-        return near if means is None else torch.cat([near, means[pooled].view(len(q), -1, tokens.shape[-1])], 1)
+    def columns_of(name: str, tokens: Tensor, means: Tensor | None) -> Tensor:
+        near = taken(name, tokens, chunk.exact).flatten(1, 2)
+        return near if means is None else torch.cat([near, means[chunk.pooled]], 1)
 
-    def product(a: Tensor, b: Tensor, name: str) -> Tensor:
-        x = torch.bmm(a, b.mT, out=buffer(buffers, f"{name} product", q, shape, q.dtype))
-        return x if x.dtype == wide else buffer(buffers, name, q, shape, wide).copy_(x)
+    def product(name: str, a: Tensor, b: Tensor) -> Tensor:
+        x = torch.bmm(a, b.mT, out=buffer(f"{name} product", q, shape))
+        return x if x.dtype == wide else buffer(name, q, shape, wide).copy_(x)
 
     k_mean, v_mean, _ = tiled.means or (None, None, None)
-    k, v = columns_of(tiled.k, k_mean, "k"), columns_of(tiled.v, v_mean, "v")
-    raw = product(q, k, "logits").mul_(tiled.scale)
-    x = buffer(buffers, "weights", q, shape, wide).copy_(raw)
-    t, empty, hidden = transform(x, tiled, chunk, columns, weights, buffers)
+    k, v = columns_of("k", tiled.k, k_mean), columns_of("v", tiled.v, v_mean)
+    raw = product("logits", q, k).mul_(tiled.scale)
+    x = buffer("weights", q, shape, wide).copy_(raw)
+    t, empty, hidden = transform(x, tiled, chunk, columns, weights)
     p = torch.softmax(x, -1, out=x)
     if empty is not None:
         p.masked_fill_(empty[:, :, None], 0.0)
     grad_v = p.to(q.dtype).mT @ grad_out
-    grad_p = product(grad_out, v, "gradient")
+    grad_p = product("gradient", grad_out, v)
     if hidden is not None:  # may hold anything, and 0 times NaN is not 0
         grad_p[:, :, :columns].masked_fill_(hidden, 0.0)
         k = k.nan_to_num(0.0, 0.0, 0.0)
-    delta = torch.mul(grad_p, p, out=buffer(buffers, "delta", q, shape, wide)).sum(-1, keepdim=True)
+    delta = torch.mul(grad_p, p, out=buffer("delta", q, shape, wide)).sum(-1, keepdim=True)
     grad_x = grad_p.sub_(delta if grad_lse is None else delta - grad_lse).mul_(p)
     if t is not None:
         grad_x = torch.where(raw > raw * t, grad_x * t, grad_x)

@@ -16,11 +16,10 @@ from ...votes import VOTE_BYTES, Tally
 from ..rows import with_whole_rows
 from . import binding
 from .binding import STRIDES, LoopCall
-from .chunks import Lists, flat_lists
+from .chunks import Lists, beyond, flat_lists
 from .compiled import compiled_loop, library
-from .memory import LEAST_BYTES, cast, fresh
+from .memory import LEAST_BYTES, buffer, cast, fresh
 from .tiled import decays, pools
-from .workers import buffer, thread_buffers
 
 START_FLOPS = 5e5  # what a thread computes while one more joins in
 PACK_FLOPS = 25  # what it computes while a number is packed
@@ -116,7 +115,7 @@ def _panels(name: str, shape: tuple[int, ...]) -> Tensor:
     """Memory that the loop fills: in small calls what the last one had, since new pages take longer than filling it."""
     if 4 * math.prod(shape) >= LEAST_BYTES:
         return fresh(shape, torch.float32)
-    return buffer(thread_buffers(), name, torch.empty(0), shape, torch.float32)
+    return buffer(name, torch.empty(0), shape)
 
 
 def _threads(flops: float) -> int:
@@ -165,9 +164,8 @@ def _settle(tally: Tally, lists: Lists, first: int, last: int, evidence: Tensor)
     longest = int(counts.max())
     if longest == 0:
         return
-    column = torch.arange(longest)
-    beyond = column >= counts[:, None]
-    tiles = lists.padded(q_tiles, longest).masked_fill_(beyond, tally.none)
-    entries = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(evidence) - 1)
-    by_tile = evidence[entries.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
+    padding = beyond(counts, longest)
+    tiles = lists.padded(q_tiles, longest).masked_fill_(padding, tally.none)
+    entries = ((counts.cumsum(0) - counts)[:, None] + torch.arange(longest)).clamp_(max=len(evidence) - 1)
+    by_tile = evidence[entries.mT].masked_fill_(padding.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
     tally.settle(q_tiles, tiles, by_tile)

@@ -1,15 +1,19 @@
-"""Memory for large tensors on a CPU, in pages of 2 MB where Linux gives them."""
+"""Memory on a CPU: of large tensors in pages of 2 MB where Linux gives them, of pieces of work used again."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from threading import local
 
 import torch
 from torch import Tensor
 
 LEAST_BYTES = 4 << 20
+KEPT_BYTES = 4 << 20  # of a buffer, for each of torch's threads: new memory costs a page fault every 4 KB
+_KEPT = local()
 _PAGE, _HUGE = 4096, 14  # MADV_HUGEPAGE
 
 
@@ -29,6 +33,27 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype or x.device.type != "cpu":
         return x.to(dtype)
     return fresh(x.shape, dtype).copy_(x)
+
+
+def buffer(name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory on the device of `like`, which the next buffer of the name and dtype in this thread reuses.
+
+    Large ones and those on other devices are new.
+    """
+    size, dtype = math.prod(shape), dtype or like.dtype
+    if like.device.type != "cpu" or size * dtype.itemsize > KEPT_BYTES * torch.get_num_threads():
+        return like.new_empty(shape, dtype=dtype)
+    flat = _KEPT.__dict__.get((name, dtype))
+    if flat is None or len(flat) < size:
+        with torch.inference_mode(False):  # what is made in it can't be written outside
+            flat = _KEPT.__dict__[name, dtype] = torch.empty(size, dtype=dtype)
+    return flat[:size].view(shape)
+
+
+def taken(name: str, x: Tensor, index: Tensor) -> Tensor:
+    """x[index], in a buffer."""
+    shape = (*index.shape, *x.shape[1:])
+    return torch.index_select(x, 0, index.flatten(), out=buffer(name, x, (index.numel(), *x.shape[1:]))).view(shape)
 
 
 @lru_cache(maxsize=1)
