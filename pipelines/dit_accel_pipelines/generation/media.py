@@ -27,7 +27,7 @@ BYTES = {".mp4": 0.3, ".webm": 0.45, ".gif": 1.0, ".png": 2.0, FOLDER: 2.0}
 """Suffix -> bytes that a pixel of a photograph takes in such a file, about; a video's later frames take fewer."""
 
 SUFFIXES = tuple(suffix for suffix in BYTES if suffix)
-KNOWN = f"{', '.join(SUFFIXES)}, or a folder for frames, such as frames/"
+OUTPUTS = f"{', '.join(SUFFIXES)}, or a folder for frames, such as frames/"
 OF_A_FOLDER = re.compile(r"\d{5,}\.png|sound\.wav")
 """Names of the files in a folder of frames: what a run may replace."""
 
@@ -66,7 +66,7 @@ def check_output(path: Path) -> None:
     """Refuse an output that can't be written, before anything is computed."""
     suffix = path.suffix.lower()
     if suffix not in BYTES or path.name.startswith(".") or not path.name:
-        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {KNOWN}")
+        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {OUTPUTS}")
     if re.search(r"%0?\d*d", path.name):
         raise ConfigError(f"output {path} is a pattern; name a folder, such as frames/, which holds 00001.png and on")
     if suffix == FOLDER:
@@ -192,7 +192,7 @@ def write_media(
         if sound is not None:
             write_wav(path / "sound.wav", sound)
     else:
-        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {KNOWN}")
+        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {OUTPUTS}")
 
 
 def upscale(frames: Frames, scale: int) -> Frames:
@@ -236,9 +236,16 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
 
 
 def _encode(
-    ffmpeg: str, frames: Frames, fps: float, suffix: str, sink: Sequence[str], *, quick: bool,
-    quality: float = QUALITY, sound: Sound | None = None,
-) -> None:  # fmt: skip
+    ffmpeg: str,
+    frames: Frames,
+    fps: float,
+    suffix: str,
+    sink: Sequence[str],
+    *,
+    quick: bool,
+    quality: float = QUALITY,
+    sound: Sound | None = None,
+) -> None:
     """Run ffmpeg on frames and their sound; ``sink``: where its output goes."""
     codec, (height, width) = CODECS[suffix], frames.shape[1:3]
     rate_factor = max(1, round(codec.coarsest * (1 - quality / 10)))  # 0 is lossless, which few players show

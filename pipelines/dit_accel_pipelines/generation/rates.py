@@ -1,24 +1,21 @@
 """The frames a second of an output: what its model is told, and what its file says."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_accel.errors import ConfigError
 
 from .pipeline_call import CallSignature
 
-if TYPE_CHECKING:
-    from .request import Request
-
 RATES = ("frame_rate", "fps")
 """Names of a call's argument for the frames a second."""
 
-KNOWN = {"SkyReelsV2DiffusionForcing": (16, 24)}
+TRAINED_RATES = {"SkyReelsV2DiffusionForcing": (16, 24)}
 """Beginning of a pipeline class's name -> the rates that its model has an embedding for."""
 
 
-def with_rate(request: "Request", call: CallSignature) -> tuple["Request", list[str]]:
-    """Fill in the rate that a pipeline has as default, and refuse those that it can't make; also return notes."""
+def with_rate(request: Any, call: CallSignature) -> tuple[Any, list[str]]:
+    """Fill in a `Request`'s rate by its pipeline's default, and refuse what the model can't make; also return notes."""
     name, fps = _argument(call), request.fps
     if name is None:
         stays = f"{call.name} takes no frame rate, so that the same frames play at {fps:g} a second" if fps else None
@@ -26,7 +23,7 @@ def with_rate(request: "Request", call: CallSignature) -> tuple["Request", list[
     if fps is None:
         default = call.default(name)
         return (dataclasses.replace(request, fps=float(default)) if default and not request.embedded else request), []
-    known = next((rates for beginning, rates in KNOWN.items() if call.name.startswith(beginning)), None)
+    known = next((rates for beginning, rates in TRAINED_RATES.items() if call.name.startswith(beginning)), None)
     if known and fps not in known:
         raise ConfigError(f"{call.name} knows {' and '.join(map(str, known))} frames a second, got fps {fps:g}; choose")
     if _is_whole(call, name) and fps % 1:
@@ -34,7 +31,7 @@ def with_rate(request: "Request", call: CallSignature) -> tuple["Request", list[
     return request, []
 
 
-def rate_arguments(request: "Request", call: CallSignature) -> dict[str, Any]:
+def rate_arguments(request: Any, call: CallSignature) -> dict[str, Any]:
     """Return the argument of the call that says the frames a second; empty where it takes none, or none is set."""
     name = _argument(call)
     if name is None or request.fps is None:

@@ -13,7 +13,7 @@ from .pipeline_call import CallSignature
 SILENT = (".gif", ".png")
 """Files that hold no sound."""
 
-RATES = (("", "audio_sample_rate"), ("vocoder", "output_sampling_rate"), ("sound_tokenizer", "sampling_rate"))
+SAMPLE_RATES = (("", "audio_sample_rate"), ("vocoder", "output_sampling_rate"), ("sound_tokenizer", "sampling_rate"))
 """Where pipelines say the samples a second: a component, "" for the pipeline itself, and the name in its config."""
 
 
@@ -51,7 +51,7 @@ def sound_of(output: Any, pipe: Any) -> Sound | None:
     samples = np.clip(np.atleast_2d(wave).T, -1.0, 1.0).astype(np.float32)
     if not np.isfinite(samples).all():
         raise ConfigError("the model made sound of values that are no numbers; take another --dtype, such as float32")
-    for component, name in RATES:
+    for component, name in SAMPLE_RATES:
         owner = getattr(getattr(pipe, component, None), "config", None) if component else pipe
         rate = getattr(owner, name, None)
         if rate:
