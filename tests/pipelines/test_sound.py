@@ -26,9 +26,14 @@ from tiny_stock import PIPELINES
 from dit_accel.errors import ConfigError
 
 VOICE = dict(
-    in_channels=16, hidden_channels=32, upsample_kernel_sizes=[20, 16], upsample_factors=[10, 8],
-    resnet_kernel_sizes=[3], resnet_dilations=[[1, 3]], output_sampling_rate=8000,
-)  # fmt: skip
+    in_channels=16,
+    hidden_channels=32,
+    upsample_kernel_sizes=[20, 16],
+    upsample_factors=[10, 8],
+    resnet_kernel_sizes=[3],
+    resnet_dilations=[[1, 3]],
+    output_sampling_rate=8000,
+)
 TOKENS = dict(
     vocoder_input_dim=5, dec_dim=4, dec_c_mults=(1, 2), dec_strides=(4, 8), encoder_enabled=False, sampling_rate=800
 )
@@ -51,7 +56,7 @@ def ltx2(folder: Path, monkeypatch) -> None:
 
 
 def request(folder: Path, name: str = "a.mp4", **changes: Any) -> Request:
-    return Request(prompts=("a",), output=folder / name, model=str(folder / "m"), **{**SHORT, **changes})
+    return Request(prompt="a", output=folder / name, model=str(folder / "m"), **{**SHORT, **changes})
 
 
 def heard(path: Path, rate: int) -> np.ndarray:
@@ -66,7 +71,7 @@ def test_the_sound_of_ltx2_is_in_the_file_at_the_rate_that_the_model_was_told(tm
     stages = SimpleNamespace(note=notes.append, warn=notes.append, stage=lambda *_: None, advance=lambda: None, quiet=1)
     made = {}
     for name, fps in (("b.webm", 12), ("frames", 12), ("c.gif", None)):
-        (written,) = generating.generate(request(tmp_path, name, fps=fps), stages=stages)
+        (written,) = generating.generate([request(tmp_path, name, fps=fps)], stages=stages)
         made[name] = written.record
     assert [record["fps"] for record in made.values()] == [12, 12, 24]
     seconds = [record["sound"]["seconds"] for record in made.values()]
@@ -133,7 +138,7 @@ RATES = [
 
 @pytest.mark.parametrize(("name", "fps", "passed", "said"), RATES)
 def test_a_rate_reaches_the_model_where_its_call_takes_one(name: str, fps: float | None, passed: Any, said: str):
-    call, asked = CallSignature.of(getattr(diffusers, name)), Request(prompts=("a",), output=Path("a.png"), model="a/b")
+    call, asked = CallSignature.of(getattr(diffusers, name)), Request(prompt="a", output=Path("a.png"), model="a/b")
     asked = dataclasses.replace(asked, fps=fps)
     if passed is ConfigError:
         with pytest.raises(ConfigError, match=said):
