@@ -5,8 +5,6 @@ file that doesn't match is never loaded but built anew. The folder and the file 
 root) and be writable by nobody else; nor may others replace the cache that holds them.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os
