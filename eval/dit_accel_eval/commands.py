@@ -10,7 +10,9 @@ from rich.markup import escape
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
+from .benchmarking import show_protocol
 from .comparing import compare_settings
+from .folders import compare_folders
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("compare")(compare_settings)
+eval_app.command("folders")(compare_folders)
 eval_app.command("vbench")(evaluate)
+eval_app.command("protocol")(show_protocol)
 
 
 DenseRuns = Annotated[

@@ -99,7 +99,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from .suites.reference import default_cache
     from .suites.running import run_job
 
-    lines, first = _check_output(options.output), Ranks().first
+    lines, first = check_output(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
     extra = {line.arm for line in result_lines(lines) if not line.is_rival} - names
@@ -128,14 +128,14 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         OUT.print(str(options.output), markup=False, soft_wrap=True)
 
 
-def _check_output(page: Path) -> Path:
+def check_output(page: Path, beside: Sequence[str] = ()) -> Path:
     """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
     from dit_accel.files import check_writable
 
     from .report.lines import read_results
     from .runs.results import read_lines
 
-    lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media"))
+    lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media", *beside))
     if page.suffix != ".html":
         raise ConfigError(f"the page must be a .html, got {page}; write, say, -o {page.with_suffix('.html')}")
     check_writable(page, "the page")

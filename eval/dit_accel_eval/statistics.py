@@ -80,7 +80,7 @@ def clip_mean(values: Sequence[float]) -> ClipMean:
     result = ClipMean(mean=float(data.mean()), median=float(np.median(data)), count=len(data))
     if result.count < FEWEST:
         return result
-    error, skew = _error(data)
+    error, skew = map(float, _error(data))
     reach = float(stdtrit(result.count - 1, (1 + LEVEL) / 2))
     ends = [*_shortened(np.array([reach, -reach]), skew), reach, -reach]
     return replace(result, low=result.mean - error * max(ends), high=result.mean - error * min(ends))
@@ -88,26 +88,28 @@ def clip_mean(values: Sequence[float]) -> ClipMean:
 
 def p_value(differences: Sequence[float], margin: float = 0.0) -> float:
     """Return the two-sided p-value of a mean difference being ``margin``, at most .05 where `clip_mean` excludes it."""
-    data = np.asarray(differences, dtype=np.float64)
+    return float(p_values(np.asarray(differences, dtype=np.float64), margin))
+
+
+def p_values(data: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """Return `p_value` of each row of differences [..., clips], of shape [...]."""
     error, skew = _error(data)
-    distance = float(data.mean()) - margin
-    if error == 0:
-        return 1.0 if distance == 0 else 0.0
-    student = distance / error
+    distance = data.mean(-1) - margin
+    student = distance / np.where(error == 0, 1.0, error)
     willink = skew + student + 2 * skew * student**2 + 4 / 3 * skew**2 * student**3  # the inverse of `_shortened`
-    if student * willink <= 0:  # to the other side of the margin, once its skewness is allowed for
-        return 1.0
-    return 2 * float(stdtr(len(data) - 1, -min(abs(student), abs(willink))))
+    p = 2 * stdtr(data.shape[-1] - 1, -np.minimum(np.abs(student), np.abs(willink)))
+    p = np.where(student * willink <= 0, 1.0, p)  # to the other side of the margin, once its skewness is allowed for
+    return np.where(error == 0, np.where(distance == 0, 1.0, 0.0), p)
 
 
-def _error(data: np.ndarray) -> tuple[float, float]:
-    """Return the standard error of the mean, and the skewness over 6 times the root of the number of values."""
-    spread = float(data.std(ddof=1))
-    if spread <= 1e-9 * float(np.abs(data).max()):  # all alike, but for rounding
-        return 0.0, 0.0
-    count, root = len(data), math.sqrt(len(data))
-    skewness = count / ((count - 1) * (count - 2)) * float((((data - data.mean()) / spread) ** 3).sum())  # unbiased
-    return spread / root, skewness / (6 * root)
+def _error(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the standard error of each row's mean, and its skewness over 6 times the root of the number of values."""
+    count, root, spread = data.shape[-1], math.sqrt(data.shape[-1]), data.std(-1, ddof=1)
+    alike = spread <= 1e-9 * np.abs(data).max(-1)  # but for rounding
+    apart = np.where(alike, 1.0, spread)
+    cubes = (((data - data.mean(-1, keepdims=True)) / apart[..., None]) ** 3).sum(-1)
+    skewness = count / ((count - 1) * (count - 2)) * cubes  # unbiased
+    return np.where(alike, 0.0, spread / root), np.where(alike, 0.0, skewness / (6 * root))
 
 
 def _shortened(reach: np.ndarray, skew: float) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Any
 import tables
 import tables_of_clips as of_clips
 from attention_table import page_text as shapes_text
+from dit_accel_eval.power import committed, power_table
+from dit_accel_eval.protocol import protocol_rules
 from dit_accel_eval.runs.results import Line, ResultLine, markdown_table, read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_table
 from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
@@ -37,6 +39,7 @@ PAGES = {
         "docs/guidance.md": "guidance-cost",
         "docs/kernel-predictions.md": "attention-shapes eight-bit-linears",
         "docs/evaluating.md": "false-verdicts",
+        "docs/benchmark.md": "protocol power",
         "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny",
         "docs/scaling.md": "scaling",
         "docs/finetuning.md": "finetuned-wan-plain finetuned-4x-wan-plain",
@@ -251,6 +254,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "reasons": reasons_table,
     "not-supported": not_supported_table,
     **{f"errors-{room}": partial(errors_list, room=room) for room in ROOMS},
+    "protocol": lambda root: protocol_rules(),
+    "power": lambda root: power_table(committed()),
     "presets": short_table,
     "preset-levels": long_table,
     "speed": _speed,

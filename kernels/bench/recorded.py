@@ -136,11 +136,11 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
         into.setdefault(record.identity, record)
         return True  # known already, says this to the JIT: it neither compiles nor launches
 
-    attend = importlib.import_module(f"{BACKEND}.attend")
+    attend, support = (importlib.import_module(f"{BACKEND}.{name}") for name in ("attend", "support"))
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(attend, "architecture", return_value=target))
         stack.enter_context(mock.patch.object(attend, "launch_of", looked_up))
-        stack.enter_context(mock.patch.object(attend, "missing_requirement", return_value=None))
+        stack.enter_context(mock.patch.object(support, "missing_requirement", return_value=None))
         stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", launched))
         stack.callback(driver.set_active, getattr(driver, "_active", None))
         driver.set_active(_Pretended(gpu))
@@ -150,7 +150,7 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
 @contextmanager
 def without_flash_attention() -> Iterator[None]:
     """Give the fa4 backend zeros for what FlashAttention-4 computes: it then needs neither a card nor the package."""
-    fa4 = importlib.import_module("dit_accel_kernels.backends.fa4.attend")
+    fa4 = importlib.import_module("dit_accel_kernels.backends.fa4")
 
     def exact_tiles(problem: Any, *, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
         batch, heads, tokens, _ = problem.q.shape

@@ -163,8 +163,8 @@ def prepared(call: Call, backend: str) -> tuple[Callable[[], Any], Callable[[Any
     from dit_accel_kernels.backends.triton.attend import attend
     from dit_accel_kernels.backends.triton.backward import attend_backward
 
-    problem = problem_of(*call.inputs, call.tiles, layout="bhsd")
-    out, lse, *_ = attend(problem, need_lse=True)
+    problem = problem_of(*call.inputs, call.tiles, layout="bhsd", return_lse=True)
+    out, lse, *_ = attend(problem)
     return (
         lambda: attend_backward(problem, out, lse, call.grad_out, None),
         lambda results: worst([sampled(call, results[:1]), key_gradients(call, out, lse, results)]),

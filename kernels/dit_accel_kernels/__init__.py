@@ -9,7 +9,7 @@ from .api import (
     speed_over_dense,
 )  # fmt: skip
 from .backends.cudnn import missing_requirement as cudnn_requirement
-from .backends.fa4.support import missing_requirement as fa4_requirement
+from .backends.fa4 import missing_requirement as fa4_requirement
 from .backends.flashinfer import missing_requirement as flashinfer_requirement
 from .backends.flex import missing_requirement as flex_requirement
 from .backends.torch.fused import way as torch_way

@@ -1,7 +1,5 @@
 """The attention call: arguments checked, resolved and handed to one backend; also the custom op and its gradient."""
 
-from __future__ import annotations
-
 import importlib
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Booleans as bits of int32 words: bit j % 32 of word j // 32 is entry j."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

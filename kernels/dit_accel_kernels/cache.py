@@ -1,7 +1,5 @@
 """What is derived from tile lists and frames, kept on their storage: it lives as long as they do, and no longer."""
 
-from __future__ import annotations
-
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -16,7 +14,7 @@ Tensors = Iterable[Tensor | None]
 Version = tuple[object, ...]
 _WRITTEN = "_dit_accel_written"  # of a storage: its last announced write, for every copy of this package
 _ATTRIBUTE, _COPIED = f"_derived_{__package__}", f"_copied_{__package__}"  # of a storage, for this copy alone
-_CAPTURED: dict[int, tuple[_Entry, list[Tensor]]] = {}  # what captured graphs read must not move or go
+_CAPTURED: dict[int, tuple["_Entry", list[Tensor]]] = {}  # what captured graphs read must not move or go
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """A call's arguments checked and made its problem: shapes, dtypes and devices, never values, so that nothing syncs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

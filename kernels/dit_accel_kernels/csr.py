@@ -1,7 +1,5 @@
 """Tile states, and lists of tiles by rows (CSR): made of booleans, read by entry or padded, values checked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Masks inside tiles: which tiles a rule for pairs of tokens leaves whole, and the distinct bit masks of the others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A call's problem flattened to what a custom op takes, tensors and scalars, and back."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

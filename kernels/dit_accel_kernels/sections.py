@@ -6,8 +6,6 @@ is no multiple of 16, in which chunks do not divide it. *Absent*: no valid key, 
 of its own is slow too, unless it is absent.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

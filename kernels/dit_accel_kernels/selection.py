@@ -5,8 +5,6 @@ pinned, or it is dropped where its bit in `keep` is 0 and then becomes what `res
 where its score stays under its row's threshold: states.py. Votes (votes.py) give the bits of the next call.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Tile states of a call: its lists with its selection applied, and the order in which a row's tiles are visited."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

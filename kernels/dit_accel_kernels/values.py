@@ -1,7 +1,5 @@
 """Checks of values: tile lists and token orders that would read memory that isn't there, or leave tokens unwritten."""
 
-from __future__ import annotations
-
 import os
 
 import torch

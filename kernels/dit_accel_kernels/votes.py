@@ -14,8 +14,6 @@ warp at a time and with ranges, the outcome is the same, but for a ragged last t
 directions here, and 2 to 20 of some 3,000 bits differ for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -166,7 +166,7 @@ def test_the_report_shows_steps_and_stages_where_lines_tell_them():
         assert f"<td>{stages['step']:.3f}</td>\n<td>{stages['decode']:.2f}</td>" in text
     assert "Step by step" in text
     assert "on 1 thread, beside whatever" in text
-    (run, *_) = next(arm for arm in data_of(report)["arms"] if arm["name"] == name)["runs"]
+    run = next(line for line in data_of(report)["lines"] if line["arm"] == name)
     assert (run["step_work"], run["times"]["text"]) == (own[0]["step_work"], own[0]["times"]["text"])
     text = page(report_of(untimed))
     assert "Step by step" not in text

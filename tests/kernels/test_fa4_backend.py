@@ -14,7 +14,7 @@ import fa4_stand_in
 import pytest
 import torch
 from dit_accel_kernels import BackendUnavailableError, Selection, Vote, fa4_requirement
-from dit_accel_kernels.backends.fa4 import support
+from dit_accel_kernels.backends import fa4, library
 from kernel_cases import attend, check_against_reference, frame_decay, full, lists_of, qkv, random_lists
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def half(num_q: int = 300, num_k: int = 300, heads: int = 1, dim: int = 16) -> t
 
 def installed() -> bool:
     try:
-        importlib.metadata.version(support.PACKAGE)
+        importlib.metadata.version(fa4.PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
@@ -117,26 +117,22 @@ def test_other_cards_are_refused_by_name(monkeypatch, name, text):
 
 
 def test_a_missing_package_is_told_and_any_version_is_left_to_the_self_check(monkeypatch):
-    monkeypatch.setattr(support, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(support, "triton_requirement", lambda *given: None)
+    monkeypatch.setattr(fa4, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(fa4, "triton_requirement", lambda *given: None)
 
-    def requirement(version) -> str | None:
-        def found(name: str) -> str:
-            if version is None:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return version
-
-        support.package_problem.cache_clear()
-        monkeypatch.setattr(importlib.metadata, "version", found)
+    def requirement() -> str | None:
+        library.missing_package.cache_clear()
         return fa4_requirement(CPU)
 
-    assert requirement(None) == "the flash-attn-4 package (found none: pip install --pre flash-attn-4)"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.0")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert "a flash-attn-4 that can be imported (found 5.0, and " in str(requirement("5.0"))
+    assert requirement() == "the flash-attn-4 package (found none: pip install --pre flash-attn-4)"
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    assert requirement("5.0") is None
-    support.package_problem.cache_clear()
+    assert "a flash-attn-4 with flash_attn_func that can be imported (found 5.0, and " in str(requirement())
+    vars(sys.modules["flash_attn.cute.interface"])["flash_attn_func"] = None
+    assert requirement() is None
+    library.missing_package.cache_clear()
 
 
 @pytest.mark.parametrize("decays", [False, True])
@@ -167,13 +163,13 @@ import sys, torch, cutlass
 from dataclasses import replace
 from torch._subclasses.fake_tensor import FakeTensorMode
 from dit_accel_kernels import TileLists
-from dit_accel_kernels.backends.fa4 import attend, support
+from dit_accel_kernels.backends import fa4
 from dit_accel_kernels.problem import Problem
 from flash_attn.cute.interface import _flash_attn_fwd
 
 arch, dim, block_q, features = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-support.architecture = lambda device: arch
-support.triton_requirement = lambda *given: None
+fa4.architecture = lambda device: arch
+fa4.triton_requirement = lambda *given: None
 
 
 class Card:  # on sm_100 the driver would be asked how many multiprocessors there are
@@ -195,14 +191,14 @@ problem = Problem(
     key_valid=valid if "mask" in features else None,
     decay=(torch.rand(5), frames, frames) if "decay" in features else None,
 )
-blocks = attend._blocks(problem)._replace(empty=None)  # what is done to them after the call is no compiler's work
-read = attend._decay_tensors(*problem.decay) if problem.decay else ()
+blocks = fa4._blocks(problem)._replace(empty=None)  # what is done to them after the call is no compiler's work
+read = fa4._decay_tensors(*problem.decay) if problem.decay else ()
 with FakeTensorMode(allow_non_fake_inputs=True):
     there = lambda x: None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-    attend._blocks_of = lambda problem: attend.ListedBlocks(*map(there, blocks))
-    attend._decay_tensors = lambda *given: tuple(map(there, read))
+    fa4._blocks_of = lambda problem: fa4.ListedBlocks(*map(there, blocks))
+    fa4._decay_tensors = lambda *given: tuple(map(there, read))
     moved = {name: there(getattr(problem, name)) for name in ("q", "k", "v", "key_valid", "head_scale")}
-    out, lse = attend._exact_tiles(replace(problem, **moved), need_lse=True)
+    out, lse = fa4._exact_tiles(replace(problem, **moved), need_lse=True)
 assert out.shape == (2, 4, 1000, dim) and lse.shape == (2, 4, 1000), (out.shape, lse.shape)
 print("compiled", len(_flash_attn_fwd.compile_cache.cache))
 """

@@ -37,7 +37,7 @@ def test_the_layout_of_the_output():
     for strided in (q.transpose(1, 2), q.transpose(1, 2).contiguous()):
         for heads_first in (False, True):
             problem = replace(problem_from(tiles, strided, strided, strided), heads_first=heads_first)
-            out, *_ = triton_attend.attend(problem, need_lse=False)
+            out, *_ = triton_attend.attend(problem)
             assert (out.stride(1) > out.stride(2)) == heads_first
 
 
@@ -98,7 +98,7 @@ def test_an_inexact_lse_has_no_part_in_float32():
     q, k, v = qkv(1, 2, 1, 40, 40, 16, torch.float32)
     for pooled in (False, True):
         problem = problem_from(random_lists(1, 40, 40, 16, 16, pooled=pooled), q, k, v)
-        out, lse, *_ = triton_attend.attend(problem, need_lse=True)
+        out, lse, *_ = triton_attend.attend(replace(problem, return_lse=True))
         inexact, grad = lse + torch.rand_like(lse) / 5, torch.randn_like(q)
         exact, moved = (triton_backward.attend_backward(problem, out, x, grad, None) for x in (lse, inexact))
         torch.testing.assert_close(exact, moved)

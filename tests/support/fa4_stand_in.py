@@ -92,7 +92,7 @@ def flash_attn_func(  # its arguments in their order
 
 def install(monkeypatch, arch: str) -> None:
     """Let `flash_attn.cute` and `cutlass` be the stand-in until the test ends, on a card of this architecture."""
-    from dit_accel_kernels.backends.fa4 import support
+    from dit_accel_kernels.backends import fa4
 
     global architecture
     architecture = arch
@@ -112,8 +112,8 @@ def install(monkeypatch, arch: str) -> None:
         parent, _, leaf = name.rpartition(".")
         if parent:
             vars(modules[parent])[leaf] = module
-    monkeypatch.setitem(sys.modules, "dit_accel_kernels.backends.fa4.modifiers", None)
-    monkeypatch.delitem(sys.modules, "dit_accel_kernels.backends.fa4.modifiers")  # imported anew, on the stand-in
-    monkeypatch.setattr(support, "architecture", lambda device: arch)
-    monkeypatch.setattr(support, "package_problem", lambda: None)
+    monkeypatch.setitem(sys.modules, "dit_accel_kernels.backends.fa4_modifiers", None)
+    monkeypatch.delitem(sys.modules, "dit_accel_kernels.backends.fa4_modifiers")  # imported anew, on the stand-in
+    monkeypatch.setattr(fa4, "architecture", lambda device: arch)
+    monkeypatch.setattr(fa4, "missing_package", lambda *given: None)
     calls.clear()

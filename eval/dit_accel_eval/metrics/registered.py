@@ -12,6 +12,9 @@ from .metric import FAMILY, Measured, Metric, NotMeasured, Sample
 
 METRIC_GROUP = "dit_accel.metrics"
 
+FLOOR = "encoding-alone"
+"""What stands among the metrics of clips encoded with loss: PSNR of the reference to itself, encoded as they are."""
+
 
 @cache
 def metrics() -> dict[str, Metric]:
@@ -46,6 +49,8 @@ def metric(name: str) -> Metric:
 
 def metric_about(name: str) -> Metric | None:
     """Return a metric to read its words, sense and decimals of, whether or not it can be had here; None: unknown."""
+    if name == FLOOR:
+        return replace(metrics()["psnr"], name=FLOOR, words="PSNR of the encoding alone, dB", better="neither")
     family, model = _family(name)
     return replace(family, name=name, words=f"{family.words}, {model}") if family else metrics().get(name)
 

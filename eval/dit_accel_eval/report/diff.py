@@ -42,15 +42,16 @@ def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:
 def _side(report: SuiteReport, arm: ArmFigures | None) -> dict[str, Any] | None:
     if arm is None:
         return None
-    key = "steps_in_time" if "steps_in_time" in arm.means else "work"
+    key = report.main if report.main in arm.means else next((key for key in report.works if key in arm.means), "")
     verdict = arm.ahead[key].verdict if key in arm.ahead else ""
-    return {"psnr": arm.psnr.mean, "steps": arm.means[key], "by": report.works[key], "verdict": verdict}
+    return {"psnr": arm.psnr.mean, "steps": arm.means.get(key), "by": report.works.get(key, ""),
+            "verdict": verdict}  # fmt: skip
 
 
 def others_of(before: SuiteReport, after: SuiteReport) -> list[str]:
     """Return what the two files do not share, so that a difference may come from it: the model, the call, versions."""
     first, second = before.results.lines[0].raw, after.results.lines[0].raw
-    keys = (*ONE, "torch", "diffusers", "dit_accel", "device", "threads")
+    keys = (*ONE, "torch", "diffusers", "dit_accel", "device", "threads", "protocol")
     texts = [f"{key} {first.get(key)!r}, then {second.get(key)!r}" for key in keys if first.get(key) != second.get(key)]
     if before.prompts != after.prompts:
         texts.append(f"{len(before.prompts)} prompts, then {len(after.prompts)}")
@@ -67,7 +68,7 @@ def diff_markdown(entries: Sequence[dict[str, Any]]) -> str:
             words = f"{change['mean']:+.2f} {ends}{words}"
         kinds = dict.fromkeys(side["by"] for side in sides if side)
         cells = [
-            " → ".join(dict.fromkeys(form.format(side[key] or "–") if side else "–" for side in sides))
+            " → ".join(dict.fromkeys(form.format(side[key]) if side and side[key] else "–" for side in sides))
             for key, form in (("psnr", "{:.2f}"), ("steps", "{:.2f}"), ("verdict", "{}"))
         ]
         rows.append((entry["name"], cells[0], words, f"{cells[1]} ({', then '.join(kinds)})", cells[2]))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dit_accel import ConfigError
 
@@ -15,11 +16,14 @@ from ..runs.results import ResultLine, last_lines
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
-NUMBERS = (
-    "clip", "num_inference_steps", "psnr", "ssim", "work", "work_real", "attended", "reference_agreement",
-    "reference_steps",
-)  # fmt: skip
+NUMBERS = ("clip", "num_inference_steps", "psnr", "ssim", "reference_agreement", "reference_steps")
+COSTS = ("work", "work_real", "attended")
+"""Numbers of what ran besides, which nobody knows of clips in folders."""
+
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
+SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 4
+"""What a file of one run, which travels, says of itself; ``results.schema.json`` beside this is its JSON Schema."""
+
 ONE = ("model", "weights", "dtype", "call", "reference")
 """What all lines of one report must share."""
 
@@ -39,18 +43,53 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read the results of `eval run`."""
+    """Read the results of `eval run`: its JSON lines, or the JSON file that a report writes of them."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"results {path} can't be read ({reason}); name the file that eval run wrote") from None
+    if path.suffix == ".json":
+        text = "".join(f"{json.dumps(line)}\n" for line in _travelled(path, text))
     whole, _, rest = text.rpartition("\n")
     lines = [_line(f"{path}, line {number}", line) for number, line in enumerate(whole.splitlines(), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"{path} holds no results; fill it with dit-accel eval run SUITE.toml --out {path}")
     _check_one(path, lines)
     return Results(path=path, lines=tuple(last_lines(lines).values()), cut=bool(rest.strip()))
+
+
+def _travelled(path: Path, text: str) -> list[Any]:
+    """Return the lines in the JSON file of a run."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); write it anew with dit-accel eval report --json") from None
+    known = isinstance(data, dict) and data.get("schema") == SCHEMA
+    if not known or data.get("version") != SCHEMA_VERSION or not isinstance(data.get("lines"), list):
+        found = f"version {data.get('version')} of it" if known else "another file"
+        raise ConfigError(
+            f"{path} is no {SCHEMA} of version {SCHEMA_VERSION} but {found}; write it anew with eval report --json"
+        )
+    return data["lines"]
+
+
+def merged(files: Sequence[Results], path: Path) -> Results:
+    """Return the lines of several files as those of one; a run that two of them tell otherwise is refused."""
+    lines, prompts = dict[tuple[str, int], tuple[Path, ResultLine]](), dict[int, str]()
+    for results in files:
+        for line in results.lines:
+            if prompts.setdefault(line.clip, line.prompt) != line.prompt:
+                both = f"{prompts[line.clip]!r} and of {line.prompt!r}"
+                raise ConfigError(f"clip {line.clip} is of {both} in {results.path}; merge files of the same prompts")
+            before, first = lines.setdefault(line.key, (results.path, line))
+            if first.raw != line.raw:
+                raise ConfigError(
+                    f"{before} and {results.path} tell clip {line.clip} of arm {line.arm!r} otherwise; leave one out"
+                )
+    every = [line for _, line in lines.values()]
+    _check_one(path, every)
+    return Results(path=path, lines=tuple(every), cut=False)
 
 
 def _line(where: str, text: str) -> ResultLine:
@@ -60,14 +99,15 @@ def _line(where: str, text: str) -> ResultLine:
         raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
     if not isinstance(line, dict):
         raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
-    missing = [key for key in (*NUMBERS, *TEXTS, "call", "methods", "reference", "flow_shift") if key not in line]
+    numbers = NUMBERS if "role" in line else (*NUMBERS, *COSTS)
+    missing = [key for key in (*numbers, *TEXTS, "call", "methods", "reference", "flow_shift") if key not in line]
     if missing:
         raise ConfigError(
             f"{where} lacks {', '.join(missing)}; a report takes results that are held against converged runs, and "
             "dit-accel eval run SUITE.toml --table prints those of a suite with a judge"
         )
     metrics = line.get("metrics", {})
-    kinds = {"finite number": {key: line[key] for key in (*NUMBERS, "score") if key in line},
+    kinds = {"finite number": {key: line[key] for key in (*numbers, "score") if key in line},
              "text": {key: line[key] for key in TEXTS},
              "table": {"metrics": metrics, "call": line["call"], "methods": line["methods"]}}  # fmt: skip
     for kind, values in kinds.items():

@@ -106,15 +106,14 @@ def fps_of(report: SuiteReport) -> int:
 def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLine, ResultLine | None]]]:
     """Return clip -> its lines of arms whose frames were kept, each with the kept dense run of about its cost."""
     lines = [line for line in report.results.lines if line.kept]
-    arms, kind = {arm.name for arm in report.judged}, report.comparison.kind
+    arms, place = {arm.name for arm in report.judged}, report.comparison.place
     pairs: dict[int, list[tuple[ResultLine, ResultLine | None]]] = {}
     for clip in report.worst_first():
         ours = [line for line in lines if line.clip == clip and line.arm in arms]
-        dense = [line for line in lines if line.clip == clip and line.arm not in arms]
-        dense = [line for line in dense if line.arm.startswith(f"{kind} ")]
+        dense = [line for line in lines if line.clip == clip and line.arm not in arms and place(line) is not None]
         if ours and len(pairs) < most:
             steps = [line.value(report.main) or line.work for line in ours]
-            near = [min(dense, key=lambda line: abs(line.num_inference_steps - at), default=None) for at in steps]
+            near = [min(dense, key=lambda line: abs((place(line) or 0) - at), default=None) for at in steps]
             pairs[clip] = list(zip(ours, near, strict=True))
     return pairs
 

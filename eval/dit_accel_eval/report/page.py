@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics.dynamics import DYNAMICS
-from ..metrics.registered import decimals_of
+from ..metrics.registered import FLOOR, decimals_of
 from ..runs.results import ResultLine
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
 from ..suites.figures import NOTHING, ArmFigures, pairs_rule, rule_words, seconds_cell
@@ -56,7 +56,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
     return {
         "prefix": prefix, "level": level, "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores), "report": report, "first": lines[0].raw,
-        "reference": f"the model's own {report.full_steps} steps" if report.own else "the converged run",
+        "reference": reference_of(report), "whole": whole_of(report),
         "warnings": [*report.warnings, *failed], "rows": _rows(report, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report), "hues": hues(report), "groups": groups,
@@ -75,6 +75,17 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "machines": "; ".join(sorted({line.raw["device"] for line in lines if "device" in line.raw})),
         "tokens": lines[0].raw.get("tokens"), "data": _data(report, media, prefix),
     }  # fmt: skip
+
+
+def reference_of(report: SuiteReport) -> str:
+    """Return in words what clips are held against."""
+    own = f"the model's own {report.full_steps} steps" if report.own else "the converged run"
+    return "the reference's clips" if report.of_folders else own
+
+
+def whole_of(report: SuiteReport) -> str:
+    """Return in words what speed-ups are over."""
+    return "its clips" if report.of_folders else f"{report.full_steps} dense steps"
 
 
 def score_leads(report: SuiteReport) -> dict[str, Judged]:
@@ -128,8 +139,8 @@ def _rows(report: SuiteReport, scores: Mapping[str, Judged]) -> list[dict[str, A
 
 
 def _columns(report: SuiteReport) -> list[str]:
-    """Return the further metrics of the first table: those that compare frames as people do."""
-    return [name for name in report.further if name.startswith("lpips")][:1]
+    """Return the further metrics of the first table: of those that compare frames as people do, and the encoding's."""
+    return [name for name in report.further if name.startswith("lpips")][:1] + [FLOOR] * (FLOOR in report.further)
 
 
 def _data(report: SuiteReport, media: Entry, prefix: str) -> dict[str, Any]:
@@ -146,7 +157,7 @@ def _data(report: SuiteReport, media: Entry, prefix: str) -> dict[str, Any]:
     return {
         "prefix": prefix, "prompts": report.prompts, "arms": arms, "references": media.get("references", {}),
         "rivals": media.get("rivals", {}), "fps": fps_of(report), "amplified": AMPLIFIED,
-        "reference": f"own {report.full_steps} steps" if report.own else "converged",
+        "reference": "converged" if not report.own else whole_of(report).replace("dense", "own"),
     }  # fmt: skip
 
 
@@ -183,6 +194,9 @@ def package_versions(lines: Sequence[ResultLine]) -> dict[str, str]:
 def _commands(report: SuiteReport) -> list[str]:
     """Return the commands that make the results anew, and the page from those."""
     path, lines = report.results.path, report.results.lines
+    if report.of_folders:
+        folders = {f"--{line.raw['role']} {shlex.quote(line.arm)}=DIR": "" for line in lines}
+        return [f"dit-accel eval folders --reference DIR {' '.join(folders)} -o {path.stem}.html"]
     suite, out, page = (shlex.quote(name) for name in (f"{report.name}.toml", path.name, f"{path.stem}.html"))
     timed = " --time" if any(line.seconds is not None for line in lines) else ""
     frames = " --frames frames" if any(line.kept for line in lines) else ""

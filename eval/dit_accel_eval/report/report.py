@@ -1,5 +1,6 @@
 """What a report says of one file of results: the figures of every arm and declared pair, and what it warns of."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,15 @@ from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
 from ..metrics.dynamics import DYNAMICS
+from ..metrics.registered import FLOOR
 from ..runs.results import ITSELF, TIMED, WORKS, ResultLine
 from ..statistics import FEWEST
 from ..suites.figures import ArmFigures, Comparison, PairFigures, pair_figures, reference_words, rival_words
-from ..suites.suite import read_suite
+from ..suites.suite import Pair, read_suite
 from .lines import Results, further_metrics, read_results
+
+HALF = 10 * math.log10(2)
+"""Decibels that PSNR lies below the encoding's own where half of the squared error is the encoding's."""
 
 LISTED = 8
 """Names that a warning lists, before it counts the rest."""
@@ -57,6 +62,11 @@ class SuiteReport:
         """The kind by which arms are ordered first: time where every arm was timed, else own work."""
         timed = "steps_in_time" in self.works and all("steps_in_time" in arm.means for arm in self.judged)
         return "steps_in_time" if timed else "work"
+
+    @property
+    def of_folders(self) -> bool:
+        """Whether `eval folders` measured clips in files, of which only the time may be known."""
+        return self.results.lines[0].of_folder
 
     @property
     def own(self) -> bool:
@@ -112,10 +122,19 @@ def suite_report(results: Results, suite: Path | None = None) -> SuiteReport:
         read = None
     if path and read and read.name == results.name:
         pairs, text = pair_figures(read.pairs, lines, read.reference_steps), path.read_text(encoding="utf-8")
+    if lines[0].of_folder and not comparison.curve:
+        pairs = pair_figures(_each_with_each(lines), lines, 1)
     return SuiteReport(
         results=results, comparison=comparison, arms=arms, settings={line.arm: line for line in reversed(lines)},
         prompts=prompts, warnings=tuple(warnings), pairs=tuple(pairs), suite=text,
     )  # fmt: skip
+
+
+def _each_with_each(lines: Sequence[ResultLine]) -> list[Pair]:
+    """Return each arm with each rival: what there is to compare where no clip's seconds are known."""
+    rivals = dict.fromkeys(line.arm for line in lines if line.is_rival)
+    arms = dict.fromkeys(line.arm for line in lines if not line.is_rival)
+    return [Pair(arm=arm, against=rival) for arm in arms for rival in rivals]
 
 
 def suite_reports(paths: Sequence[Path], suites: Sequence[Path] = ()) -> list[SuiteReport]:
@@ -147,14 +166,34 @@ def _warnings(results: Results, arms: Sequence[ArmFigures]) -> Iterator[str]:
     yield from reference_words(lines)
     if len(judging) < FEWEST:
         yield f"With {len(judging)} clips there is no verdict; it takes {FEWEST}."
-    yield rival_words(lines)
+    yield from filter(None, [rival_words(lines)])
+    yield from _of_folders(lines, arms) if lines[0].of_folder else ()
     yield from _guided(lines)
     yield from _moved(arms)
     yield from _unmeasured(lines)
-    for key in ("torch", "diffusers", "dit_accel"):
+    for key in ("torch", "diffusers", "dit_accel", "protocol"):
         versions = sorted({str(line.raw[key]) for line in lines if key in line.raw})
         if len(versions) > 1:
             yield f"The runs are of several versions of {key}: {', '.join(versions)}."
+
+
+def _of_folders(lines: Sequence[ResultLine], arms: Sequence[ArmFigures]) -> Iterator[str]:
+    """Say which arms no rival equals in time, and what encoding with loss does to clips in files."""
+    tested = [arm for arm in arms if any(line.arm == arm.name and not line.is_rival for line in lines)]
+    if not any("steps_in_time" in arm.means for arm in arms):
+        yield "No seconds are known, so nothing is held at equal time: each arm is held against each rival."
+    else:
+        lone = [f"{arm.name} ({arm.clips - count} of {arm.clips} clips)" for arm in tested
+                if (count := arm.ahead["steps_in_time"].count if arm.ahead else 0) < arm.clips]  # fmt: skip
+        yield from [f"Faster or slower than every rival, so not judged there: {_some(lone)}."] if lone else []
+    floors = {arm.name: (arm.psnr.mean, arm.metrics[FLOOR].mean) for arm in arms if FLOOR in arm.metrics}
+    if floors:
+        near = [name for name, (psnr, floor) in floors.items() if floor - psnr < HALF]
+        most = f"; most of the error is the encoding's of {_some(near)}" if near else ""
+        highest = max(floor for _, floor in floors.values())
+        yield f"Clips are encoded with loss, which alone leaves {highest:.1f} dB at most ({FLOOR}){most}."
+    lossy = {line.raw["encoding"] for line in lines if line.raw["lossy"] and FLOOR not in line.metrics}
+    yield from [f"How much is lost by encoding as {', '.join(sorted(lossy))} is not known here."] if lossy else []
 
 
 def _guided(lines: Sequence[ResultLine]) -> Iterator[str]:

@@ -11,12 +11,11 @@ from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
 from ..suites.figures import ArmFigures, arms_markdown, pairs_markdown, rule_words
-from .lines import better_of
+from .lines import SCHEMA, SCHEMA_VERSION, better_of
 from .media import Media, kept_lines, shown
 from .page import package_versions, page
 from .report import SuiteReport
 
-SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 3
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
 FURTHER = ("scheduler", "guider", "arm_call")
 """What only some arms set."""
@@ -61,7 +60,9 @@ def data_of(report: SuiteReport) -> dict[str, Any]:
     first = report.results.lines[0].raw
     references = {line.clip: line for line in report.results.lines}
     return {
-        "schema": SCHEMA, "version": SCHEMA_VERSION,
+        "schema": SCHEMA, "version": SCHEMA_VERSION, "name": report.name, "full_steps": report.full_steps,
+        "protocol": sorted({str(line.raw["protocol"]) for line in report.results.lines if "protocol" in line.raw}),
+        "machines": sorted({str(line.raw["device"]) for line in report.results.lines if "device" in line.raw}),
         **{key: first[key] for key in ("model", "weights", "call", "reference")},
         "versions": package_versions(report.results.lines),
         "clips": [
@@ -71,14 +72,12 @@ def data_of(report: SuiteReport) -> dict[str, Any]:
         ],
         "arms": [_arm(report, arm) for arm in report.arms],
         "pairs": [{**asdict(pair), "verdict": pair.verdict} for pair in report.pairs], "warnings": [*report.warnings],
+        "lines": [dict(line.raw) for line in report.results.lines],
     }  # fmt: skip
 
 
 def _arm(report: SuiteReport, arm: ArmFigures) -> dict[str, Any]:
     setting = report.settings[arm.name].raw
-    runs = sorted(report.lines_of(arm), key=lambda line: line.clip)
-    keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
-    keys += ("dynamics", "times", "repeated", "step_work", "peak_memory_bytes")
     return {
         "name": arm.name, "dense": report.is_dense(arm), "clips": arm.clips,
         **{key: setting[key] for key in SETTING}, **{key: setting[key] for key in FURTHER if key in setting},
@@ -90,7 +89,6 @@ def _arm(report: SuiteReport, arm: ArmFigures) -> dict[str, Any]:
                    "against_fewer_steps": asdict(arm.differences[name]) if name in arm.differences else None}
             for name, figures in arm.metrics.items()
         },
-        "runs": [{key: line.raw[key] for key in keys if key in line.raw} for line in runs],
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_pipelines.generation.media import read_image, read_video
+from dit_accel_pipelines.generation.media import Frames, read_image, read_video
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
@@ -31,16 +31,19 @@ class ClipFile:
     name: str
     path: Path
 
-    def frames(self) -> Clip:
-        """Return the frames, [F, height, width, 3] in [0, 1], also of a picture in which `eval run` kept several."""
+    def levels(self) -> Frames:
+        """Return the frames, uint8 [F, height, width, 3], also of a picture in which `eval run` kept several."""
         if self.path.suffix.lower() in PICTURES:
             pictures = np.asarray(read_image(self.path))
-            count = _kept_frames(self.path)
-            frames = strip_frames(pictures, count) if count else pictures[None]
-        else:
-            frames = np.stack([np.asarray(frame) for frame in read_video(self.path)])
-            _check_whole(self.path)
-        return np.divide(frames, 255, dtype=np.float32)
+            count = kept_frames(self.path)
+            return strip_frames(pictures, count) if count else pictures[None]
+        frames = np.stack([np.asarray(frame) for frame in read_video(self.path)])
+        _check_whole(self.path)
+        return frames
+
+    def frames(self) -> Clip:
+        """Return the frames, [F, height, width, 3] in [0, 1]."""
+        return np.divide(self.levels(), 255, dtype=np.float32)
 
     def is_exact(self) -> bool:
         """Whether the file holds frames as they were made, up to 8 bits."""
@@ -59,7 +62,7 @@ def _check_whole(path: Path) -> None:
         raise ConfigError(f"video {path} is damaged or was cut off ({message}); write it again")
 
 
-def _kept_frames(path: Path) -> int | None:
+def kept_frames(path: Path) -> int | None:
     """Return of how many frames a picture is made that `eval run` kept; None for another picture."""
     from PIL import Image
 

@@ -43,6 +43,9 @@ NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")
 REFERENCE = "reference"
 """What stands for the arm's name in the file of a converged run."""
 
+KEPT = ("kept", "kept_reference")
+"""Keys of a line that tell where its frames and its reference's were kept."""
+
 _KEY = "dit-accel"
 _SHAPING = ("model", "weights", "call", "clip", "num_inference_steps", "solver", "flow_shift", "methods")
 _FURTHER = ("seed", "dtype", "scheduler", "guider", "arm_call")
@@ -169,8 +172,17 @@ class ResultLine:
 
     @cached_property
     def is_rival(self) -> bool:
-        """Whether this is a dense run that others are compared with; these alone are named by their steps."""
-        return self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
+        """Whether this is a dense run that others are compared with; a suite's are named by their steps."""
+        return (
+            self.raw["role"] == "rival"
+            if self.of_folder
+            else self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
+        )
+
+    @property
+    def of_folder(self) -> bool:
+        """Whether `eval folders` measured this of clips in files, of which the cost in blocks is not known."""
+        return "role" in self.raw
 
     @cached_property
     def is_converged(self) -> bool:
@@ -200,6 +212,12 @@ def result_lines(path: Path) -> list[ResultLine]:
 def last_lines(lines: Iterable[ResultLine]) -> dict[tuple[str, int], ResultLine]:
     """Return (arm, clip) -> its last line."""
     return {line.key: line for line in lines}
+
+
+def frames_hash(clip: Clip | Frames) -> str:
+    """Return a hash of frames as 8 bits, [F, height, width, 3], and of their shape."""
+    frames = clip if clip.dtype == np.uint8 else to_uint8(clip)
+    return hashlib.sha256(f"{frames.shape}".encode() + frames.tobytes()).hexdigest()[:16]
 
 
 def kept_path(folder: Path, arm: str, clip: int) -> Path:

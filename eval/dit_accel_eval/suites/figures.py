@@ -15,10 +15,10 @@ from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
 from ..metrics.dynamics import DYNAMICS
-from ..metrics.registered import decimals_of
+from ..metrics.registered import FLOOR, decimals_of
 from ..runs.model import OWN
 from ..runs.results import AGREE, TIMED, TUNED, WORKS, ResultLine, last_lines, markdown_table
-from ..statistics import FEWEST, TOO_FEW, ClipMean, Judged, clip_mean, judge, p_words
+from ..statistics import FEWEST, TOO_FEW, ClipMean, Judged, clip_mean, frontier, judge, p_words
 from .judges import judge_of
 from .ladder import setting_words
 from .suite import Pair, Suite
@@ -45,7 +45,7 @@ class ArmFigures:
 
     Attributes:
         ahead: key of `WORKS` or `TIMED` -> how far it is ahead of the dense run of equal work or time, in dB.
-        differences: further metric -> its difference to the dense run of equal own work.
+        differences: further metric -> its difference to the dense run of equal own work; of clips in folders, time.
         dynamics: metric of `DYNAMICS` -> by how many points it is above the reference's, of arms that are no rivals.
         saved_nothing: whether its methods left nothing out on any clip; it is judged by none of these.
     """
@@ -89,6 +89,11 @@ class PairFigures:
         more = f", at more {self.by}" if dearer and verdict not in ("open", TOO_FEW) else ""
         return words.get(verdict, verdict) + more
 
+    @property
+    def shares(self) -> str:
+        """The costs of both in words."""
+        return "not known" if math.isnan(self.costs[0]) else f"{self.costs[0]:.2f} vs {self.costs[1]:.2f}"
+
 
 class Comparison:
     """Lines whose reference converged, all where none did, beside the dense runs that cost as much."""
@@ -97,19 +102,36 @@ class Comparison:
         every = list(lines)
         every = [line for line in every if line.is_converged] or every
         self.lines, self.kind, self.idle = last_lines(every), rival_kind(every), idle_arms(every)
+        self.curve = _curve(self.lines.values())
 
     def of_arm(self, name: str) -> list[ResultLine]:
         """Return the lines of an arm, by clip."""
         return sorted((line for line in self.lines.values() if line.arm == name), key=lambda line: line.clip)
 
     def rival_value(self, clip: int, steps: float, metric: str) -> float | None:
-        """Return a metric after so many dense steps, linear between whole numbers; None where one is missing."""
-        low, high = max(1, math.floor(steps)), max(1, math.ceil(steps))
-        ends = [self.lines.get((f"{self.kind} {count}", clip)) for count in (low, high)]
-        below, above = (None if line is None else line.value(metric) for line in ends)
-        if below is None or above is None:
+        """Return a metric after so many dense steps, linear between whole numbers; None where one is missing.
+
+        Of rivals in folders it is linear between those of the curve that took less and more time.
+        """
+        if self.curve:
+            places, first, last = self.curve, min(self.curve.values()), max(self.curve.values())
+            steps = min(max(steps, first), last) if first <= EQUAL * steps and steps <= EQUAL * last else steps
+        else:
+            steps = max(1.0, steps)
+            places = {f"{self.kind} {count}": float(count) for count in (math.floor(steps), math.ceil(steps))}
+        below = max((name for name in places if places[name] <= steps), key=places.__getitem__, default="")
+        above = min((name for name in places if places[name] >= steps), key=places.__getitem__, default="")
+        ends = [self.lines.get((name, clip)) for name in (below, above)]
+        low, high = (None if line is None else line.value(metric) for line in ends)
+        if low is None or high is None:
             return None
-        return below + (above - below) * (steps - low) if high > low else below
+        return low if below == above else low + (high - low) * (steps - places[below]) / (places[above] - places[below])
+
+    def place(self, line: ResultLine) -> float | None:
+        """Return where a rival stands, in dense steps; None: arms are not compared with it."""
+        if line.of_folder:
+            return self.curve.get(line.arm)
+        return line.num_inference_steps if line.arm == f"{self.kind} {line.num_inference_steps}" else None
 
     def leads(self, name: str, key: str, metric: str = "psnr") -> dict[int, float]:
         """Return clip -> how far an arm's metric is above that of the dense run of equal ``key``."""
@@ -125,6 +147,8 @@ class Comparison:
         """Return the figures of every arm that ran: dense runs by steps, then the others as listed."""
         dense = sorted({line.num_inference_steps for line in self.lines.values() if line.arm not in listed})
         names = [*(f"{kind} {steps}" for kind in dict.fromkeys((BEST, self.kind)) for steps in dense), *listed]
+        names = [*dict.fromkeys(line.arm for line in self.lines.values() if line.of_folder and line.is_rival), *names]
+        cost = "work" if any(line.value("work") is not None for line in self.lines.values()) else "steps_in_time"
         arms = {name: lines for name in names if (lines := self.of_arm(name))}
         further = {name: _further(lines) for name, lines in arms.items()}
         ahead = {
@@ -132,8 +156,8 @@ class Comparison:
             for key in (*WORKS, *TIMED)
         }
         differences = judge({
-            (name, metric): [*self.leads(name, "work", metric).values()]
-            for name, metrics in further.items() for metric in metrics
+            (name, metric): [*self.leads(name, cost, metric).values()]
+            for name, metrics in further.items() for metric in metrics if metric != FLOOR
         })  # fmt: skip
         moved = judge({
             (name, metric): [100 * (line.dynamics[metric][0] - line.dynamics[metric][1]) for line in each
@@ -153,6 +177,19 @@ class Comparison:
             )
             for name, lines in arms.items()
         ]  # fmt: skip
+
+
+def _curve(lines: Iterable[ResultLine]) -> dict[str, float]:
+    """Return the rivals in folders that none surpasses in less time, the fastest first -> their mean time in steps.
+
+    That they are chosen on the clips that judge is to the rivals' advantage.
+    """
+    timed: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        if line.of_folder and line.is_rival and line.steps_in_time is not None:
+            timed.setdefault(line.arm, []).append((line.steps_in_time, line.psnr))
+    means = {name: tuple(np.mean(values, axis=0).tolist()) for name, values in timed.items()}
+    return {name: means[name][0] for name in frontier(means, means.__getitem__)}
 
 
 def suite_figures(suite: Suite, lines: Iterable[ResultLine]) -> list[ArmFigures]:
@@ -270,6 +307,12 @@ def rule_words(arms: Sequence[ArmFigures]) -> str:
 
 def rival_words(lines: Sequence[ResultLine]) -> str:
     """Return in words which dense runs arms are compared with."""
+    if lines and lines[0].of_folder:
+        curve = _curve(lines)
+        off = dict.fromkeys(line.arm for line in lines if line.is_rival and curve and line.arm not in curve)
+        words = "At equal time arms are held against the curve of these rivals, linear between two of them: "
+        beside = f"; not on it, since another is as near in less time: {', '.join(off)}" if off else ""
+        return f"{words}{', '.join(curve)}{beside}." if curve else ""
     if rival_kind(lines) == BEST:
         return "Fewer steps are UniPC's at the model's own noise shift, not the best solver and shift for each number."
     rivals = [line for line in lines if line.is_rival]
@@ -290,6 +333,7 @@ def arms_markdown(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     """Return the Markdown table of arms; those of fewer clips than ``clips``, None: than another, say how many."""
     whole = max((arm.clips for arm in arms), default=0) if clips is None else clips
     works = WORKS | (TIMED if any("steps_in_time" in arm.ahead for arm in arms) else {})
+    works = {key: words for key, words in works.items() if any(key in arm.means for arm in arms)}
 
     def mean(key: str, spec: str) -> Callable[[ArmFigures], str]:
         return lambda arm: f"{arm.means[key]:{spec}}" if key in arm.means else ""
@@ -346,7 +390,7 @@ def pairs_markdown(pairs: Sequence[PairFigures]) -> str:
     heads += f"{'| score, % ' if scored else ''}| share of dense {cost}"
     rows = []
     for pair in pairs:
-        costs = f"{pair.costs[0]:.2f} vs {pair.costs[1]:.2f}" + ("" if pair.by == cost else f" by {pair.by}")
+        costs = pair.shares + ("" if pair.by == cost else f" by {pair.by}")
         cells = [str(pair.pair), pair.ahead.cell("+"), p_words(pair.ahead.p_holm), pair.verdict]
         rows.append((*cells, *([pair.score.judged("+.1f") if pair.score else ""] if scored else []), costs))
     return f"{pairs_rule(pairs)}\n\n{markdown_table(heads, rows)}"

@@ -1,9 +1,10 @@
 """What a result line says of one run: how it compares with the converged one or is judged, what it cost, what ran."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from dit_accel.adapters.embedded import assets
 from ..metrics.dynamics import dynamics
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
+from ..protocol import PROTOCOL
 from ..runs.conditions import device_name, processor_name
 from ..runs.counting import Counts, work, works
 from ..runs.model import ModelRun, SuiteModel
-from ..runs.results import Line, keep_beside
+from ..runs.results import Line, frames_hash, keep_beside
 from .arms import Arm
 from .job import Job
 from .reference import Reference
@@ -95,7 +97,7 @@ def _about(sampled: Sampled) -> Line:
         **({"seed": model.seed(clip)} if job.suite.own else {}), **({} if embedded else {"tokens": model.tokens}),
         **job.setting, **job.arm_setting(arm), "torch": torch.__version__, "diffusers": version("diffusers"),
         "dit_accel": version("dit-accel"), "python": platform.python_version(),
-        "device": processor_name() if embedded else device_name(model.device),
+        "device": processor_name() if embedded else device_name(model.device), "protocol": PROTOCOL,
     }  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def _cost(run: ModelRun, dense_step: Counts | None, share: float) -> Line:
 
 
 def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
-    """Return PSNR, SSIM and the judge's score, and what the suite names: values, by frame, and why some are missing."""
+    """Return PSNR, SSIM, the judge's score and what the suite names, and hashes of both clips."""
     suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
     held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None
     if suite.embedded and (frames := assets().model_defaults(suite.model).get("num_frames")) is not None:
@@ -128,17 +130,22 @@ def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
-    results = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)
-    values = results.values()
-    line: dict[str, Any] = {name: values.pop(name) for name in ALWAYS}
+    unjudged = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
+    line = measured(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
     if held_out:
         line["score"] = assets().model_score(suite.model, clip, run.frames)
-    else:
-        results.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
-    if suite.metrics:
-        by_frame = {name: result.by_frame for name, result in results.measured.items() if name in suite.metrics}
+    return line | {"frames_hash": frames_hash(run.frames), "reference_hash": frames_hash(reference.frames)}
+
+
+def measured(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
+    """Return what a line says of a clip held against its reference: values, by frame, and why some are missing."""
+    results = scores(dict.fromkeys((*ALWAYS, *metrics)), sample)
+    results.skipped.update(skipped)
+    values = results.values()
+    line: Line = {name: values.pop(name) for name in ALWAYS}
+    if metrics:
+        by_frame = {name: result.by_frame for name, result in results.measured.items() if name in metrics}
         line["metrics"] = values
         line["by_frame"] = {name: [round(x, DIGITS) for x in row] for name, row in by_frame.items() if row is not None}
     line |= {"dynamics": moved} if (moved := dynamics(sample)) else {}
-    line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(results, key))}
-    return line
+    return line | {key: why for key in ("skipped", "unavailable") if (why := getattr(results, key))}

@@ -26,13 +26,12 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import EmbeddedModel, GivenModel
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.pool import run_beside
-from ..runs.results import AGREE, ResultLine, append_line, last_lines, result_lines, write_lines
+from ..runs.results import AGREE, KEPT, ResultLine, append_line, last_lines, result_lines, write_lines
 from .arms import Arm
 from .job import Job, checked
 from .measuring import ALWAYS, Sampled, line_of
 from .reference import dense_run, reference_run
 
-KEPT = ("kept", "kept_reference")
 EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", *KEPT)
 """Keys of a line that stay if its run is made again for something else that it lacked."""
 

@@ -4,8 +4,6 @@ Each head has lists of its own; tiles are square. Scales of heads are multiplied
 have no part in (pooled tiles, masks inside tiles, decay, votes, hidden keys) is refused.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ it: calls with a selection are refused. Its lists are those of key heads: the ba
 repeated where heads that share them have lists of their own. Its LSE is in log2 units and is turned into natural ones.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from typing import Any, NamedTuple

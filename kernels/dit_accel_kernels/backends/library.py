@@ -1,10 +1,7 @@
 """What backends that hand exact tiles to another library have in common: what they refuse, and what they look for."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -17,8 +14,8 @@ from ..problem import Problem
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def check_call(name: str, problem: Problem) -> Callable[[str | None], None]:
-    """Refuse calls that have more than exact tiles; return what raises for what is missing, if anything is."""
+def check_call(name: str, problem: Problem, only: str | None = None) -> Callable[[str | None], None]:
+    """Refuse calls that have more than exact tiles, or this one alone; return what raises for what is missing."""
     unsupported = {
         "pooled tiles": problem.may_pool,
         "masks inside tiles": problem.mask_ids is not None,
@@ -26,7 +23,7 @@ def check_call(name: str, problem: Problem) -> Callable[[str | None], None]:
         "votes": problem.votes,
         "hidden keys": any(x is not None for x in (problem.key_length, problem.key_mask, problem.key_valid)),
     }
-    reasons = [reason for reason, applies in unsupported.items() if applies]
+    reasons = [reason for reason, applies in unsupported.items() if applies and only in (None, reason)]
     if reasons:
         raise BackendUnavailableError(f"backend {name!r} has no {' and no '.join(reasons)}: use 'triton' or 'auto'")
 
@@ -40,16 +37,23 @@ def check_call(name: str, problem: Problem) -> Callable[[str | None], None]:
 
 
 @lru_cache(maxsize=8)
-def missing_package(module: str, package: str, function: str) -> str | None:
-    """What is wrong with a library on this machine, or None; it is imported once."""
-    if importlib.util.find_spec(module) is None:
-        return f"the {package} package (found none: pip install {package})"
+def missing_package(module: str, package: str, function: str, option: str = "") -> str | None:
+    """What is wrong with a library on this machine, or None; it is imported once. `option` is one for pip install."""
     try:
         getattr(importlib.import_module(module), function)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        found = importlib.metadata.version(package)
-        return f"a {package} with {function} that can be imported (found {found}, and {error})"
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            return f"the {package} package (found none: pip install {option}{package})"
+        return f"a {package} with {function} that can be imported (found {version_of(package)}, and {error})"
     return None
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, or "" of what is not: a copy of ours under another name is no package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def tile_sizes(tokens: int, side: int, device: torch.device) -> Tensor:

@@ -7,8 +7,6 @@ the self check, not by its version.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import cudnn, flashinfer, flex, reference
-from ..backends.fa4 import attend as fa4
-from ..backends.fa4 import support as fa4_support
+from ..backends import cudnn, fa4, flashinfer, flex, reference
+from ..backends.library import version_of
 from ..backends.torch import attend as torch_backend
 from ..backends.torch import fused
 from ..backends.triton import support as triton_support
@@ -27,14 +24,6 @@ from ..problem import Problem
 
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Output [B, H, S_q, D], LSE [B, H, S_q], exact tiles, kept bits of a call; what it doesn't give is empty or None."""
-
-
-def version_of(package: str) -> str:
-    """The version of an installed package, or "" of what is not: a copy of ours under another name is no package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 class Candidate(NamedTuple):
@@ -64,18 +53,8 @@ class Candidate(NamedTuple):
 
 def _triton(problem: Problem) -> Results:
     """A call by our Triton kernel, imported on first use: importing this package must not import triton."""
-    if importlib.util.find_spec("triton") is None:
-        raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    attend = importlib.import_module("..backends.triton.attend", __package__).attend
-    return attend(problem, need_lse=problem.return_lse)
-
-
-def _triton_refusal(problem: Problem) -> str | None:
-    for x in (problem.q, problem.v):
-        missing = triton_support.missing_requirement(x.device, x.dtype, x.shape[-1], problem.precision)
-        if missing:
-            return f"backend 'triton' needs {missing}: use 'torch' or 'auto'"
-    return None
+    triton_support.check(problem)
+    return importlib.import_module("..backends.triton.attend", __package__).attend(problem)
 
 
 def _checked(check: Callable[[Problem], None]) -> Callable[[Problem], str | None]:
@@ -97,11 +76,9 @@ def _loop_refusal(problem: Problem) -> str | None:
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "triton": Candidate(_triton_refusal, _triton, "triton", ("cuda", "xpu"), in_order=True),
+    "triton": Candidate(_checked(triton_support.check), _triton, "triton", ("cuda", "xpu"), in_order=True),
     "cudnn": Candidate(_checked(cudnn.check), cudnn.attend, cudnn.PACKAGE, ("cuda",)),
-    "fa4": Candidate(
-        _checked(fa4.check), lambda x: fa4.attend(x, need_lse=x.return_lse), fa4_support.PACKAGE, ("cuda",)
-    ),
+    "fa4": Candidate(_checked(fa4.check), fa4.attend, fa4.PACKAGE, ("cuda",)),
     "flashinfer": Candidate(_checked(flashinfer.check), flashinfer.attend, flashinfer.PACKAGE, ("cuda",)),
     "torch": Candidate(_loop_refusal, lambda x: torch_backend.attend(x, need_lse=x.return_lse)),
     "gather": Candidate(

@@ -3,8 +3,6 @@
 # pyright: basic, reportCallIssue=false
 # (launches take options that a kernel's signature doesn't show)
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,37 +39,26 @@ from .plan import RowPlan, row_plan, scale_stride
 from .pool import pool
 from .route import route
 from .slices import join_slices, slice_of, slices
-from .support import missing_requirement
+from .support import check
 from .votes import fold
 
 
-def check(problem: Problem) -> None:
-    """Raise BackendUnavailableError where this machine or this call is out of the kernel's reach, saying why."""
-    q, precision = problem.q, problem.precision
-    for dim in (q.shape[-1], problem.v.shape[-1]):
-        missing = missing_requirement(q.device, q.dtype, dim, precision)
-        if missing and precision is not None:
-            raise BackendUnavailableError(f"precision {precision!r} needs backend 'triton' and {missing}: leave it out")
-        if missing:
-            raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
-
-
-def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output, LSE, exact tiles and the bits that a vote keeps of one call, without a device sync.
 
-    Output [B, H, S_q, Dv] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not needed), both
-    in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32
-    [B, H, NQ, W], None without a selection and without a vote. Only a head dim that is not contiguous costs a copy.
+    Output [B, H, S_q, Dv] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not returned),
+    both in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps
+    int32 [B, H, NQ, W], None without a selection and without a vote. Only rows that are not contiguous cost a copy.
     """
     check(problem)
     cuts = slices(problem)
     if len(cuts) == 1:
-        return _attend(problem, need_lse)
-    parts = [_attend(slice_of(problem, cut), need_lse) for cut in cuts]
+        return _attend(problem)
+    parts = [_attend(slice_of(problem, cut)) for cut in cuts]
     out, lse, exact, kept = (list(part) for part in zip(*parts, strict=True))
     return (
         join_slices(out, cuts, problem.empty_output()),
-        join_slices(lse, cuts) if need_lse else lse[0],
+        join_slices(lse, cuts) if problem.return_lse else lse[0],
         join_slices(exact, cuts),
         None if kept[0] is None else join_slices(kept, cuts),
     )
@@ -83,11 +70,11 @@ def add_rest(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor
     The call has no selection and is in tiled order; `out` [B, H, S_q, Dv] in q's dtype has contiguous rows; natural-log
     `lse` float32 [B, H, S_q] is contiguous; rows without a key have 0 and -inf.
     """
-    return _attend(problem, True, (out, lse))[:2]
+    return _attend(replace(problem, return_lse=True), (out, lse))[:2]
 
 
 def _attend(
-    problem: Problem, need_lse: bool, start: tuple[Tensor, Tensor] | None = None
+    problem: Problem, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`attend` of batches and heads that are computed together, or `add_rest` to a start."""
     problem = in_pieces(problem)
@@ -104,7 +91,7 @@ def _attend(
             problem, means, scales = eight_bits(problem, means, plan.valid, architecture(q.device))
         features = ("eight",) * eight + ("decay",) * (problem.decay is not None)
         with fitting("fwd", problem, features, problem.block_q) as launch:
-            out, lse, words = _launch(problem, plan, means, scales, launch, need_lse, start)
+            out, lse, words = _launch(problem, plan, means, scales, launch, start)
         kept = None if words is None else fold(problem, plan, words)
     return out, lse, exact, kept
 
@@ -133,7 +120,7 @@ def _select(
 
 def _launch(
     problem: Problem, plan: RowPlan, means: tuple[Tensor, Tensor, Tensor] | None, scales: Scales, launch: Launch,
-    need_lse: bool, start: tuple[Tensor, Tensor] | None,
+    start: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Run the forward kernel: output and LSE, written into those of a start where there is one, and words of votes."""
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
@@ -141,10 +128,8 @@ def _launch(
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
     block_q, (block_k, _) = query_block(problem.block_q, launch.block_q), key_block(problem.block_k, launch.block_k)
-    if start is None:
-        out, lse = problem.empty_output(), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
-    else:
-        out, lse = start
+    rows = (batch, heads, num_q) if problem.return_lse else (0,)
+    out, lse = start or (problem.empty_output(), q.new_empty(rows, dtype=torch.float32))
     tiles, parts = (batch, heads, problem.query_tiles), -(-problem.block_q // block_q)
     words = None
     if problem.votes:
@@ -154,7 +139,7 @@ def _launch(
     vote = None if selection is None else selection.vote
     products = products_of(architecture(q.device), q.dtype)
     _fwd_kernel[(math.prod(tiles) * parts,)](
-        q, k, v, out, lse if need_lse else None, *listed(problem, plan, pooled), *scales, words,
+        q, k, v, out, lse if problem.return_lse else None, *listed(problem, plan, pooled), *scales, words,
         *_descriptors(k, v, block_k, problem.token_order is None and problem.block_k % block_k == 0),
         *((None, None) if means is None else _descriptors(*means[:2], pooled_block(problem, launch), True)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),

@@ -7,13 +7,11 @@ would be every weight of its row: the kernel of grad_q adds up the weights and l
 others. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; lists, pools and decay are ours.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
 from .forward import _full_chunk, _pooled_bits, _pooled_range, _store_part
-from .loads import _from, _load_part, _pair_decay, _seen, _token_rows, _unmasked
+from .loads import _from, _keys, _load_part, _pair_decay, _seen, _tokens, _unmasked, _valid
 from .votes import _sections
 
 
@@ -90,9 +88,7 @@ def _dq_kernel(
     k_ptr += batch * stride_kb + hk * stride_kh
     v_ptr += batch * stride_vb + hk * stride_vh
     offset = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    token = q_tile * TILE_Q + offset
-    live = (offset < TILE_Q) & (token < num_q)
-    q_row = _token_rows(token, live, token_order_ptr)
+    token, live, q_row = _tokens(q_tile, offset, TILE_Q, num_q, token_order_ptr)
     q = _load_part(q_ptr + batch * stride_qb + head * stride_qh, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
     grad_ptr += batch * stride_ob + head * stride_oh
     grad = _load_part(grad_ptr, q_row, live, stride_os, True, 0, BLOCK_DV, DIM_V)
@@ -123,11 +119,8 @@ def _dq_kernel(
     total = tl.sum(totals, 1)
     for n in tl.range(end_constant * SUBS_S, end_slow * SUBS_S, num_stages=1):
         k_offset = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-        key = tl.load(indices_ptr + n // SUBS_S) * TILE_K + k_offset
-        here = (k_offset < TILE_K) & (key < num_k)
-        if valid_ptr is not None:
-            here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
-        k_row = _token_rows(key, here, token_order_ptr)
+        tile = tl.load(indices_ptr + n // SUBS_S)
+        key, here, k_row = _keys(tile, k_offset, TILE_K, num_k, batch, valid_ptr, token_order_ptr)
         k = _load_part(k_ptr, k_row, here, stride_ks, True, 0, BLOCK_D, DIM)
         v = _load_part(v_ptr, k_row, here, stride_vs, True, 0, BLOCK_DV, DIM_V)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -220,12 +213,8 @@ def _dkdv_kernel(
     batch = b.to(tl.int64)
     k_tile = tl.load(order_ptr + (b * stride_nb + hk * stride_nh).to(tl.int64) * k_tiles + part // SUBS_K)
     offset = part % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    key = k_tile * TILE_K + offset
-    here = (offset < TILE_K) & (key < num_k)
-    k_row = _token_rows(key, here, token_order_ptr)
-    valid = here
-    if valid_ptr is not None:
-        valid &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
+    key, here, k_row = _tokens(k_tile, offset, TILE_K, num_k, token_order_ptr)
+    valid = _valid(valid_ptr, batch, num_k, key, here)
     head = hk.to(tl.int64)
     k = _load_part(k_ptr + batch * stride_kb + head * stride_kh, k_row, valid, stride_ks, True, 0, BLOCK_D, DIM)
     v = _load_part(v_ptr + batch * stride_vb + head * stride_vh, k_row, valid, stride_vs, True, 0, BLOCK_DV, DIM_V)
@@ -264,9 +253,8 @@ def _dkdv_kernel(
             )  # fmt: skip
         for n in tl.range(end_plain * SUBS_S, end * SUBS_S, num_stages=1):
             q_offset = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-            token = tl.load(head_q_tiles_ptr + n // SUBS_S) * TILE_Q + q_offset
-            live = (q_offset < TILE_Q) & (token < num_q)
-            q_row = _token_rows(token, live, token_order_ptr)
+            q_tile = tl.load(head_q_tiles_ptr + n // SUBS_S)
+            token, live, q_row = _tokens(q_tile, q_offset, TILE_Q, num_q, token_order_ptr)
             q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
             grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_DV, DIM_V)
             base = tl.load(base_ptr + bh_rows + q_row, mask=live, other=float("inf"))
@@ -343,9 +331,7 @@ def _pooled_dkdv_kernel(
             bits = tl.load(group_ptr + n // SUBS_Q * words)
             if bits != 0:
                 offset = n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                token = n // SUBS_Q * TILE_Q + offset
-                live = (offset < TILE_Q) & (token < num_q)
-                q_row = _token_rows(token, live, token_order_ptr)
+                token, live, q_row = _tokens(n // SUBS_Q, offset, TILE_Q, num_q, token_order_ptr)
                 q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
                 grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_DV, DIM_V)
                 base = tl.load(base_ptr + bh_rows + q_row, mask=live, other=float("inf"))

@@ -4,8 +4,6 @@ The formulas and what they are for are those of precision.py. Eight bits lie whe
 caller's order; their scales follow the tiled one.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from ...precision import centre_of
 from ...problem import Problem
 from .launch import eight_bit_number
-from .loads import _load, _token_rows
+from .loads import _load, _tokens, _valid
 
 BLOCK_N = 64  # tokens read at once
 Means = tuple[Tensor, Tensor, Tensor]
@@ -123,11 +121,8 @@ def _quantise_kernel(
     for turn in tl.static_range(2):  # first the scale, then what it gives
         for first in range(0, TILE_K, BLOCK_N):
             offset = first + tl.arange(0, BLOCK_N)
-            token = k_tile * TILE_K + offset
-            here = (offset < TILE_K) & (token < num_k)
-            live, row = here, _token_rows(token, here, token_order_ptr).to(tl.int64)[:, None]
-            if valid_ptr is not None:
-                live &= tl.load(valid_ptr + b * num_k + token, mask=here, other=0) > 0
+            token, here, row = _tokens(k_tile, offset, TILE_K, num_k, token_order_ptr)
+            live, row = _valid(valid_ptr, b, num_k, token, here), row.to(tl.int64)[:, None]
             inside = (columns < DIM)[None, :]
             x = tl.load(k_ptr + row * stride_ks + columns[None, :], mask=live[:, None] & inside, other=0.0)
             x = tl.where(live[:, None], x.to(tl.float32) - centre[None, :], 0.0)

@@ -5,8 +5,6 @@ the same order, to the same places of a scratch that has room for the whole plan
 shares its lists. The exact tiles also leave as bits, and the pooled ones as nothing else.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -17,8 +15,7 @@ from torch import Tensor
 from ...bits import word_count
 from ...problem import Problem, by_head
 from .loads import _from
-from .plan import RowPlan, bits_of
-from .transpose import ColumnPlan
+from .plan import ColumnPlan, RowPlan, bits_of
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere

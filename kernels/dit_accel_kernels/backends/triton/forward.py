@@ -8,13 +8,11 @@ one row sum. Logits are in base 2; sums are float32; addresses are 64-bit. Head 
 two column parts (96 = 64 + 32), the second padded where it must be.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
 from .eight import _beside, _scaled_queries, _with_centre, _with_keys, _with_means
-from .loads import _from, _load, _load_near, _token_rows, _unmasked
+from .loads import _from, _keys, _load, _load_near, _tokens, _unmasked
 from .votes import _begin, _sections, _store_rest, _vote
 
 
@@ -238,9 +236,7 @@ def _fwd_kernel(
     v_ptr += batch * stride_vb + hk.to(tl.int64) * stride_vh
 
     offset = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    token = q_tile * TILE_Q + offset
-    live = (offset < TILE_Q) & (token < num_q)
-    q_row = _token_rows(token, live, token_order_ptr)
+    token, live, q_row = _tokens(q_tile, offset, TILE_Q, num_q, token_order_ptr)
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
     if head_scale_ptr is not None:
         scale *= tl.load(head_scale_ptr + b * stride_hb + h)
@@ -289,11 +285,7 @@ def _fwd_kernel(
         position = origin + n * step
         k_offset = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
         tile = tl.load(indices_ptr + position // SUBS_S)
-        key = tile * TILE_K + k_offset
-        here = (k_offset < TILE_K) & (key < num_k)
-        if valid_ptr is not None:
-            here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
-        k_row = _token_rows(key, here, token_order_ptr)
+        key, here, k_row = _keys(tile, k_offset, TILE_K, num_k, batch, valid_ptr, token_order_ptr)
         k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
         v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM_V, D1V, D2V)
         x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(_with_keys(row_scale, k_scale_ptr, bhk * k_tiles + tile))

@@ -7,8 +7,6 @@ bounds of bench/aot.py), or the card, date and seconds of a measurement.
 """
 # pyright: basic
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """How kernels load rows, in two column parts, so that head dims need not be powers of 2, and what goes with rows."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -62,6 +60,28 @@ def _unmasked(
 def _token_rows(token, live, token_order_ptr):
     """Rows of the tensors that hold these tokens, which are in tiled order; row 0 where there is none."""
     return token if token_order_ptr is None else tl.load(token_order_ptr + token, mask=live, other=0)
+
+
+@triton.jit
+def _tokens(tile, offset, TILE: tl.constexpr, number, token_order_ptr):
+    """The tokens at some offsets in a tile, which of them are there, and the rows that hold them."""
+    token = tile * TILE + offset
+    live = (offset < TILE) & (token < number)
+    return token, live, _token_rows(token, live, token_order_ptr)
+
+
+@triton.jit
+def _keys(tile, offset, TILE: tl.constexpr, number, batch, valid_ptr, token_order_ptr):
+    """`_tokens` of a batch, of which only the valid ones are there."""
+    token = tile * TILE + offset
+    live = _valid(valid_ptr, batch, number, token, (offset < TILE) & (token < number))
+    return token, live, _token_rows(token, live, token_order_ptr)
+
+
+@triton.jit
+def _valid(valid_ptr, batch, number, token, live):
+    """Which of some keys of a batch count, of those that are there."""
+    return live if valid_ptr is None else live & (tl.load(valid_ptr + batch * number + token, mask=live, other=0) > 0)
 
 
 @triton.jit

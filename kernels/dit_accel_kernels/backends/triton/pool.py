@@ -4,14 +4,12 @@ Means rather than sums of V, with log2 of the length added to the logit: e^s sum
 cannot overflow fp16.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .loads import _token_rows
+from .loads import _keys
 
 BLOCK_N = 64  # tokens read at once
 
@@ -35,11 +33,8 @@ def _pool_kernel(
     length = 0.0
     for first in range(0, TILE_K, BLOCK_N):
         offset = first + tl.arange(0, BLOCK_N)
-        token = k_tile * TILE_K + offset
-        live = (offset < TILE_K) & (token < num_k)
-        if valid_ptr is not None:
-            live &= tl.load(valid_ptr + b * num_k + token, mask=live, other=0) > 0
-        row = _token_rows(token, live, token_order_ptr).to(tl.int64)[:, None]
+        _, live, row = _keys(k_tile, offset, TILE_K, num_k, b, valid_ptr, token_order_ptr)
+        row = row.to(tl.int64)[:, None]
         mask, mask_v = live[:, None] & (columns < DIM)[None, :], live[:, None] & (columns_v < DIM_V)[None, :]
         k_sum += tl.sum(tl.load(k_ptr + row * stride_ks + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
         v_sum += tl.sum(tl.load(v_ptr + row * stride_vs + columns_v[None, :], mask=mask_v, other=0.0).to(tl.float32), 0)

@@ -1,7 +1,5 @@
 """Whether Triton's interpreter multiplies bfloat16 as numbers, not bit patterns, and rounds to float8."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

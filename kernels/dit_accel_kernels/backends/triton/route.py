@@ -7,8 +7,6 @@ kernels: mean queries, statistics of the mean keys' channels, and scores, which 
 specification is `routing_scores` in states.py; sums are float32.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ from ...bits import unpack_bits, word_count
 from ...problem import Problem
 from ...selection import LOG2_E, Routing
 from .launch import column_block
-from .loads import _load_part, _token_rows
+from .loads import _load_part, _tokens
 from .plan import scale_stride
 
 BLOCK_N = 64  # tokens or tiles that are averaged at once
@@ -40,9 +38,7 @@ def _query_mean_kernel(
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, TILE_Q, BLOCK_N):
         offset = first + tl.arange(0, BLOCK_N)
-        token = q_tile * TILE_Q + offset
-        live = (offset < TILE_Q) & (token < num_q)
-        q_row = _token_rows(token, live, token_order_ptr)
+        _, live, q_row = _tokens(q_tile, offset, TILE_Q, num_q, token_order_ptr)
         q = _load_part(q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
         total += tl.sum(q.to(tl.float32), 0)
     length = tl.minimum(num_q - q_tile * TILE_Q, TILE_Q).to(tl.float32)

@@ -1,8 +1,6 @@
 """Calls with a selection, cut by batch and head where lists of their own for all of them would fill the memory."""
 # pyright: basic
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

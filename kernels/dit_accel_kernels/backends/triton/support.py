@@ -1,14 +1,14 @@
 """Where the triton backend runs: devices, dtypes, head dims; triton is imported only where it interprets bfloat16."""
 # pyright: basic
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os
 
 import torch
 
+from ...errors import BackendUnavailableError
+from ...problem import Problem
 from .launch import architecture, eight_bit_number
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,6 +36,17 @@ def missing_requirement(
     if precision is not None and eight_bit_number(architecture(device), precision) is None:
         return f"compute capability 8.9, gfx942 or newer for products of {precision} (found {architecture(device)})"
     return None
+
+
+def check(problem: Problem) -> None:
+    """Raise BackendUnavailableError where this machine or this call is out of the kernel's reach, saying why."""
+    q, precision = problem.q, problem.precision
+    for dim in (q.shape[-1], problem.v.shape[-1]):
+        missing = missing_requirement(q.device, q.dtype, dim, precision)
+        if missing and precision is not None:
+            raise BackendUnavailableError(f"precision {precision!r} needs backend 'triton' and {missing}: leave it out")
+        if missing:
+            raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
 
 
 def _interpreter_problem(dtype: torch.dtype | None, precision: str | None) -> str | None:

@@ -6,8 +6,6 @@ OR-reduced and stored as one word, whose highest bit is the first visit. The fol
 clears the bits of tiles that no row needs. LiteAttention (arXiv 2511.11062) reduces over warps at every tile.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

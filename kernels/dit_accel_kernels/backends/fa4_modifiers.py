@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from flash_attn.cute import utils
 
-from .support import TILE
+from .fa4 import TILE
 
 WORD = 32 * TILE  # keys of a word of bits
 

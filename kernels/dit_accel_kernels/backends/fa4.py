@@ -7,8 +7,6 @@ From its output and LSE the triton backend's forward kernel starts with pooled t
 that both parts are one softmax. Gradients are those of the triton backend, from this output and LSE.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,16 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...bits import pack_bits
-from ...cache import StorageCache, capturing
-from ...csr import EXACT, padded_rows
-from ...errors import BackendUnavailableError
-from ...features import decay_by_frame, last_frame
-from ...problem import Problem
-from ...sections import valid_tiles
-from ...states import list_states, resolved
-from ..rows import moves_in_pieces, no_lse
-from .support import missing_requirement, rows_joined
+from ..bits import pack_bits
+from ..cache import StorageCache, capturing
+from ..csr import EXACT, padded_rows
+from ..features import decay_by_frame, last_frame
+from ..problem import Problem
+from ..sections import valid_tiles
+from ..states import list_states, resolved
+from .library import DTYPES, check_call, missing_package
+from .rows import moves_in_pieces, no_lse
+from .triton.launch import architecture
+from .triton.support import missing_requirement as triton_requirement
+
+PACKAGE, FUNCTION = "flash-attn-4", "flash_attn_func"
+MODIFIERS = f"{__package__}.fa4_modifiers"  # which needs the package
+MAX_DIM = 128
+TILE = 128  # keys of its blocks, and queries on sm_90
+TILES = ((TILE, TILE), (2 * TILE, TILE))  # queries and keys of ours
 
 
 class ListedBlocks(NamedTuple):
@@ -44,42 +49,56 @@ class ListedBlocks(NamedTuple):
     empty: Tensor | None
 
 
-MODIFIERS = f"{__package__}.modifiers"  # which needs flash-attn-4
 _BLOCKS: StorageCache[ListedBlocks] = StorageCache()
 _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 
+def missing_requirement(
+    device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None, tile: tuple[int, int] | None = None
+) -> str | None:
+    """What the fa4 backend would need here and does not find, or None; dtype, dim and tile None: any it supports."""
+    if dtype is not None and dtype not in DTYPES:
+        return f"bfloat16 or float16 (found {dtype})"
+    if dim is not None and (dim % 8 or dim > MAX_DIM):
+        return f"a head dim that is a multiple of 8 up to {MAX_DIM} (found {dim})"
+    if tile is not None and tile not in TILES:
+        return f"tiles of 128 or 256 queries x 128 keys (found {tile[0]} x {tile[1]})"
+    arch = architecture(device)
+    if not arch.startswith(("sm_9", "sm_10", "sm_11")):
+        traps = {"sm_8": "drops the lists in silence and is dense", "sm_1": "has no block sparsity"}
+        trap = f", where {PACKAGE} {traps[arch[:4]]}" if arch[:4] in traps else ""
+        return f"a card of sm_90 or sm_100 (found {arch}{trap})"
+    package = missing_package("flash_attn.cute.interface", PACKAGE, FUNCTION, "--pre ")
+    return package or triton_requirement(device, dtype, dim)
+
+
 def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of the backend's reach, saying why."""
-    if problem.votes:
-        raise BackendUnavailableError(
-            "backend 'fa4' has no votes, since its loop tells nothing about a tile: use 'triton' or 'auto'"
-        )
-    tile = (problem.block_q, problem.block_k)
+    missing = check_call("fa4", problem, only="votes")
     dim, dim_v = problem.q.shape[-1], problem.v.shape[-1]
-    missing = missing_requirement(problem.q.device, problem.q.dtype, dim, tile)
     if dim != dim_v:
-        missing = f"v with the head dim of q and k (found {dim_v} and {dim})"
-    if missing:
-        raise BackendUnavailableError(f"backend 'fa4' needs {missing}: use 'triton' or 'auto'")
+        missing(f"v with the head dim of q and k (found {dim_v} and {dim})")
+    missing(missing_requirement(problem.q.device, problem.q.dtype, dim, (problem.block_q, problem.block_k)))
+
+
+def rows_joined(device: torch.device, block_q: int) -> int:
+    """Query tiles that FlashAttention-4 takes together: its blocks have 128 queries on sm_90 and 256 on newer cards."""
+    return 1 if architecture(device).startswith("sm_9") else 2 * TILE // block_q
 
 
 @torch.no_grad()
-def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes.
+def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not asked for), exact tiles; no votes.
 
     The problem is in tiled order. A selection is turned into lists, which reads their length from the device.
     """
     check(problem)
     problem, exact = resolved(problem)
     more = problem.pooled_indices is not None or problem.mask_ids is not None
-    out, lse = _exact_tiles(problem, need_lse=need_lse or more)
+    out, lse = _exact_tiles(problem, need_lse=problem.return_lse or more)
     if more:
-        assert lse is not None
-        from ..triton import attend as triton
-
-        out, lse = triton.add_rest(problem, out, lse)
-    return out, no_lse(out) if lse is None or not need_lse else lse, exact, None
+        out, lse = importlib.import_module(".triton.attend", __package__).add_rest(problem, out, lse)
+    return out, lse if problem.return_lse else no_lse(out), exact, None
 
 
 def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -93,7 +112,7 @@ def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | 
         full_block_idx=blocks.full_indices,
         block_size=(problem.block_q * joined, problem.block_k),
     )
-    out, lse = importlib.import_module("flash_attn.cute.interface").flash_attn_func(
+    out, lse = getattr(importlib.import_module("flash_attn.cute.interface"), FUNCTION)(
         *(_tokens_first(x) for x in (q, problem.k, problem.v)),
         softmax_scale=problem.scale,
         pack_gqa=False,  # it would put several heads into one block of queries
@@ -120,12 +139,14 @@ def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
     modifiers: dict[str, Any] = {}
     tensors: list[Tensor] = []
     scores: list[str] = []
-    if seen is not None:
+    batch, heads = problem.q.shape[:2]
+    if seen is not None:  # bits and valid keys, uint8 [B, S_k], of every batch and head
         modifiers["mask_mod"] = importlib.import_module(MODIFIERS).MASKS[problem.block_q]
-        tensors += _mask_tensors(problem, seen)
+        valid = seen.new_ones(1, 1) if problem.key_valid is None else problem.key_valid
+        tensors += [seen.expand(batch, heads, -1, -1), valid.to(torch.uint8).expand(batch, problem.num_k)]
     if problem.head_scale is not None:
         scores.append("scaled")
-        tensors.append(problem.head_scale.float().expand(problem.q.shape[:2]).contiguous())
+        tensors.append(problem.head_scale.float().expand(batch, heads).contiguous())
     if problem.decay is not None:
         scores.append("decayed")
         tensors += _decay_tensors(*problem.decay)
@@ -144,16 +165,6 @@ def _decay_tensors(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[T
     return _DECAYS.get((table, q_frames, k_frames), (), build)
 
 
-def _mask_tensors(problem: Problem, seen: Tensor) -> list[Tensor]:
-    """What `mask_mod` reads: bits of every batch and head, and valid keys uint8 [B, S_k]."""
-    batch, heads = problem.q.shape[:2]
-    valid = problem.key_valid
-    if valid is None:
-        valid = torch.ones(1, 1, dtype=torch.bool, device=seen.device)
-    valid = valid.to(torch.uint8).expand(batch, problem.k.shape[2])
-    return [seen.expand(batch, heads, -1, -1), valid]
-
-
 def _blocks_of(problem: Problem) -> ListedBlocks:
     """The blocks of a call, remembered with its lists and valid keys."""
     parts = (problem.exact_offsets, problem.exact_indices, problem.mask_ids)
@@ -168,14 +179,9 @@ def _blocks(problem: Problem) -> ListedBlocks:
         all_valid, any_valid = valid_tiles(problem.key_valid, problem.block_k)
         exact = exact & any_valid[:, None, None]
         whole = exact & all_valid[:, None, None]
-    some, every = exact, whole
-    if joined > 1:
-        lacking = -exact.shape[2] % joined  # rows beyond the end are like the last one
-        some, every = (
-            torch.cat([x, x[:, :, -1:].expand(-1, -1, lacking, -1)], 2).unflatten(2, (-1, joined))
-            for x in (exact, whole)
-        )
-        some, every = some.any(3), every.all(3)
+    lacking = -exact.shape[2] % joined  # rows beyond the end are like the last one
+    some, every = (torch.cat([x, x[:, :, -1:].expand(-1, -1, lacking, -1)], 2) for x in (exact, whole))
+    some, every = some.unflatten(2, (-1, joined)).any(3), every.unflatten(2, (-1, joined)).all(3)
     empty = ~exact.any(-1)
     masked = joined > 1 or problem.key_valid is not None
     read = problem.key_valid is None and not capturing(empty.device)  # once for lists, never for masks

@@ -1,0 +1,99 @@
+"""The command `dit-accel eval folders`: clips that any engine wrote, against its own reference and rivals."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dit_accel_pipelines.generation.options import Quiet
+
+from dit_accel import ConfigError
+from dit_accel.cli.console import OUT, TALK, print_error
+
+from .comparing import check_output
+
+Folders = Annotated[
+    list[str], typer.Option(help="Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")
+]
+
+
+def compare_folders(
+    reference: Annotated[Path, typer.Option(help="What clips should be: a folder of clips.", metavar="DIR")],
+    arm: Folders,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(help="What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
+    ] = None,
+    times: Annotated[
+        Path | None, typer.Option(help="CSV of folder and seconds, of file too if clips differ.", metavar="FILE")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="CSV of file, prompt and seed, where names don't tell.", metavar="FILE")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Page to write; the results lie beside it.", metavar="FILE.html")
+    ] = Path("folders.html"),
+    model: Annotated[str, typer.Option(help="What made the clips, for the title.")] = "clips",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 16.0,
+    frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Compare folders of clips, whatever made them: as eval run does, without running a model.
+
+    Clips are paired by prompt and seed. Both are read from --table; else from
+    a JSON side-car, NAME.mp4.json or NAME.json, with prompt and seed; else
+    clips of one name are a pair, and PROMPT-SEED.mp4 says both.
+
+    With --times, or seconds in side-cars, arms are held against the curve of
+    the rivals at equal time; else each against each rival.
+
+    All that keeps clips from being compared is said before one is measured.
+    Results lie beside the page: .jsonl a line a clip, .json a file to share.
+
+    Examples:
+
+    dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
+    """
+    from .metrics.registered import check_names
+    from .report.lines import read_results
+    from .report.report import suite_report
+    from .report.writing import markdown_text, write_reports
+    from .runs.pairing import REFERENCE, pair, read_rows
+    from .suites.folders import measure_folders
+
+    lines, rivals, arms = check_output(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
+    twice = [name for name in rivals if name in arms] + [name for name in (*rivals, *arms) if name == REFERENCE]
+    if twice:
+        raise ConfigError(f"{twice[0]!r} names two folders; give each a name of its own")
+    metrics = check_names(["lpips@alex"] if metric is None else metric)
+    rows = [row for path in (table, times) if path for row in read_rows(path)]
+    folders, problems = pair({REFERENCE: reference, **rivals, **arms}, rows)
+    for problem in problems:
+        print_error(problem)
+    if problems:
+        raise typer.Exit(2)
+    same = {"suite": output.stem, "model": model, "metrics": metrics, "fps": fps}
+    measure_folders(folders, [*rivals], lines, frames=frames, quiet=quiet, **same)
+    report = suite_report(read_results(lines))
+    write_reports([report], {"html": output, "json": output.with_suffix(".json")})
+    if not quiet:
+        print(markdown_text(report))
+        TALK.print(f"written: {lines}, and to share {output.with_suffix('.json')}", markup=False, soft_wrap=True)
+    OUT.print(str(output), markup=False, soft_wrap=True)
+
+
+def _named(what: str, values: Sequence[str]) -> dict[str, Path]:
+    """Return name -> folder of options NAME=DIR."""
+    named: dict[str, Path] = {}
+    for value in values:
+        name, sign, path = value.partition("=")
+        if not (name.strip() and sign and path):
+            raise ConfigError(f"--{what} takes NAME=DIR, got {value!r}; write, say, --{what} mine=clips")
+        if name in named:
+            raise ConfigError(f"--{what} names {name!r} twice; give each a name of its own")
+        named[name] = Path(path)
+    return named

@@ -1,0 +1,94 @@
+"""The protocol: its prompts, its numbers of clips, and the command that prints them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dit_accel_eval.power import COUNTS, chance, clips_for, committed, typical
+from dit_accel_eval.protocol import PROTOCOL, prompts_in_order, protocol_prompts
+from dit_accel_eval.runs.results import result_lines
+from dit_accel_eval.statistics import judge, p_value, p_values
+from dit_accel_eval.suites.figures import Comparison
+from fake_model import command
+from scipy.stats import nct, norm, t
+
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
+NORMAL = norm.ppf((np.arange(400) + 0.5) / 400)
+"""Differences of spread 1 without skewness."""
+
+
+def leads_of(path: Path) -> dict[str, list[float]]:
+    lines = result_lines(path)
+    comparison = Comparison(lines)
+    arms = {line.arm: [round(lead, 2) for lead in comparison.leads(line.arm, "work").values()] for line in lines}
+    return {arm: leads for arm, leads in arms.items() if len(leads) >= 6}
+
+
+def test_no_prompt_both_chooses_and_judges_and_every_start_is_even():
+    choosing, judging = map(prompts_in_order, ("choosing", "judging"))
+    assert (len(choosing), len(judging), len({*choosing, *judging})) == (16, 48, 64)
+    groups = protocol_prompts("judging")
+    assert len(groups) == 8
+    for start in (8, 16, 24):
+        assert {sum(prompt in group for prompt in judging[:start]) for group in groups.values()} == {start // 8}
+
+
+@pytest.mark.parametrize(("lead", "clips", "arms"), [(1.0, 12, 1), (0.5, 32, 1), (1.0, 24, 8)])
+def test_the_chance_of_a_verdict_is_that_of_the_t_test(lead, clips, arms):
+    """The noncentral t distribution gives it of normal differences; the skew-corrected interval takes a little."""
+    reach = t.ppf(1 - 0.025 / arms, clips - 1)
+    exact = nct.sf(reach, clips - 1, lead * np.sqrt(clips))
+    assert exact - 0.06 <= chance(NORMAL, lead, clips, arms=arms) <= exact + 0.03
+
+
+def test_the_chance_is_that_of_the_verdict_itself():
+    leads, draws = committed()[2].leads, np.random.default_rng(0)
+    apart = (np.array(leads) - np.mean(leads)) * np.sqrt(len(leads) / (len(leads) - 1))
+    drawn = 3.0 + draws.choice(apart, (200, 24))
+    verdicts = [judge({"arm": row})["arm"].verdict for row in drawn]
+    assert np.mean([verdict == "ahead" for verdict in verdicts]) == chance(leads, 3.0, 24, draws=200)
+    assert p_values(drawn).tolist() == [p_value(row) for row in drawn]
+
+
+def test_smaller_leads_and_more_arms_take_more_clips():
+    spread = committed()[2].leads
+    counts = [clips_for(spread, lead) for lead in (10.0, 5.0, 2.0)]
+    assert counts == sorted(counts)
+    assert clips_for(spread, 5.0, arms=8) > clips_for(spread, 5.0)
+    assert clips_for(spread, 0.01) is None
+    assert chance(NORMAL, 0.0, 24) < 0.06
+
+
+@pytest.mark.parametrize("spread", committed(), ids=lambda spread: spread.results)
+def test_the_spreads_are_those_of_committed_results(spread):
+    assert typical(spread.results, leads_of(RESULTS / f"{spread.results}.jsonl")) == spread
+
+
+def test_the_command_prints_rules_prompts_and_clips():
+    rules = command("protocol")
+    assert rules.exit_code == 0
+    assert f"version {PROTOCOL}" in rules.stdout
+    assert command("protocol", "--prompts", "judging").stdout.splitlines() == [*prompts_in_order("judging")]
+    data = json.loads(command("protocol", "--json").stdout)
+    assert (data["version"], len(data["rules"])) == (PROTOCOL, 13)
+    path = RESULTS / "frontier-wan-tiny.jsonl"
+    for options in ((), ("--results", path)):
+        found = json.loads(command("protocol", "--see", 3, "--arms", 4, *options, "--json").stdout)[-1]
+        assert found["clips"]["3"] == clips_for(committed()[2].leads, 3.0, arms=4)
+    assert f"over {COUNTS[-1]}" in command("protocol", "--see", 0.1).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompts", "judge"), "did you mean 'judging'"),
+        (("--prompts", "judging", "--see", 1), "--prompts and --see"),
+        (("--arms", 3), "add, say, --see 1"),
+        (("--see", 0), "above 0 dB, got 0"),
+        (("--see", 1, "--results", "none.jsonl"), "none.jsonl can't be read"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options, message):
+    found = command("protocol", *options)
+    assert (found.exit_code, message in found.stderr) == (2, True), found.stderr
