@@ -189,14 +189,13 @@ def _follow_length(options: Any, call: CallSignature, family: Family, read: Read
         listed = ", ".join(f"{file} {count}" for file, count in videos)
         raise ConfigError(f"videos that go together need as many frames each, got {listed}; cut them alike")
     file, count = videos[0]
+    made = rounded_frames(family, count if options.num_frames is None else options.num_frames)
     if options.num_frames is None:
-        made = rounded_frames(family, count)
-        note = (
-            [] if made == count else [f"the first {made} of {count} frames of {file.path} are taken, as the model can"]
-        )
-        return dataclasses.replace(options, num_frames=made), note
-    if options.num_frames > count:
-        raise ConfigError(f"num_frames {options.num_frames} is more than {file.path} has, {count}; leave it out")
+        made -= family.vae[0] * (made > count)
+        note = f"the first {made} of the {count} frames of {file.path} are taken, which the model can make"
+        return dataclasses.replace(options, num_frames=made), [note] * (made != count)
+    if made > count:
+        raise ConfigError(f"num_frames {made} is more than {file.path} has, {count}; leave it out")
     return options, []
 
 
