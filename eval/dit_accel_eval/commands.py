@@ -13,6 +13,8 @@ from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_jso
 from .benchmarking import show_protocol
 from .comparing import compare_settings
 from .folders import compare_folders
+from .judging.command import ask_judge
+from .sharing import merge_results, show_board
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("compare")(compare_settings)
 eval_app.command("folders")(compare_folders)
+eval_app.command("merge")(merge_results)
+eval_app.command("board")(show_board)
 eval_app.command("vbench")(evaluate)
 eval_app.command("protocol")(show_protocol)
+eval_app.command("judge")(ask_judge)
 
 
 DenseRuns = Annotated[
@@ -113,13 +118,15 @@ def _show_run(job: "Job", lines: "list[ResultLine]", *, written: bool) -> None:
 @eval_app.command("report")
 def report_results(
     results: Annotated[
-        list[Path], typer.Argument(help="JSON lines of eval run; several make one page.", metavar="RESULTS.jsonl ...")
+        list[Path],
+        typer.Argument(help="Lines of eval run, or its JSON file; several make one page.", metavar="RESULTS"),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Page to write, .html; opens offline.", metavar="FILE")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option("--json", help="All figures, by a versioned schema.", metavar="FILE")
+        Path | None,
+        typer.Option("--json", help="The run in one file to share, by a versioned schema.", metavar="FILE"),
     ] = None,
     suite: Annotated[
         list[Path] | None,
@@ -155,8 +162,8 @@ def report_results(
 
 @eval_app.command("diff")
 def compare_results(
-    before: Annotated[Path, typer.Argument(help="JSON lines of eval run.", metavar="BEFORE.jsonl")],
-    after: Annotated[Path, typer.Argument(help="Those to hold against them.", metavar="AFTER.jsonl")],
+    before: Annotated[Path, typer.Argument(help="JSON lines of eval run, or its JSON file.", metavar="BEFORE")],
+    after: Annotated[Path, typer.Argument(help="Those to hold against them.", metavar="AFTER")],
     json: Json = False,
 ) -> None:
     """Put two results side by side: of each arm, by its name, quality, cost and verdict before and after.

@@ -188,25 +188,24 @@ def _run(problem: Problem) -> Results:
 def _attend(problem: Problem) -> Results:
     """`_run` of a batch that is there."""
     q, name = problem.q, _backend(problem, timed=True)
-    candidate = CANDIDATES[name]
     try:
-        out, lse, exact, kept = candidate.attend(problem if candidate.in_order else problem.tiled())
+        out, lse, exact, kept = CANDIDATES[name].run(problem)
     except BackendUnavailableError:  # torch.compile was switched off since the race, say
         if problem.backend != "auto" or name in OURS:
             raise
         name = race.first(problem)
-        candidate = CANDIDATES[name]
-        out, lse, exact, kept = candidate.attend(problem if candidate.in_order else problem.tiled())
+        out, lse, exact, kept = CANDIDATES[name].run(problem)
     _ran.name = name
-    order = None if candidate.in_order else problem.token_order  # triton gives the caller's order
+    order = None if CANDIDATES[name].in_order else problem.token_order
     out = _in_callers_order(out, order)
     lse = _in_callers_order(lse, order) if problem.return_lse else q.new_empty(0, dtype=lse.dtype)
     w = mix_weight(problem, out.dtype)
     if w is not None:
         v = problem.v.repeat_interleave(q.shape[1] // problem.v.shape[1], 1)
         out = torch.where(w == 0, out, torch.lerp(out, v, w.expand_as(out)))  # 0 times inf is not 0
-    exact = exact if problem.return_tiles and exact is not None else q.new_empty(0, dtype=torch.int32)
-    kept = q.new_empty(0, dtype=torch.int32) if kept is None else kept
+    none = q.new_empty(0, dtype=torch.int32)
+    exact = none if exact is None or not problem.return_tiles else exact
+    kept = none.clone() if kept is None else kept  # an op's results share no memory
     return _laid_out(out, problem), lse.contiguous(), exact, kept
 
 
@@ -248,9 +247,9 @@ def _gradients(
     with torch.autocast(problem.q.device.type, enabled=False):
         check_values(problem)
         w = mix_weight(problem, grad_out.dtype)
-        grad_mixed = None if w is None else grad_out * w
-        if grad_mixed is not None:
-            grad_out, out = grad_out - grad_mixed, None  # the output that is at hand is mixed
+        mixed = None if w is None else grad_out * w
+        if mixed is not None:
+            grad_out, out = grad_out - mixed, None  # the output that is at hand is mixed
         if _backend(problem) in TRITON_GRADIENTS:
             if out is None:
                 out, lse, exact, _ = CANDIDATES["triton"].attend(replace(problem, return_lse=True))
@@ -259,10 +258,9 @@ def _gradients(
             grads = triton.attend_backward(problem, out, lse, grad_out, grad_lse)
         else:
             grads = _torch_gradients(problem, grad_out, grad_lse)
-        grad_q, grad_k, grad_v = grads
-        if grad_mixed is not None:
-            grad_v = grad_v + grad_mixed.unflatten(1, (problem.v.shape[1], -1)).sum(2)
-        return [_laid_out(x, problem) for x in (grad_q, grad_k, grad_v)]
+        if mixed is not None:
+            grads = (*grads[:2], grads[2] + mixed.unflatten(1, (problem.v.shape[1], -1)).sum(2))
+        return [_laid_out(x, problem) for x in grads]
 
 
 def _torch_gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:

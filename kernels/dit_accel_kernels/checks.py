@@ -75,26 +75,28 @@ def check_features(problem: Problem) -> None:
     _check_per_head("identity_mix", problem.identity_mix, q)
     if problem.identity_mix is not None and problem.identity_mix.requires_grad:
         raise ValueError("identity_mix gets no gradient, found requires_grad=True: detach it")
-    _check_keys(problem)
+    batch = q.shape[0]
+    _check("key_length", problem.key_length, "an integer tensor", device, (batch,))
+    _check("key_mask", problem.key_mask, torch.bool, device, (batch, num_k))
     if problem.decay is not None:
         table, q_frames, k_frames = problem.decay
-        _check("frame_decay.table", table, None, torch.float32, device)
-        _check("frame_decay.q_frames", q_frames, (num_q,), torch.int32, device)
-        _check("frame_decay.k_frames", k_frames, (num_k,), torch.int32, device)
+        _check("frame_decay.table", table, torch.float32, device)
+        _check("frame_decay.q_frames", q_frames, torch.int32, device, (num_q,))
+        _check("frame_decay.k_frames", k_frames, torch.int32, device, (num_k,))
     for name, tensor in (("token_order", problem.token_order), ("identity_mix", problem.identity_mix)):
         if tensor is not None and num_q != num_k:
             raise ValueError(f"{name} needs self-attention (S_q = S_k), found {num_q} queries and {num_k} keys")
-    _check("token_order", problem.token_order, (num_q,), torch.int64, device)
-    _check("identity_rows", problem.identity_rows, (num_q,), torch.bool, device)
+    _check("token_order", problem.token_order, torch.int64, device, (num_q,))
+    _check("identity_rows", problem.identity_rows, torch.bool, device, (num_q,))
     if problem.identity_rows is not None and problem.identity_mix is None:
         raise ValueError("identity_rows chooses rows for identity_mix, found no identity_mix: give both")
     if problem.selection is not None:
         if problem.mask_ids is not None:
             raise ValueError("a selection chooses among whole tiles, found tiles with masks inside: give one of both")
         bits = (problem.query_tiles, word_count(problem.key_tiles))
-        _check("selection.keep", problem.selection.keep, (*q.shape[:2], *bits), torch.int32, device)
-        _check("selection.routed", problem.selection.routed, (*q.shape[:2], *bits), torch.int32, device)
-        _check("selection.pinned", problem.selection.pinned, bits, torch.int32, device)
+        _check("selection.keep", problem.selection.keep, torch.int32, device, (*q.shape[:2], *bits))
+        _check("selection.routed", problem.selection.routed, torch.int32, device, (*q.shape[:2], *bits))
+        _check("selection.pinned", problem.selection.pinned, torch.int32, device, bits)
     elif problem.return_tiles:
         raise ValueError("return_tiles tells what a selection chose, found no selection: give one, or read the lists")
 
@@ -128,36 +130,23 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device
-) -> None:
+KINDS = {
+    "floating point": Tensor.is_floating_point,
+    "an integer tensor": lambda x: not (x.is_floating_point() or x.dtype == torch.bool),
+}
+
+
+def _check(name: str, tensor: Tensor | None, dtype: torch.dtype | str, device: torch.device, *shapes: Any) -> None:
+    """Raise where a tensor that is there has another dtype, or kind of it, none of some shapes or another device."""
     if tensor is None:
         return
-    if tensor.dtype != dtype:
+    if not (tensor.dtype == dtype if isinstance(dtype, torch.dtype) else KINDS[dtype](tensor)):
         raise TypeError(f"{name} must be {dtype}, found {tensor.dtype}")
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {list(shape)}, found {list(tensor.shape)}")
+    if shapes and tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must be {' or '.join(str(list(x)) for x in shapes)}, found {list(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like q, found {tensor.device}")
 
 
 def _check_per_head(name: str, tensor: Tensor | None, q: Tensor) -> None:
-    if tensor is None:
-        return
-    batch, heads = q.shape[:2]
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
-    if tuple(tensor.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(f"{name} must be [{heads}] or [{batch}, {heads}] ([H] or [B, H]), found {list(tensor.shape)}")
-    _check(name, tensor, None, tensor.dtype, q.device)
-
-
-def _check_keys(problem: Problem) -> None:
-    batch, key_length = problem.q.shape[0], problem.key_length
-    if key_length is not None:
-        if key_length.is_floating_point() or key_length.dtype == torch.bool:
-            raise TypeError(f"key_length must be an integer tensor, found {key_length.dtype}")
-        if tuple(key_length.shape) != (batch,):
-            raise ValueError(f"key_length must be [{batch}] ([B]), found {list(key_length.shape)}")
-        _check("key_length", key_length, None, key_length.dtype, problem.q.device)
-    _check("key_mask", problem.key_mask, (batch, problem.k.shape[2]), torch.bool, problem.q.device)
+    _check(name, tensor, "floating point", q.device, q.shape[1:2], q.shape[:2])

@@ -8,7 +8,6 @@ where its score stays under its row's threshold: states.py. Votes (votes.py) giv
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
@@ -74,13 +73,6 @@ class Selection:
             raise ValueError("routed stands in for routing, found both: give one")
         if self.rest not in ("skip", "pooled"):
             raise ValueError(f"rest must be 'skip' or 'pooled', found {self.rest!r}")
-        for name, tensor, dims in (("keep", self.keep, 4), ("pinned", self.pinned, 2), ("routed", self.routed, 4)):
-            if tensor is None:
-                continue
-            if tensor.dtype != torch.int32:
-                raise TypeError(f"{name} must be torch.int32, found {tensor.dtype}")
-            if tensor.dim() != dims:
-                raise ValueError(f"{name} must have {dims} dimensions, found {list(tensor.shape)}")
 
 
 def narrows(selection: Selection | None) -> bool:

@@ -224,7 +224,7 @@ def test_what_two_processes_measure_is_kept_side_by_side_and_no_permission_loses
     first["a"], second["b"] = 1, 2
     third = measured.Measured("m")
     assert (third["a"], third["b"]) == (1, 2)
-    monkeypatch.setattr(measured.tempfile, "mkstemp", lambda **_: raising(PermissionError("read-only"))(0))
+    monkeypatch.setattr(measured.tempfile, "TemporaryDirectory", lambda **_: raising(PermissionError("read-only"))(0))
     with pytest.warns(UserWarning, match="read-only"):
         third["c"] = 3
     assert third["c"] == 3

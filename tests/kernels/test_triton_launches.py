@@ -18,7 +18,7 @@ from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import launch as launches
 from dit_accel_kernels.backends.triton import probe, support
-from dit_accel_kernels.backends.triton.launch import Key, Launch, key_of, key_of_row, launch_of, launch_table
+from dit_accel_kernels.backends.triton.launch import Key, Launch, key_of, keys_of_row, launch_of, launch_table
 from kernel_cases import attend, frame_decay, full, lists_of, problem_from, qkv, random_lists
 from triton.runtime.errors import OutOfResources
 
@@ -31,14 +31,15 @@ HALF, FLOAT, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 
 
 def test_every_row_is_a_launch_with_a_source_and_any_architecture_has_one():
-    keys = [key_of_row(row) for row in ROWS]
-    assert len(set(keys)) == len(keys)
-    for row, (arch, kind, dim, tile, kernel, feature) in zip(ROWS, keys, strict=True):
+    keys = [(key, row) for row in ROWS for key in keys_of_row(row)]
+    assert len({key for key, _ in keys}) == len(keys)
+    for key, row in keys:
+        arch, kind, dim, tile, kernel, feature = key
         assert arch in ("", *TARGETS)
         assert (kind in ("half", "fp32"), dim in (32, 64, 128, 256), tile in (64, 128)) == (True, True, True)
         assert kernel in ("fwd", "dq", "dkdv", "pooled")
         assert feature in ("", "eight", "decay", "mask")
-        launch, source = launch_table()[key_of_row(row)], row["source"]
+        launch, source = launch_table()[key], row["source"]
         assert all(n & (n - 1) == 0 and n >= 16 for n in (launch.block_q, launch.block_k, launch.block_s))
         assert launch.num_warps in (4, 8)
         if isinstance(source, dict):

@@ -11,7 +11,7 @@ from typing import Any
 from dit_accel import ConfigError
 
 from ..metrics.registered import metric_about
-from ..runs.results import ResultLine, last_lines
+from ..runs.results import KEPT, ResultLine, last_lines
 
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
@@ -23,6 +23,9 @@ COSTS = ("work", "work_real", "attended")
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 4
 """What a file of one run, which travels, says of itself; ``results.schema.json`` beside this is its JSON Schema."""
+
+OF_A_FILE = ("suite", "folder", *KEPT)
+"""Keys in which lines of one run may differ between files."""
 
 ONE = ("model", "weights", "dtype", "call", "reference")
 """What all lines of one report must share."""
@@ -74,8 +77,8 @@ def _travelled(path: Path, text: str) -> list[Any]:
     return data["lines"]
 
 
-def merged(files: Sequence[Results], path: Path) -> Results:
-    """Return the lines of several files as those of one; a run that two of them tell otherwise is refused."""
+def merged(files: Sequence[Results]) -> Results:
+    """Return the lines of several files as those of the first; a clip that two of them tell otherwise is refused."""
     lines, prompts = dict[tuple[str, int], tuple[Path, ResultLine]](), dict[int, str]()
     for results in files:
         for line in results.lines:
@@ -83,13 +86,13 @@ def merged(files: Sequence[Results], path: Path) -> Results:
                 both = f"{prompts[line.clip]!r} and of {line.prompt!r}"
                 raise ConfigError(f"clip {line.clip} is of {both} in {results.path}; merge files of the same prompts")
             before, first = lines.setdefault(line.key, (results.path, line))
-            if first.raw != line.raw:
+            if any(first.raw.get(key) != line.raw.get(key) for key in {*first.raw, *line.raw} - {*OF_A_FILE}):
                 raise ConfigError(
                     f"{before} and {results.path} tell clip {line.clip} of arm {line.arm!r} otherwise; leave one out"
                 )
     every = [line for _, line in lines.values()]
-    _check_one(path, every)
-    return Results(path=path, lines=tuple(every), cut=False)
+    _check_one(files[-1].path, every)
+    return Results(path=files[0].path, lines=tuple(every), cut=False)
 
 
 def _line(where: str, text: str) -> ResultLine:

@@ -3,7 +3,7 @@
 import shlex
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..metrics.dynamics import DYNAMICS
 from ..metrics.registered import FLOOR, decimals_of
@@ -14,6 +14,9 @@ from .charts import costs, forest, hues, prompt_map, step_map
 from .lines import ALWAYS, better_of, metric_words
 from .media import AMPLIFIED, Entry, fps_of
 from .report import SuiteReport, quantile_clips
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}
 """Verdict -> its place when the table is sorted by it."""
@@ -30,14 +33,18 @@ Shown = tuple[Entry, Sequence[str]]
 """What `media.shown` returns of a report."""
 
 
-def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -> str:
-    """Return the HTML of one report, or of several on one page."""
+def templates() -> "Environment":
+    """Return the templates of this folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("dit_accel_eval.report", ""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+
+
+def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -> str:
+    """Return the HTML of one report, or of several on one page."""
     alone = len(reports) == 1
     clips = shown or [({}, ())] * len(reports)
     parts = [
@@ -46,7 +53,7 @@ def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -
     ]
     title = parts[0]["title"] if alone else f"{len(parts)} suites: {', '.join(report.name for report in reports)}"
     data = {"root": f"{urllib.parse.quote(folder)}/", "parts": [part.pop("data") for part in parts]}
-    return environment.get_template("page.html.jinja").render(title=title, parts=parts, data=data)
+    return templates().get_template("page.html.jinja").render(title=title, parts=parts, data=data)
 
 
 def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: str, level: int) -> dict[str, Any]:

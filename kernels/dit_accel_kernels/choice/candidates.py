@@ -4,8 +4,6 @@ A candidate's own file says what it can do. None but torch is a dependency: each
 the self check, not by its version.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -44,6 +42,10 @@ class Candidate(NamedTuple):
     def takes(self, problem: Problem) -> bool:
         """Whether "auto" may hand a call to it."""
         return (not self.on or problem.q.device.type in self.on) and self.refusal(problem) is None
+
+    def run(self, problem: Problem) -> Results:
+        """The results of a call, in its own order of tokens if the kernel follows that, else in the tiled one."""
+        return self.attend(problem if self.in_order else problem.tiled())
 
     @property
     def version(self) -> str:

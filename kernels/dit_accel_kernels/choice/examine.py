@@ -1,14 +1,12 @@
 """What is asked of a whole machine, before any call: which kernels run on it, whether they are right, and how fast."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..checks import problem_of
 from ..tiles import TileLists
 from .candidates import CANDIDATES
 from .race import class_of, measured, raced
@@ -30,9 +28,8 @@ def race_of(q: Tensor, k: Tensor, v: Tensor, density: float, *, whole: bool) -> 
     grid, random = -(-q.shape[2] // SIDE), torch.Generator().manual_seed(0)
     states = 2 * (torch.rand(1, grid, grid, generator=random) < density).byte()
     lists = TileLists.from_states(states, block_q=SIDE, block_k=SIDE, num_q=q.shape[2], num_k=q.shape[2])
-    sizes: dict[str, Any] = dict(block_q=SIDE, block_k=SIDE, scale=q.shape[3] ** -0.5)
-    call = Problem(q=q, k=k, v=v, **lists.parts, **sizes, heads_first=True)
-    call, kind = on_device(call, q.device), kind_of(call)
+    call = problem_of(q, k, v, lists.to(q.device), layout="bhsd")
+    kind = kind_of(call)
     kept = measured(q.device)[class_of(call, kind)] = raced(call, kind, whole=whole)
     return kept
 

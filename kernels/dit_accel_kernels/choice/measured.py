@@ -4,11 +4,8 @@ The folder is the user's alone (`cache_folder`), a file is replaced as a whole, 
 machine's or somebody else's counts as none.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 import tempfile
 import threading
 import warnings
@@ -28,32 +25,36 @@ class Measured:
         self._path: Path | None = None
         self._held: dict[str, Any] | None = None
 
+    def _all(self) -> dict[str, Any]:
+        if self._held is None:
+            self._held = self._read()
+        return self._held
+
     def __getitem__(self, key: str) -> Any:
         """What is kept under a name, or None."""
         with _lock:
-            if self._held is None:
-                self._held = self._read()
-            return self._held.get(key)
+            return self._all().get(key)
 
     def values(self) -> list[Any]:
         """All that is kept."""
         with _lock:
-            if self._held is None:
-                self._held = self._read()
-            return list(self._held.values())
+            return list(self._all().values())
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Keep something, in this process and, where that can be, on the disk."""
         with _lock:
-            held = self._held if self._held is not None else self._read()
-            self._held = {**held, key: value}
+            self._held = {**self._all(), key: value}
             if self._path is None:
                 return
             try:
-                self._write({**self._read(), key: value})
+                with tempfile.TemporaryDirectory(dir=self._path.parent) as folder:
+                    path = Path(folder) / "kept"
+                    path.touch(mode=0o600)
+                    kept = {**self._read(), key: value}
+                    path.write_text(json.dumps({"machine": self.machine, "kept": kept}, indent=1))
+                    path.replace(self._path)
             except OSError as error:
-                self._path = None
-                warnings.warn(f"measurements of kernels can't be kept ({error}): they hold for this run", stacklevel=2)
+                self._without_file(error)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -65,22 +66,14 @@ class Measured:
         except ValueError:
             found = None
         except (OSError, RuntimeError) as error:
-            self._path = None
-            warnings.warn(f"measurements of kernels can't be kept ({error}): they hold for this run", stacklevel=2)
+            self._without_file(error)
             return {}
-        if not isinstance(found, dict) or found.get("machine") != self.machine:
-            why = "it is cut short, another machine's or another user's"
-            warnings.warn(f"{self._path} counts as none, since {why}: it is written anew", stacklevel=2)
-            return {}
-        return found["kept"] if isinstance(found.get("kept"), dict) else {}
+        if isinstance(found, dict) and found.get("machine") == self.machine and isinstance(found.get("kept"), dict):
+            return found["kept"]
+        why = "it is cut short, another machine's or another user's"
+        warnings.warn(f"{self._path} counts as none, since {why}: it is written anew", stacklevel=2)
+        return {}
 
-    def _write(self, held: dict[str, Any]) -> None:
-        assert self._path is not None
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".measured-")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({"machine": self.machine, "kept": held}, file, indent=1)
-            os.replace(name, self._path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    def _without_file(self, error: Exception) -> None:
+        self._path = None
+        warnings.warn(f"measurements of kernels can't be kept ({error}): they hold for this run", stacklevel=2)

@@ -6,8 +6,6 @@ under `DIT_ACCEL_MEASURE=0`, inside a captured graph, or where torch is to be de
 kernels that takes the call and passes is chosen. Of several processes the first one races and the others follow it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -25,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..backends.slices import slice_of
 from ..cache import capturing
+from ..checks import problem_of
 from ..problem import Problem
 from ..tiles import TileLists
 from .candidates import CANDIDATES, OURS, machine
@@ -101,7 +101,7 @@ def _decide(problem: Problem, kind: Kind, least: float) -> tuple[str, float | No
         return kept
 
     with _lock:
-        kept = _agreed(key, find) if _flops(problem) >= least else None
+        kept = _agreed(key, find) if _dense_flops(problem.q, problem.k, problem.v) >= least else None
     if kept is None:
         return first(problem, None if capturing(kind.device) else kind), None
     _said[key] = f"{key}: {kept['why']}"
@@ -141,10 +141,8 @@ def refused(name: str, kind: Kind, *, again: bool = False) -> str | None:
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -158,12 +156,11 @@ def class_of(problem: Problem, kind: Kind) -> str:
 
 def too_short(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
     """Whether a call, [B, S, H, D] or [B, H, S, D], is too short for a race to pay."""
-    return 2.0 * q.numel() * k.shape[1 if layout == "bshd" else 2] * (1 + v.shape[3] / q.shape[3]) < LEAST_FLOPS
+    return _dense_flops(q, k, v, 1 if layout == "bshd" else 2) < LEAST_FLOPS
 
 
-def _flops(problem: Problem) -> float:
-    batch, heads, tokens, dim = problem.q.shape
-    return 2.0 * batch * heads * tokens * problem.num_k * (dim + problem.v.shape[-1])
+def _dense_flops(q: Tensor, k: Tensor, v: Tensor, axis: int = 2) -> float:
+    return 2.0 * q.numel() * k.shape[axis] * (1 + v.shape[3] / q.shape[3])
 
 
 def _may_race(problem: Problem) -> bool:
@@ -195,15 +192,14 @@ def raced(problem: Problem, kind: Kind, *, whole: bool = False) -> dict[str, Any
     In a `whole` race all of them run, those that wait too.
     """
     sample = part(problem)
-    passing = []
-    for waits in (False, True):
-        for name, candidate in CANDIDATES.items():
-            enough = not whole and (len(passing) == MOST or (waits and passing))
-            if name == "reference" or candidate.waits != waits or enough:
-                continue
-            if candidate.takes(sample) and not refused(name, kind):
-                passing.append(name)
-    times = timed({**{name: _call(name, sample) for name in passing}, "dense": partial(_dense, sample)}, sample)
+    taking = [name for name, one in CANDIDATES.items() if name != "reference" and one.takes(sample)]
+    passing: list[str] = []
+    for name in sorted(taking, key=lambda name: CANDIDATES[name].waits):
+        enough = not whole and (len(passing) == MOST or (CANDIDATES[name].waits and passing))
+        if not enough and not refused(name, kind):
+            passing.append(name)
+    calls = {name: partial(CANDIDATES[name].run, sample) for name in passing}
+    times = timed({**calls, "dense": partial(_dense, sample)}, sample)
     dense = times.pop("dense", None)
     if not times:
         return {"name": "gather", "share": None, "why": "nothing else could run"}
@@ -218,12 +214,6 @@ def raced(problem: Problem, kind: Kind, *, whole: bool = False) -> dict[str, Any
     return {"name": name, "share": share, "why": why, "seconds": seconds, **about}
 
 
-def _call(name: str, problem: Problem) -> Callable[[], Any]:
-    """A call by a candidate, the order of tokens that it wants included: that takes time, too."""
-    candidate = CANDIDATES[name]
-    return lambda: candidate.attend(problem if candidate.in_order else problem.tiled())
-
-
 def _dense(problem: Problem) -> Any:
     q, k, v = problem.q, problem.k, problem.v
     return scaled_dot_product_attention(q, k, v, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -232,22 +222,10 @@ def _dense(problem: Problem) -> Any:
 def part(problem: Problem) -> Problem:
     """The part of a call that is timed: on a CPU few of its heads, where they share lists; all of them on a GPU."""
     heads, key_heads = problem.q.shape[1], problem.k.shape[1]
-    few = math.ceil(SLICE_FLOPS / max(1.0, _flops(problem) / len(problem.q) / heads))
+    few = math.ceil(SLICE_FLOPS / max(1.0, _dense_flops(problem.q[:1, :1], problem.k, problem.v)))
     if problem.q.device.type != "cpu" or problem.groups > 1 or few >= heads or key_heads != heads:
         return problem
-    selection, scale = problem.selection, problem.head_scale
-    if selection is not None:
-        bits = {
-            name: x[:1, :few].contiguous() for name in ("keep", "routed") if (x := getattr(selection, name)) is not None
-        }
-        selection = replace(selection, **bits)
-    masks = "key_length", "key_mask", "key_valid"
-    rows = {name: x[:1] for name in masks if (x := getattr(problem, name)) is not None}
-    q, k, v = (x[:1, :few] for x in (problem.q, problem.k, problem.v))
-    return replace(
-        problem, q=q, k=k, v=v, selection=selection, head_scale=None if scale is None else scale[:1, :few], **rows,
-        identity_mix=None,
-    )  # fmt: skip
+    return replace(slice_of(problem, (slice(0, 1), slice(0, few))), identity_mix=None)
 
 
 def timed(calls: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, float]:
@@ -282,7 +260,4 @@ def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Cho
     random = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
     q, k, v = (torch.randn(1, 2, DENSE_TOKENS, dim, generator=random).to(device, dtype) for _ in range(3))
     lists = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=128, block_k=128)
-    problem = Problem(
-        q=q, k=k, v=v, **lists.parts, block_q=128, block_k=128, scale=dim**-0.5, heads_first=True
-    )  # fmt: skip
-    return choose(problem, least=0.0)
+    return choose(problem_of(q, k, v, lists.to(device), layout="bhsd"), least=0.0)

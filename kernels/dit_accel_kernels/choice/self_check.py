@@ -4,8 +4,6 @@ About 1,000 tokens with lists that differ by head, a ragged last tile, a row of 
 is by the dtype, a few times what dense attention in that dtype is off by ("Is Flash Attention Stable?", 2405.02803).
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..bits import unpack_bits
+from ..checks import problem_of
 from ..features import FrameDecay
 from ..problem import Problem
 from ..selection import Selection, Vote
@@ -80,30 +79,22 @@ def sample(kind: Kind) -> Problem:
     states[:, 1], states[:, 1, 1] = 0, 2  # and one that sees little
     states[:, -1, -1] = 2
     lists = TileLists.from_states(states, block_q=kind.tile[0], block_k=kind.tile[1], num_q=tokens, num_k=tokens)
-    problem = Problem(
-        q=q, k=k, v=v, **lists.parts, block_q=kind.tile[0], block_k=kind.tile[1], scale=kind.dim**-0.5, heads_first=True
+    if "masks in tiles" in kind.features:
+        count, shape = lists.exact_indices.numel(), (1, kind.tile[0], -(-kind.tile[1] // 32))
+        ids = torch.where(torch.rand(count, generator=random) < 0.3, 0, -1).to(torch.int32)
+        bits = torch.randint(-(1 << 31), 1 << 31, shape, generator=random, dtype=torch.int64)
+        lists = replace(lists, mask_ids=ids, mask_bits=bits.to(torch.int32))
+    frames, vote = (torch.arange(tokens) // 150).to(torch.int32), Vote() if "votes" in kind.features else None
+    features: dict[str, tuple[str, Any]] = {
+        "decay": ("frame_decay", FrameDecay(table=torch.linspace(1.0, 0.6, 5), q_frames=frames, k_frames=frames)),
+        "scales of heads": ("head_scale", torch.tensor([0.8, 1.1])),
+        "hidden keys": ("key_valid", (torch.arange(tokens) < tokens - tokens // 9)[None]),
+        "selection": ("selection", Selection(vote=vote)),
+        "LSE": ("return_lse", True),
+    }
+    return problem_of(
+        q, k, v, lists, layout="bhsd", **dict(features[name] for name in features if name in kind.features)
     )
-    return _with_features(problem, kind.features, random)
-
-
-def _with_features(problem: Problem, features: frozenset[str], random: torch.Generator) -> Problem:
-    tokens, more = problem.num_q, {}
-    if "masks in tiles" in features:
-        count, words = problem.exact_indices.numel(), -(-problem.block_k // 32)
-        more["mask_ids"] = torch.where(torch.rand(count, generator=random) < 0.3, 0, -1).to(torch.int32)
-        bits = torch.randint(-(1 << 31), 1 << 31, (1, problem.block_q, words), generator=random, dtype=torch.int64)
-        more["mask_bits"] = bits.to(torch.int32)
-    if "decay" in features:
-        frames = (torch.arange(tokens) // 150).to(torch.int32)
-        decay = FrameDecay(table=torch.linspace(1.0, 0.6, 5), q_frames=frames, k_frames=frames)
-        more["decay"] = (decay.table, decay.q_frames, decay.k_frames)
-    if "scales of heads" in features:
-        more["head_scale"] = torch.tensor([[0.8, 1.1]])
-    if "hidden keys" in features:
-        more["key_valid"] = (torch.arange(tokens) < tokens - tokens // 9)[None]
-    if "selection" in features:
-        more["selection"] = Selection(vote=Vote() if "votes" in features else None)
-    return replace(problem, **more, return_lse="LSE" in features)
 
 
 def fault(kind: Kind, attend: Callable[[Problem], tuple[Any, ...]], *, compiles: bool = False) -> str | None:

@@ -88,7 +88,6 @@ class RunOptions(SharedOptions):
         float | None, option("Scale of a negative prompt, of models that have both this and a guidance scale."), FINITE
     ] = None
     seed: Seed = 0
-    same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed", panel=FILES)] = False
     image: Annotated[
         Sequence[str],
         option(

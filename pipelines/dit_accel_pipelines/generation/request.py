@@ -78,21 +78,19 @@ class NamesModel:
 class Request(RunOptions, NamesModel):
     """What to generate; what is None takes the model's default."""
 
-    prompts: tuple[str, ...]  # one video (or image) each
-    output: Path  # file to write; with several prompts a number is put before the suffix
+    prompt: str  # what to show
+    output: Path  # file to write
     methods: tuple[MethodConfig, ...] = ()  # method configs to attach
 
     def __post_init__(self) -> None:
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+        if not self.prompt.strip():
             raise ConfigError("generate needs a prompt, got none; write one in quotes, or give --prompt-file")
         check_ranges(self)
         if self.num_inference_steps is not None:
             check_steps(self.num_inference_steps)
         check_choices(self, CHOICES)
-        if not (self.seed >= 0 and self.seeds()[-1] < 2**63):
-            raise ConfigError(
-                f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
-            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         for name, unset in (("backend", "auto"), ("dense", None), ("check", False)):
             if getattr(self, name) != unset and not self.attaches:
                 raise ConfigError(
@@ -101,11 +99,10 @@ class Request(RunOptions, NamesModel):
                 )
         if self.lora is not None:
             check_lora(self.lora)
-        for output in self.outputs():
-            check_output(output)
-            check_writable(side_car_path(output))
-            if self.check:
-                check_writable(check_path(output), "the check's picture")
+        check_output(self.output)
+        check_writable(side_car_path(self.output))
+        if self.check:
+            check_writable(check_path(self.output), "the check's picture")
 
     @property
     def attaches(self) -> bool:
@@ -116,18 +113,6 @@ class Request(RunOptions, NamesModel):
     def output_fps(self) -> float:
         """Return the frame rate of the file."""
         return self.fps or (EMBEDDED_FPS if self.embedded else OTHER_FPS)
-
-    def outputs(self) -> list[Path]:
-        """Return one path per prompt: the output itself, or with a number before its suffix."""
-        if len(self.prompts) == 1:
-            return [self.output]
-        digits = max(2, len(str(len(self.prompts))))
-        names = [f"{self.output.stem}-{n:0{digits}d}{self.output.suffix}" for n in range(1, len(self.prompts) + 1)]
-        return [self.output.with_name(name) for name in names]
-
-    def seeds(self) -> list[int]:
-        """Return one seed per prompt."""
-        return [self.seed + (0 if self.same_seed else place) for place in range(len(self.prompts))]
 
     def call_arguments(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that are set, except the prompt."""
@@ -184,7 +169,7 @@ def resolve(request: Request) -> Resolved:
         UnsupportedModel: if the model is not found, or no adapter can take the methods requested.
     """
     if request.embedded:
-        for prompt in (*request.prompts, request.negative_prompt or ""):
+        for prompt in (request.prompt, request.negative_prompt or ""):
             check_words(prompt, request.embedded, named=request.model is not None)
     files = read_model_files(request.source)
     request, call, notes = _resolve_call(request, files)

@@ -109,7 +109,7 @@ class Comparing:
         if not methods and options["preset"] == NONE:
             raise ConfigError("there is nothing to compare: the preset is none, and no method is named; choose one")
         request = Request(
-            prompts=(prompt,), output=folder / "accelerated.png", methods=methods, check=True,
+            prompt=prompt, output=folder / "accelerated.png", methods=methods, check=True,
             **{**self._options, **options},
         )  # fmt: skip
         require_tools()
@@ -128,9 +128,9 @@ class Comparing:
                 raise ConfigError(f"the preset {request.preset!r} has no method for this model; name one as TOML")
             stages.run = "dense: "
             with attachment.suspended():
-                dense = run(pipe, request.prompts[0], request, pictures={}, stages=stages)
+                dense = run(pipe, request, pictures={}, stages=stages)
             stages.run = "with methods: "
-            accelerated = run(pipe, request.prompts[0], request, pictures={}, stages=stages, attachment=attachment)
+            accelerated = run(pipe, request, pictures={}, stages=stages, attachment=attachment)
         check = check_of(dense, accelerated)
         difference = np.clip(TIMES * np.abs(check.accelerated - check.dense), 0, 1)
         clips = {"dense": check.dense, "accelerated": check.accelerated, "difference": difference}
@@ -146,7 +146,7 @@ class Comparing:
             stages.stage("loading the model")
             pipe = load_pipeline(request)
             stages.run = "trying: "
-            run(pipe, request.prompts[0], replace(request, num_inference_steps=2), pictures={}, stages=stages)
+            run(pipe, replace(request, num_inference_steps=2), pictures={}, stages=stages)
             self._loaded = request.source, pipe
         return self._loaded[1]
 

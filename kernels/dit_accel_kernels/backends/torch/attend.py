@@ -6,8 +6,6 @@ while the logits are there. A selection is turned into lists of every batch and 
 bench/block_sparse.py times other ways to write it, bench/selection.py what selections cost.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from ...selection import LOG2_E
 from ...states import resolved
 from ...votes import Tally
 from . import fused
-from .chunks import Chunk, chunks_of
+from .chunks import Chunk, beyond, chunks_of
 from .memory import buffer, cast, taken
 from .tiled import Tiled, in_tiles
 
@@ -128,13 +126,11 @@ def transform(
     x[:, :, start:columns].masked_fill_(absent, -torch.inf)
     if weights is not None:
         x[:, :, columns:].add_(weights[:, None])
-    empty = hidden = None
-    if tiled.absent is not None or (chunk.partial is not None and chunk.partial.alone):
+    empty = None
+    if tiled.absent is not None or chunk.partial is not None:
         empty = absent.all(-1)
         empty = empty if weights is None else empty & (weights == -torch.inf).all(1, keepdim=True)
-    if chunk.partial is not None and not tiled.finite:
-        hidden = torch.nn.functional.pad(absent, (start, 0))
-    return t, empty, hidden
+    return t, empty, None if chunk.partial is None or tiled.finite else absent
 
 
 def _weigh(p: Tensor, v: Tensor, hidden: Tensor | None, out: Tensor) -> None:
@@ -191,28 +187,20 @@ def softmax_weights(tiled: Tiled, chunk: Chunk) -> Tensor | None:
 
 
 def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor, int]:
-    """Which exact columns of a chunk are padding, masked or hidden by a tile's mask, and the first that is said of.
-
-    Bool [R, 1 or block_q, columns - start].
-    """
-    padded = beyond(chunk.tokens, columns, chunk.least)[:, None]
-    block_k, partial, absent, start = tiled.k.shape[1], chunk.partial, None, 0
+    """Which columns are padding, masked or hidden by a tile's mask, bool [R, 1 or block_q, columns - start]; start."""
+    if tiled.absent is None and chunk.partial is None:
+        return beyond(chunk.tokens, columns, chunk.least)[:, None], chunk.least
+    absent = beyond(chunk.tokens, columns)[:, None]
     if tiled.absent is not None:
-        absent = tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
-    if partial is not None:
+        absent = absent | tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
+    if chunk.partial is not None:
         assert tiled.bits is not None
-        first = min(partial.first, chunk.least // block_k) if absent is None else 0
-        row, column, place = partial.tiles
-        sizes = (len(chunk.exact), tiled.q.shape[1], chunk.exact.shape[1] - first, block_k)
-        hidden = torch.zeros(sizes, dtype=torch.bool, device=tiled.q.device)
-        hidden[row, :, column - first] = (~unpack_bits(tiled.bits[partial.masks], block_k))[place]
-        start = first * block_k
-        hidden = hidden.flatten(2)[:, :, : columns - start]
-        absent = hidden if absent is None else hidden.logical_or_(absent)
-    if absent is None:
-        return padded, chunk.least
-    absent[:, :, chunk.least - start :] |= padded
-    return absent, start
+        row, column, mask = chunk.partial
+        block_k = tiled.k.shape[1]
+        hidden = absent.new_zeros(len(chunk.exact), tiled.q.shape[1], chunk.exact.shape[1], block_k)
+        hidden[row, :, column] = ~unpack_bits(tiled.bits[mask], block_k)
+        absent = hidden.flatten(2)[:, :, :columns].logical_or_(absent)
+    return absent, 0
 
 
 def decay_of(tiled: Tiled, chunk: Chunk, columns: int) -> Tensor | None:
@@ -231,8 +219,3 @@ def decay_of(tiled: Tiled, chunk: Chunk, columns: int) -> Tensor | None:
     if not chunk.pooled.shape[1]:
         return by_token
     return torch.cat([by_token, tiled.decay.by_tile[first + chunk.pooled[:, None] % count]], 2)
-
-
-def beyond(counts: Tensor, columns: int, start: int = 0) -> Tensor:
-    """Where columns, from `start` on, lie behind the `counts` [R] of their rows, bool [R, columns - start]."""
-    return torch.arange(start, columns, device=counts.device) >= counts[:, None]

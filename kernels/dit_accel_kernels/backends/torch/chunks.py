@@ -1,7 +1,5 @@
 """Chunks of the torch backend: query tiles that see about equally many key tiles and are computed together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,18 +41,13 @@ def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
     return Lists(bounds[:, :-1].reshape(-1).contiguous(), counts, tiles.to(torch.int32).contiguous())
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Partial:
-    """Tiles of a chunk that have a mask.
+Partial = tuple[Tensor, Tensor, Tensor]
+"""Tiles of a chunk that have a mask: row and column in its `exact`, and number of the mask, int64 [N]."""
 
-    `tiles` int64 [3, N]: row and column in the chunk's `exact`, and place in `masks` int64 [M'], which are numbers of
-    masks, each once. `first` is the first column that has one; `alone` tells whether a query tile sees no other tiles.
-    """
 
-    tiles: Tensor
-    masks: Tensor
-    first: int
-    alone: bool
+def beyond(counts: Tensor, columns: int, start: int = 0) -> Tensor:
+    """Where columns, from `start` on, lie behind the `counts` [R] of their rows, bool [R, columns - start]."""
+    return torch.arange(start, columns, device=counts.device) >= counts[:, None]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -125,12 +118,8 @@ def _partial(mask_ids: Tensor | None, positions: Tensor) -> Partial | None:
     if mask_ids is None or not positions.shape[1]:
         return None
     ids = mask_ids[positions].long()
-    masked = ids >= 0
-    row, column = masked.nonzero(as_tuple=True)
-    if not len(row):
-        return None
-    masks, place = ids[row, column].unique(return_inverse=True)
-    return Partial(torch.stack([row, column, place]), masks, int(column.min()), bool(masked.all(1).any()))
+    row, column = (ids >= 0).nonzero(as_tuple=True)
+    return (row, column, ids[row, column]) if len(row) else None
 
 
 def _cuts(

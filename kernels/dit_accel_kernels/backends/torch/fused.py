@@ -1,7 +1,5 @@
 """Calls on a CPU by the compiled loop of fused.cpp: a query tile's products and softmax never leave its caches."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from typing import Any
@@ -16,7 +14,7 @@ from ...votes import VOTE_BYTES, Tally
 from ..rows import with_whole_rows
 from . import binding
 from .binding import STRIDES, LoopCall
-from .chunks import Lists, flat_lists
+from .chunks import Lists, beyond, flat_lists
 from .compiled import compiled_loop, library
 from .memory import LEAST_BYTES, buffer, cast, fresh
 from .tiled import decays, pools
@@ -164,9 +162,8 @@ def _settle(tally: Tally, lists: Lists, first: int, last: int, evidence: Tensor)
     longest = int(counts.max())
     if longest == 0:
         return
-    column = torch.arange(longest)
-    beyond = column >= counts[:, None]
-    tiles = lists.padded(q_tiles, longest).masked_fill_(beyond, tally.none)
-    entries = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(evidence) - 1)
-    by_tile = evidence[entries.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
+    padding = beyond(counts, longest)
+    tiles = lists.padded(q_tiles, longest).masked_fill_(padding, tally.none)
+    entries = ((counts.cumsum(0) - counts)[:, None] + torch.arange(longest)).clamp_(max=len(evidence) - 1)
+    by_tile = evidence[entries.mT].masked_fill_(padding.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
     tally.settle(q_tiles, tiles, by_tile)

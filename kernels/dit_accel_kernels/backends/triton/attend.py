@@ -18,27 +18,15 @@ from ...errors import BackendUnavailableError
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
 from ..rows import moves_in_pieces, with_whole_rows
+from ..slices import join_slices, slice_of, slices
+from . import launch as sizes
 from .eight import Scales, eight_bits
 from .expand import bits_of_lists, expand
 from .forward import _fwd_kernel
-from .launch import (
-    LARGE,
-    Launch,
-    architecture,
-    bulk_copies,
-    column_parts,
-    key_block,
-    launch_of,
-    products_of,
-    query_block,
-    row_of,
-    warps,
-    with_order,
-)
+from .launch import architecture, bulk_copies, launch_of
 from .plan import RowPlan, row_plan, scale_stride
 from .pool import pool
 from .route import route
-from .slices import join_slices, slice_of, slices
 from .support import check
 from .votes import fold
 
@@ -78,14 +66,12 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`attend` of batches and heads that are computed together, or `add_rest` to a start."""
     problem = in_pieces(problem)
-    q, k, v = problem.q, problem.k, problem.v
-    eight = problem.precision is not None
+    q, eight = problem.q, problem.precision is not None
     plan = row_plan(problem, without_whole=start is not None)
     with on_device(q.device):
         means, scales = None, (None, None, None)  # which eight bits have
         if problem.may_pool or eight:
-            dtype = torch.float32 if eight else k.dtype
-            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, dtype=dtype)
+            means = pool(problem, plan.valid, torch.float32 if eight else q.dtype)
         plan, exact = _select(problem, plan, means)
         if eight:
             problem, means, scales = eight_bits(problem, means, plan.valid, architecture(q.device))
@@ -113,31 +99,32 @@ def _select(
     routed = selection.routed
     if selection.routing is not None:
         assert means is not None
-        products = products_of(architecture(problem.q.device), torch.float32)
+        products = sizes.products_of(architecture(problem.q.device), torch.float32)
         routed = route(problem, selection.routing, means[0].to(problem.k.dtype), means[2], products)
     return expand(problem, plan, routed)
 
 
 def _launch(
-    problem: Problem, plan: RowPlan, means: tuple[Tensor, Tensor, Tensor] | None, scales: Scales, launch: Launch,
+    problem: Problem, plan: RowPlan, means: tuple[Tensor, Tensor, Tensor] | None, scales: Scales, launch: sizes.Launch,
     start: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Run the forward kernel: output and LSE, written into those of a start where there is one, and words of votes."""
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
     batch, heads, num_q, dim = q.shape
     if problem.token_order is not None:
-        launch = with_order(launch, decay=problem.decay is not None)
-    block_q, (block_k, _) = query_block(problem.block_q, launch.block_q), key_block(problem.block_k, launch.block_k)
+        launch = sizes.with_order(launch, decay=problem.decay is not None)
+    block_q = sizes.query_block(problem.block_q, launch.block_q)
+    block_k, _ = sizes.key_block(problem.block_k, launch.block_k)
     rows = (batch, heads, num_q) if problem.return_lse else (0,)
     out, lse = start or (problem.empty_output(), q.new_empty(rows, dtype=torch.float32))
     tiles, parts = (batch, heads, problem.query_tiles), -(-problem.block_q // block_q)
     words = None
     if problem.votes:
         words = torch.empty(*tiles, parts, word_count(problem.key_tiles), dtype=torch.int32, device=q.device)
-    (d1, d2), (d1v, d2v) = column_parts(dim, 16 if scales[0] is None else 32), column_parts(v.shape[3])
+    (d1, d2), (d1v, d2v) = sizes.column_parts(dim, 16 if scales[0] is None else 32), sizes.column_parts(v.shape[3])
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
-    products = products_of(architecture(q.device), q.dtype)
+    products = sizes.products_of(architecture(q.device), q.dtype)
     _fwd_kernel[(math.prod(tiles) * parts,)](
         q, k, v, out, lse if problem.return_lse else None, *listed(problem, plan, pooled), *scales, words,
         *_descriptors(k, v, block_k, problem.token_order is None and problem.block_k % block_k == 0),
@@ -150,7 +137,7 @@ def _launch(
         BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2, DIM_V=v.shape[3], D1V=d1v, D2V=d2v,
         PRECISION=products, VOTE=None if vote is None else vote.criterion,
         STARTED=start is not None,
-        num_warps=warps(launch, block_q), num_stages=launch.num_stages,
+        num_warps=sizes.warps(launch, block_q), num_stages=launch.num_stages,
     )  # fmt: skip
     return out, lse, words
 
@@ -190,7 +177,7 @@ def launch_sizes(problem: Problem, plan: RowPlan) -> tuple[int | None, ...]:
     )  # fmt: skip
 
 
-def pooled_block(problem: Problem, launch: Launch) -> int:
+def pooled_block(problem: Problem, launch: sizes.Launch) -> int:
     """Pooled tiles of a chunk: as many as the plain loop has keys in one, or with decay as the slow loop.
 
     On NVIDIA's cards without bulk copies at most 32: the addresses of more spill registers.
@@ -221,7 +208,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def fitting(kernel: str, problem: Problem, features: Sequence[str], tile: int = LARGE) -> Iterator[Launch]:
+def fitting(kernel: str, problem: Problem, features: Sequence[str], tile: int = sizes.LARGE) -> Iterator[sizes.Launch]:
     """Sizes of a kernel by the launch table, whose launch within runs or raises BackendUnavailableError with its row.
 
     The larger head dim chooses the row. Every row fits the cards that it was compiled for (bench/aot.py); others may
@@ -231,7 +218,7 @@ def fitting(kernel: str, problem: Problem, features: Sequence[str], tile: int = 
     try:
         yield launch_of(arch, problem.q.dtype, dim, tile, kernel, features=features)
     except OutOfResources as error:
-        row = row_of(arch, problem.q.dtype, dim, tile, kernel, features)
+        row = sizes.row_of(arch, problem.q.dtype, dim, tile, kernel, features)
         named = ", ".join(f"{name} {value!r}" for name, value in row._asdict().items())
         raise BackendUnavailableError(
             f"backend 'triton' needs {error.required} of {error.name} for the row of launch_table.json with {named} "

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
 from ..rows import with_whole_rows
+from ..slices import join_slices, key_part, slice_of, slices
 from .attend import features_of, fitting, in_pieces, last_distance, launch_sizes, listed, masks_of, on_device
 from .backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from .expand import expand, expand_columns
@@ -24,7 +25,6 @@ from .launch import Launch, column_block, key_block, query_block
 from .loads import _load_part
 from .plan import WORD, RowPlan, column_plan, row_plan, scale_stride
 from .pool import pool
-from .slices import join_slices, key_part, slice_of, slices
 from .support import check
 
 DELTA_ROWS = 32  # query rows of a program of the pre-pass
@@ -115,7 +115,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` of batches and heads that are computed together."""
     out, grad_out, problem = with_whole_rows(out), with_whole_rows(grad_out), in_pieces(problem)
-    q, k, v = problem.q, problem.k, problem.v
+    q = problem.q
     masks = (problem.key_valid, problem.key_mask, problem.key_length, problem.mask_ids)
     features = ("decay",) * (problem.decay is not None) + ("mask",) * any(x is not None for x in masks)
     with on_device(q.device):
@@ -124,9 +124,7 @@ def _attend_backward(
         plan, exact = row_plan(problem), None
         means: tuple[Tensor | None, ...] = (None, None, None)
         if problem.may_pool:
-            means = pool(
-                k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, dtype=k.dtype
-            )
+            means = pool(problem, plan.valid, q.dtype)
         if problem.selection is not None and narrows(problem.selection):
             plan, exact = expand(problem, plan, problem.selection.routed)
         with fitting("dq", problem, features) as launch:

@@ -1,7 +1,7 @@
 """Sizes of the launches of forward and backward: launch_table.json and what follows from it.
 
-A row of the table is for a kernel ("fwd", "dq", "dkdv", "pooled"), an architecture ("": any) and its family, a kind of
-dtype, a head dim and a tile up to a size, and the calls with a feature ("eight" for eight bits, "decay", "mask"; "":
+A row of the table is for a kernel ("fwd", "dq", "dkdv", "pooled"), architectures ("": any) and their families, a kind
+of dtype, head dims and a tile up to a size, and the calls with a feature ("eight" for eight bits, "decay", "mask"; "":
 any). Its `source` says how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the
 bounds of bench/aot.py), or the card, date and seconds of a measurement.
 """
@@ -59,12 +59,13 @@ def launch_table() -> dict[Key, Launch]:
     """The launch of every key, read once."""
     names = [field.name for field in fields(Launch)]
     rows = json.loads(TABLE.read_text())
-    return {key_of_row(row): Launch(**{name: row[name] for name in names}) for row in rows}
+    return {key: Launch(**{name: row[name] for name in names}) for row in rows for key in keys_of_row(row)}
 
 
-def key_of_row(row: dict[str, Any]) -> Key:
-    """The key of a row of launch_table.json."""
-    return Key(**{name: row[name] for name in Key._fields})
+def keys_of_row(row: dict[str, Any]) -> list[Key]:
+    """What a row of launch_table.json is for: each of its architectures, head dims and features."""
+    several = product(row["arch"], row["dim"], row["feature"])
+    return [Key(arch, row["kind"], dim, row["tile"], row["kernel"], feature) for arch, dim, feature in several]
 
 
 def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int, kernel: str = "fwd") -> Key:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...problem import Problem
 from .loads import _keys
 
 BLOCK_N = 64  # tokens read at once
@@ -48,22 +49,19 @@ def _pool_kernel(
         tl.store(length_ptr + b * k_tiles + k_tile, length)
 
 
-def pool(
-    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def pool(problem: Problem, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Mean K in `dtype`, [B, HK, NK, D], mean V in its own, [B, HK, NK, Dv], and true lengths, float32 [B, NK].
 
-    K [B, HK, S_k, D] and V, with a head dim of its own, have contiguous rows, `block_k` to a tile; `token_order` [S_k]
-    maps tiled positions to rows; `valid` uint8 [B, S_k], in tiled order, are the keys that count (None: all).
+    K and V have contiguous rows; `valid` uint8 [B, S_k], in tiled order, are the keys that count (None: all).
     """
+    k, v, tiles = problem.k, problem.v, problem.key_tiles
     batch, heads, tokens, dim = k.shape
-    tiles = -(-tokens // block_k)
     k_mean = k.new_empty(batch, heads, tiles, dim, dtype=dtype)
     v_mean = v.new_empty(batch, heads, tiles, v.shape[3])
     length = k.new_empty(batch, tiles, dtype=torch.float32)
     _pool_kernel[(batch * heads * tiles,)](
-        k, v, token_order, valid, k_mean, v_mean, length, *k.stride()[:3], *v.stride()[:3], tokens, heads, tiles,
-        TILE_K=block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), DIM_V=v.shape[3],
+        k, v, problem.token_order, valid, k_mean, v_mean, length, *k.stride()[:3], *v.stride()[:3], tokens, heads,
+        tiles, TILE_K=problem.block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), DIM_V=v.shape[3],
         BLOCK_DV=triton.next_power_of_2(v.shape[3]),
     )  # fmt: skip
     return k_mean, v_mean, length

@@ -156,10 +156,8 @@ def fold(problem: Problem, plan: RowPlan, words: Tensor) -> Tensor:
     """
     selection = problem.selection
     assert selection is not None
-    if selection.keep is None:
-        kept = bits_of_lists(problem)
-    else:
-        kept = selection.keep.clone(memory_format=torch.contiguous_format)
+    keep = selection.keep
+    kept = bits_of_lists(problem) if keep is None else keep.clone(memory_format=torch.contiguous_format)
     batch, heads, q_tiles, parts, width = words.shape
     strides = (*plan.strides, 0, 0) if plan.entry_strides is None else (heads, 1, *plan.entry_strides)
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
