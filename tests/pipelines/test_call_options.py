@@ -23,7 +23,7 @@ SMALL = dict(num_inference_steps=2, num_frames=5, height=32, width=48)
 
 
 def request(folder: Path, **changes: Any) -> Request:
-    return Request(**{"prompts": ("a red circle",), "output": folder / "a.png", **SMALL, **changes})
+    return Request(**{"prompt": "a red circle", "output": folder / "a.png", **SMALL, **changes})
 
 
 def test_a_side_car_says_each_option_and_the_command_line_wins(tmp_path: Path):
@@ -65,7 +65,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_is_refused_before_weights_are_loaded(options, message, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", lambda request: 1 / 0)
     with pytest.raises(DitAccelError, match=message):
-        generate(request(tmp_path, device="cpu", **options))
+        generate([request(tmp_path, device="cpu", **options)])
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +78,7 @@ def test_a_scheduler_without_a_shift_is_refused_before_weights_are_loaded(tmp_pa
 
 
 def test_the_scale_of_a_negative_prompt_wins_over_that_of_guidance(tmp_path: Path):
-    asked, *_ = resolve(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny",
+    asked, *_ = resolve(Request(prompt="a red circle", output=tmp_path / "a.png", model="flux-tiny",
                                 guidance_scale=4.0, true_cfg_scale=2.0))  # fmt: skip
     call = CallSignature.of(type(load_pipeline(asked)))
     assert asked.full_call(call, {})["true_cfg_scale"] == 2.0

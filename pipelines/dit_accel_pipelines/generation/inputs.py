@@ -1,6 +1,7 @@
 """The files that a run starts from: which argument of the pipeline's call each is for, and what it is given there."""
 
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -65,7 +66,13 @@ class Input:
 
     def read(self) -> Any:
         """Return a picture, or a list of them."""
-        return read_image(self.path) if self.option == "image" else read_video(self.path)
+        return _read(self.option, self.path, self.path.stat().st_mtime_ns if self.path.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(option: str, path: Path, changed: int) -> Any:
+    """Read a file, unless it was among the last few, as before weights are loaded, and has not ``changed`` since."""
+    return read_image(path) if option == "image" else read_video(path)
 
 
 def inputs_of(options: RunOptions) -> list[Input]:
