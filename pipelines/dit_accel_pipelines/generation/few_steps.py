@@ -4,13 +4,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .lora import Lora, lora_file
+from .options import RunOptions
 from .pipeline_call import CallSignature
-
-if TYPE_CHECKING:
-    from .request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +15,7 @@ class FewSteps:
     """How the makers of a kind of few-step LoRA run it."""
 
     sign: str  # pattern in the file's name or title
-    source: str  # where they say so
+    source: str  # where that is said
     steps: int  # where the name says none
     guidance: float | None = 1.0  # guidance scale; None: the pipeline's own
     shift: float | None = None  # noise shift; None: the model's own
@@ -44,7 +41,7 @@ TITLES = ("modelspec.title", "ss_output_name", "title", "name")
 """Where a file's metadata says what it is called."""
 
 
-def proposals(request: "Request", call: CallSignature) -> Iterator[str]:
+def proposals(request: RunOptions, call: CallSignature) -> Iterator[str]:
     """Give, for each LoRA that seems made for few steps, the options of its makers that a request does not have."""
     for lora in map(Lora.of, request.lora):
         words = _words(lora.name)

@@ -8,11 +8,20 @@ from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import INDEX, model_source, read_config, read_model_files
 from dit_accel.errors import ConfigError, UnsupportedModel
 
+from .devices import pick_device
 from .fit import VAE_WAYS, vae_ways
 from .lora import load_loras
+from .pipeline_call import pipeline_class
 from .quiet import quiet_diffusers
 from .request import EMBEDDED, Request
-from .weights import TRANSFORMERS, check_quantized, empty_model, load_arguments, text_encoders
+from .weights import (
+    TRANSFORMERS,
+    check_quantized,
+    empty_model,
+    load_arguments,
+    load_single_files,
+    text_encoders,
+)
 
 
 def load_pipeline(request: Request) -> Any:
@@ -21,12 +30,12 @@ def load_pipeline(request: Request) -> Any:
 
     device = device_of(request)
     dtype, index = _dtype(request, device), read_config(request.source, INDEX, request.revision)
-    pipe = open_pipeline(
-        request.source, dtype=dtype, **load_arguments(request, index, getattr(torch, dtype), device)
-    )  # fmt: skip
+    parts = load_single_files(request, request.source, index, getattr(torch, dtype))
+    arguments = load_arguments(request, index, getattr(torch, dtype), device)
+    pipe = open_pipeline(request.source, dtype=dtype, **arguments, **parts)
     load_loras(pipe, request.lora, fuse=request.fuse_lora)
     for way in vae_ways(request.vae):
-        getattr(pipe.vae, VAE_WAYS[way])()
+        getattr(pipe.vae, VAE_WAYS[way][1])()
     _to_device(pipe, device, request.offload)
     return pipe
 
@@ -44,9 +53,12 @@ def open_pipeline(source: str, *, dtype: str, **more: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    cls = DiffusionPipeline
+    if {*TRANSFORMERS} & {*more}:  # which the base class does not take where they are optional, as Wan's are
+        cls = pipeline_class(read_model_files(source, more.get("revision")))
     try:
         with quiet_diffusers():
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtypes, use_safetensors=True, **more)
+            pipe = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **more)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None
@@ -101,30 +113,6 @@ def device_of(request: Request) -> Any:
     if request.offload != "none" and device.type == "cpu":
         raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
     return device
-
-
-def pick_device(requested: str | None) -> Any:
-    """Return the torch device requested, or the accelerator, or the CPU."""
-    import torch
-
-    if requested is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(requested)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # whose words list all that torch was ever built for
-        raise ConfigError(f"device {requested!r} can't be used here; choose from {', '.join(devices())}") from None
-    return device
-
-
-def devices() -> list[str]:
-    """Return the torch devices of this machine, by the names under which they are requested."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    return ["cpu", *(f"{accelerator.type}:{place}" for place in range(count) if accelerator is not None)]
 
 
 def _to_device(pipe: Any, device: Any, offload: str) -> None:

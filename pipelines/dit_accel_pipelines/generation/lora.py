@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_accel.adapters.model_files import ModelFiles, read_config
 from dit_accel.errors import ConfigError, MissingBackend, install
 
+from .options import RunOptions
 from .quiet import quiet_diffusers
 from .weights import TRANSFORMERS, empty_model, split_component
-
-if TYPE_CHECKING:
-    from .request import Request
 
 FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
@@ -81,7 +79,7 @@ def lora_file(name: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def check_loras(request: "Request", pipeline: type, files: ModelFiles) -> None:
+def check_loras(request: RunOptions, pipeline: type, files: ModelFiles) -> None:
     """Refuse LoRAs that a pipeline's class, or its transformers, can't take; those of the hub are read as they load."""
     if request.fuse_lora and not request.lora:
         raise ConfigError("fuse_lora was requested, but no LoRA is given; name one by --lora, or leave it out")

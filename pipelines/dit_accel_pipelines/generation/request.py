@@ -15,7 +15,7 @@ from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_
 from dit_accel.adapters.rotary import check_lengths
 from dit_accel.attachment.backends import Dense, check_backend
 from dit_accel.errors import ConfigError, UnsupportedModel
-from dit_accel.estimate.hardware import QUANTIZATIONS
+from dit_accel.estimate.hardware import QUANTIZATIONS, find_hardware
 from dit_accel.estimate.sizes import advice, check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.base import Model
@@ -24,7 +24,7 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .few_steps import proposals
-from .fit import check_memory, check_vae, fitted
+from .fit import check_vae, fitted, vae_ways
 from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
 from .lora import Lora, check_lora, check_loras
 from .media import check_even, check_output, check_quality
@@ -36,7 +36,7 @@ from .ranges import check_choices, check_ranges
 from .rates import rate_arguments, with_rate
 from .solvers import SOLVERS, make_scheduler, read_scheduler
 from .sound import lost_sound
-from .weights import check_files, check_model, named_by_file, slow_products
+from .weights import check_weight_files, check_weights, named_by_file, slow_products
 
 EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
@@ -106,8 +106,10 @@ class Request(RunOptions, NamesModel):
                 )
         for text in self.lora:
             check_lora(Lora.of(text).name)
-        check_files(self)
-        check_memory(self)
+        check_weight_files(self)
+        vae_ways(self.vae)
+        if self.max_memory is not None:
+            find_hardware(self.max_memory)
         check_output(self.output)
         check_quality(self.output, self.quality)
         check_writable(side_car_path(self.output))
@@ -215,7 +217,7 @@ def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, CallSig
         )
     if request.solver is not None or request.flow_shift is not None:
         make_scheduler(read_scheduler(files), request.solver, request.flow_shift)
-    check_model(request, files)
+    check_weights(request, files)
     check_vae(request, files)
     check_loras(request, cls, files)
     if request.embedded:
