@@ -186,7 +186,7 @@ def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suit
     listed = _prompts(options, settings, model)
     clips = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
     values = {name: value for name, value in shared.fields_of(Request, options).items()
-             if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
+             if name not in ("output", "prompt", "seed", "preset")}  # fmt: skip
     settled = resolve(tuning_request(
         prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **values
     ))  # fmt: skip

@@ -158,7 +158,7 @@ def test_what_is_written_is_read_by_profiling_cache(profiled, pipe):
         assert np.shape(entry["by_step"][criterion]) == (6, FEW)
     assert all(0 <= x <= 1 for row in entry["by_step"]["attention"] for x in row if x is not None)
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(found.output), every=2)) as attachment:
-        run(pipe, PROMPTS[0], resolve(few())[0])
+        run(pipe, resolve(few())[0])
         section = attachment.report().section("profilingcache")
     assert [*read_numbers(section.data["cached"]["transformer"], "x")] == entry["cached"]
     assert section.data["computed_blocks"] < 1
@@ -179,7 +179,7 @@ def test_both_experts_of_wan_2_2_are_measured(tmp_path):
         for row in entry["by_step"]["error"]:
             assert [step for step, value in enumerate(row) if value is not None] == [*known]
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "profile.json"), every=2)) as attachment:
-        run(pipe, PROMPTS[0], resolve(asked)[0])
+        run(pipe, resolve(asked)[0])
         assert [*attachment.report().section("profilingcache").data["cached"]] == ["transformer", "transformer_2"]
 
 

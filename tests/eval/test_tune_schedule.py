@@ -54,7 +54,7 @@ def run_of(prompt, *caches):
 
     pipe.scheduler.step = step
     with dit_accel.attach(pipe, *caches, preset="none"):
-        base.run(pipe, prompt, asked)
+        base.run(pipe, asked)
     del pipe.scheduler.step
     sigmas, x, v, made = (list(one) for one in zip(*seen, strict=True))
     return np.array([*sigmas, 0.0]), np.array([*x, made[-1]]).reshape(STEPS + 1, -1), np.array(v).reshape(STEPS, -1)
@@ -110,7 +110,9 @@ def test_placements_are_chosen_by_prompts_of_their_own(tmp_path, pipe):
     for steps, shift, caches in ((first["steps"], first["flow_shift"], [config]), (20, None, [])):
         pipe.scheduler = make_scheduler(shipped, "unipc", shift)
         with dit_accel.attach(pipe, *caches, preset="none"):
-            made.append(base.run(pipe, PROMPTS[1], resolve(request(num_inference_steps=steps))[0]).frames / 255.0)
+            made.append(
+                base.run(pipe, resolve(request(prompts=PROMPTS[1:], num_inference_steps=steps))[0]).frames / 255.0
+            )
     assert first["psnr"] == pytest.approx(-10 * np.log10(((made[0] - made[1]) ** 2).mean()), abs=1e-3)
 
 

@@ -330,13 +330,13 @@ def test_a_lora_that_does_not_fit_is_refused_and_another_lora_is_another_request
         load_lora(pipe, str(one_step))
     for name, message in (("none.safetensors", "LoRA at .*none"), ("videos", "no pytorch_lora_weights.safetensors")):
         with pytest.raises(ConfigError, match=message):
-            Request(prompts=("a red circle",), output=tmp_path / "a.png", lora=str(base / name))
+            Request(prompt="a red circle", output=tmp_path / "a.png", lora=str(base / name))
     lora, digests = tmp_path / "a.safetensors", []
     for content in (None, b"one", b"other", b"one"):
         if content is not None:
             lora.write_bytes(content)
         path = None if content is None else str(lora)
-        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=path)))
+        digests.append(request_digest(Request(prompt="a", output=tmp_path / "a.png", lora=path)))
     assert digests[1] == digests[3]
     assert len(set(digests)) == 3
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from diffusers import WanPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
+from dit_accel_pipelines.generation.batch import singles
 from dit_accel_pipelines.generation.generate import generate, run
 from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline
 from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
@@ -39,7 +40,7 @@ def cli(*arguments: str):
 
 def request(tmp_path: Path, **changes: Any) -> Request:
     values: dict[str, Any] = {
-        "prompts": (PROMPT,), "output": tmp_path / "a.mp4", "num_inference_steps": 2, "num_frames": 9, "height": 32,
+        "prompt": PROMPT, "output": tmp_path / "a.mp4", "num_inference_steps": 2, "num_frames": 9, "height": 32,
         "width": 48,
     }  # fmt: skip
     return Request(**{**values, **changes})
@@ -81,11 +82,8 @@ def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
 
 
 def test_prompts_have_seeds_of_their_own_unless_they_are_to_be_compared(tmp_path: Path):
-    several = dataclasses.replace(request(tmp_path), prompts=("a", "b", "c"), seed=7)
-    assert several.seeds() == [7, 8, 9]
-    assert dataclasses.replace(several, same_seed=True).seeds() == [7, 7, 7]
-    with pytest.raises(ConfigError, match=r"seeds.*0 to 2\*\*63 - 1, got 9223372036854775806.*3"):
-        dataclasses.replace(several, seed=2**63 - 2)
+    assert [seed for *_, seed in singles("abc", tmp_path, 7)] == [7, 8, 9]
+    assert [seed for *_, seed in singles("abc", tmp_path, 7, same_seed=True)] == [7, 7, 7]
 
 
 def test_many_prompts_give_many_files(tmp_path: Path, pipe):
@@ -108,20 +106,20 @@ def test_sizes_are_the_familys_and_frames_rounded(tmp_path: Path):
     asked, family, notes, _ = resolve(request(tmp_path, num_frames=10))
     assert notes == ["10 frames are rounded to 11, as the pipeline does"]
     assert (asked.num_frames, family.name) == (11, "wan-tiny")
-    asked, family, notes, _ = resolve(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
+    asked, family, notes, _ = resolve(Request(prompt=PROMPT, output=tmp_path / "a.mp4"))
     assert (asked.height, asked.num_frames, asked.dtype, notes) == (64, family.num_frames, "float32", [])
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
     (prompt,) = held_out_prompts(name, 1)
-    asked, *_ = resolve(Request(prompts=(prompt,), output=tmp_path / "a.png", model=name))
+    asked, *_ = resolve(Request(prompt=prompt, output=tmp_path / "a.png", model=name))
     own, call = model_defaults(name), CallSignature.of(pipeline_class(read_model_files(asked.source)))
     made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
     with pytest.raises(ConfigError, match=r"word\(s\) xylophone"):
-        resolve(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
+        resolve(Request(prompt="a xylophone", output=tmp_path / "a.mp4", model=name))
     assert name in installed.families()
     if name == "flux-tiny":  # whose guidance scale is that by a negative prompt, since it has no other
         assert dataclasses.replace(asked, guidance_scale=1.0).beside(call)["true_cfg_scale"] == 1.0
@@ -133,7 +131,7 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
     seen: dict[str, Any] = {}
     monkeypatch.setattr(type(pipe), "encode_prompt", lambda self, **given: seen.update(given) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(pipe, PROMPT, request(tmp_path))
+        run(pipe, request(tmp_path))
     assert seen["max_sequence_length"] == 7  # and no true_cfg_scale, which the pipeline does not take
 
 
@@ -155,13 +153,14 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
     (["a circle", "-m", "flux-tiny", "--height", "1600000", "--width", "1600000", "-o", "a.png"],
      "an output of 1 frames, 1,600,000 x 1,600,000, takes 28,610 GiB for its pixels alone, and this machine"),
-    (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .gif, .png"),
+    (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .webm, .gif, .png, or a"),
     (["a circle", "-o", "none/a.mp4"], "none is not a folder; create it first"),
     (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
     (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
     (["a circle", "--fps", "nan"], "fps must be from 0.01 to 240, got nan"),
     (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
-    (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
+    (["a circle", "--seed", str(2**63)], "seed must be from 0 to 2**63 - 1, got 9223372036854775808"),
+    (["a circle", "--seed", "-1"], "seed must be from 0 to 2**63 - 1, got -1"),
     (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
     (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
     (["a circle", "--solver", "ulber"], "there is no solver 'ulber'; did you mean 'euler'"),
@@ -212,17 +211,17 @@ def test_what_was_taken_unnamed_does_nothing_or_is_replaced_is_noted(tmp_path, m
     assert len(notes) == len(expected)
     assert all(any(note.startswith(one) for note in notes) for one in expected)
     (asked,) = seen
-    assert asked.prompts == ("a red circle",)
+    assert asked.prompt == "a red circle"
     assert [one.negative_prompt for one in asked.methods if one.name == "nag"] == (
         ["blue"] if "--nag" in arguments else []
     )
 
 
 def test_prompt_files_are_read_and_every_output_must_be_writable_before_anything_runs(tmp_path: Path):
-    for taken, output, count in (("a.mp4.json", "a.mp4", 1), ("b.gif", "b.gif", 1), ("a-02.gif.json", "a.gif", 2)):
+    for taken, output in (("a.mp4.json", "a.mp4"), ("b.gif", "b.gif")):
         (tmp_path / taken).mkdir()
         with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
-            request(tmp_path, prompts=(PROMPT,) * count, output=tmp_path / output)
+            request(tmp_path, output=tmp_path / output)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt.*no prompt"):
         read_prompts(tmp_path / "empty.txt")
@@ -257,7 +256,7 @@ def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, pipe):
         folder = model_folder(tmp_path / lacking, transformer={"num_layers": 4, lacking: None})
         asked = request(tmp_path, model=str(folder), num_frames=5, methods=(RadialAttention(dense_steps=0),))
         assert resolve(asked) == (asked, None, [], [])
-    (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif", num_inference_steps=1))
+    (written,) = generate([dataclasses.replace(asked, output=tmp_path / "a.gif", num_inference_steps=1)])
     assert written.report is not None
     assert written.record["num_frames"] == 5
 
@@ -266,14 +265,14 @@ def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monk
     def processors() -> dict[str, Any]:
         return {name: part.processor for name, part in pipe.transformer.named_modules() if hasattr(part, "processor")}
 
-    def interrupt(path: Path, frames: np.ndarray, *, fps: float) -> None:
+    def interrupt(path: Path, frames: np.ndarray, **_: Any) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     before = processors()
     monkeypatch.setattr(generation, "write_media", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        generate(request(tmp_path, num_inference_steps=1, num_frames=5, methods=(RadialAttention(dense_steps=0),)))
+        generate([request(tmp_path, num_inference_steps=1, num_frames=5, methods=(RadialAttention(dense_steps=0),))])
     assert names(tmp_path) == []
     assert all(processors()[name] is processor for name, processor in before.items())
     assert "_dit_accel_attachment" not in vars(pipe.transformer)
@@ -291,7 +290,7 @@ def test_blocks_are_compiled_exactly_when_asked(tmp_path: Path, pipe, monkeypatc
     monkeypatch.setattr(generation, "compile_blocks", compiled.append)
     for compiling in (False, True):
         asked = request(tmp_path, output=tmp_path / "a.gif", num_inference_steps=1, num_frames=1, compile=compiling)
-        (written,) = generate(asked)
+        (written,) = generate([asked])
         assert compiled == ([pipe] if compiling else [])
         assert written.record["compile"] is compiling
     parts = [SimpleNamespace(compile_repeated_blocks=lambda fullgraph: compiled.append(fullgraph)) for _ in "ab"]
@@ -340,10 +339,10 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     record = json.loads((tmp_path / "a.mp4.json").read_text())
     changes = dict(num_inference_steps=4, num_frames=5, seed=3, check=True, methods=(StaticCache(every=2),))
     asked = resolve(request(tmp_path, **changes))[0]
-    dense = run(pipe, PROMPT, asked).pictures
-    assert not np.array_equal(run(pipe, PROMPT, dataclasses.replace(asked, seed=4)).pictures, dense)
+    dense = run(pipe, asked).pictures
+    assert not np.array_equal(run(pipe, dataclasses.replace(asked, seed=4)).pictures, dense)
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
-        cached = run(pipe, PROMPT, asked).pictures
+        cached = run(pipe, asked).pictures
     expected = -10 * np.log10(np.mean((dense - cached) ** 2))
     assert record["check"]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-3)
     assert f"psnr {expected:.4g}" in result.stderr

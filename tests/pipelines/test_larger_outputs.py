@@ -172,7 +172,7 @@ def flux():
 
 
 def request_of(tmp_path, side, **options):
-    return Request(prompts=("a kite",), output=tmp_path / "a.png", height=side, width=side, **options)
+    return Request(prompt="a kite", output=tmp_path / "a.png", height=side, width=side, **options)
 
 
 def test_a_larger_picture_is_decoded_in_tiles_at_the_largest_shift(flux, tmp_path):
@@ -241,7 +241,7 @@ def test_methods_for_larger_outputs_say_in_the_report_what_they_did(tmp_path: Pa
 def warnings_of(tmp_path: Path, *flags: str, **options) -> list[str]:
     methods = tuple(select_methods(flags, None, ()))
     options = {"model": "wan-plain", **options}
-    return resolve(Request(prompts=("a red circle",), output=tmp_path / "a.mp4", methods=methods, **options)).warnings
+    return resolve(Request(prompt="a red circle", output=tmp_path / "a.mp4", methods=methods, **options)).warnings
 
 
 def test_sizes_beyond_the_trained_one_are_told(tmp_path: Path):

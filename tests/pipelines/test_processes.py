@@ -1,6 +1,5 @@
 """Prompts and searches that several processes share: none twice, none left out, a failure told to all."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from dit_accel_pipelines.generation.batch import singles
 from dit_accel_pipelines.generation.request import Request
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.generation.timing import Timings
@@ -37,12 +37,12 @@ REFUSED = (
 SHORT = ["--num-inference-steps", "2", "--num-frames", "5", "--height", "32", "--width", "32"]
 
 
-def request(tmp_path: Path, **changes: Any) -> Request:
-    values: dict[str, Any] = {
-        "prompts": PROMPTS, "output": tmp_path / "a.gif", "num_inference_steps": 1, "num_frames": 5, "height": 32,
-        "width": 32,
-    }  # fmt: skip
-    return Request(**{**values, **changes})
+def requests(tmp_path: Path, count: int = len(PROMPTS), seed: int = 0, **changes: Any) -> list[Request]:
+    values: dict[str, Any] = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32, **changes}
+    return [
+        Request(prompt=prompt, output=output, seed=number, **values)
+        for prompt, output, number in singles(PROMPTS[:count], tmp_path / "a.gif", seed)
+    ]
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def loads(monkeypatch) -> list[Request]:
     monkeypatch.setattr(generating, "_with_choices", lambda one, pipe: one)
     monkeypatch.setattr(generating, "prepare_larger", lambda *_: [])
 
-    def run(pipe, prompt, one, **_):
+    def run(pipe, one, **_):
         frames = np.zeros((5, 32, 32, 3), np.uint8)
-        return Generation(prompt=prompt, frames=frames, timings=Timings(steps=[0.0]), report=None)
+        return Generation(prompt=one.prompt, frames=frames, timings=Timings(steps=[0.0]), report=None)
 
     monkeypatch.setattr(generating, "run", run)
     return found
@@ -72,7 +72,7 @@ def test_every_prompt_is_made_once_with_the_name_and_seed_it_has_alone(count, tm
     for rank in range(count):
         process = Process(rank=rank, count=count)
         written = generating.generate(
-            request(tmp_path, seed=7), process=process, on_written=lambda one: lines.append(one.record["output"])
+            requests(tmp_path, seed=7), process=process, on_written=lambda one: lines.append(one.record["output"])
         )
         assert len(written) == len(PROMPTS[rank::count])
     assert made(tmp_path) == {f"a-0{n}.gif": (PROMPTS[n - 1], 6 + n) for n in range(1, 6)}
@@ -81,7 +81,7 @@ def test_every_prompt_is_made_once_with_the_name_and_seed_it_has_alone(count, tm
 
 
 def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, loads):
-    asked = request(tmp_path)
+    asked = requests(tmp_path)
     generating.generate(asked)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     (tmp_path / "a-02.gif").unlink()
@@ -98,10 +98,9 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
     assert all(one.kept for one in generating.generate(asked, resume=True))
     assert len(loads) == 2
     assert not any(one.kept for one in generating.generate(asked))
-    asked = request(tmp_path, prompts=PROMPTS[:1])
     for changes in ({"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"negative_prompt": "a blue"}):
-        generating.generate(asked)
-        assert not generating.generate(dataclasses.replace(asked, **changes), resume=True)[0].kept, changes
+        generating.generate(requests(tmp_path, 1))
+        assert not generating.generate(requests(tmp_path, 1, **changes), resume=True)[0].kept, changes
 
 
 GIVEN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}

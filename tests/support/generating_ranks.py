@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dit_accel_pipelines.generation.batch import singles
 from dit_accel_pipelines.generation.generate import generate
 from dit_accel_pipelines.generation.media import read_image
 from dit_accel_pipelines.generation.request import Request
@@ -16,10 +17,13 @@ import dit_accel
 PROMPTS = ("a red circle", "a blue square", "a green triangle")
 
 
-def request(folder: Path, **changes: Any) -> Request:
+def requests(folder: Path, **changes: Any) -> list[Request]:
     methods = dit_accel.LiteAttention(block_size=16, dense_steps=0), dit_accel.EasyCache(threshold=9.0, warmup_steps=1)
-    asked = dict(prompts=PROMPTS, output=folder / "a.png", model="flux-tiny", num_inference_steps=3, methods=methods)
-    return Request(**{**asked, **changes})
+    asked: dict[str, Any] = {"model": "flux-tiny", "num_inference_steps": 3, "methods": methods, **changes}
+    return [
+        Request(prompt=prompt, output=output, seed=seed, **asked)
+        for prompt, output, seed in singles(PROMPTS, folder / "a.png", 0)
+    ]
 
 
 def make(rank: int, world: int, folder: Path) -> dict[str, Any]:
@@ -33,18 +37,18 @@ def make(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for together, model in ((3, "flux-tiny"), (4, "flux-tiny"), (2, "wan-plain")):
         try:
             process = started_process(together=together)
-            generate(request(folder / "shared", model=model), process=process)
+            generate(requests(folder / "shared", model=model), process=process)
         except dit_accel.ConfigError as error:
             refused.append(told(error))
     process = started_process(together=2)
     with joined_group(process.local_rank, process.together):
-        made = generate(request(folder / "shared"), process=process, on_written=note)
+        made = generate(requests(folder / "shared"), process=process, on_written=note)
         if rank == 0:
             (folder / "shared" / "a-03.png").unlink()
-        again = generate(request(folder / "shared"), process=process, resume=True, on_written=note)
+        again = generate(requests(folder / "shared"), process=process, resume=True, on_written=note)
     away = 0.0
     if rank == 0:
-        generate(request(folder / "alone"), process=Process())
+        generate(requests(folder / "alone"), process=Process())
         for path in (folder / "alone").glob("*.png"):
             one, other = (np.asarray(read_image(folder / where / path.name), float) for where in ("alone", "shared"))
             away = max(away, float(np.abs(one - other).max()))

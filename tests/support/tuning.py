@@ -6,7 +6,7 @@ from typing import Any
 
 import dit_accel_eval.tune.base as base
 import pytest
-from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
+from dit_accel_eval.runs.loaded import TuningRequest, embedded_prompts, tuning_request
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.request import Request, resolve
@@ -19,7 +19,7 @@ SMALL = ["--model", "wan-plain", "--num-frames", "5", "--height", "16", "--width
 """Options of a command that takes little time."""
 
 
-def request(*methods: Any, prompts: tuple[str, ...] = PROMPTS, **changes: Any) -> Request:
+def request(*methods: Any, prompts: tuple[str, ...] = PROMPTS, **changes: Any) -> TuningRequest:
     """Return a request of few tokens and steps."""
     sizes = dict(model="wan-plain", num_inference_steps=5, num_frames=5, height=16, width=16)
     return tuning_request(prompts=prompts, methods=methods, **{**sizes, **changes})
@@ -58,7 +58,7 @@ def conditional_forwards(asked: Request) -> list[dict[str, Any]]:
     note = lambda block, args, output: blocks.append((args[0], output))  # noqa: E731
     hooks = [block.register_forward_hook(note) for block in pipe.transformer.blocks]
     hooks.append(pipe.transformer.register_forward_hook(ended, with_kwargs=True))
-    run(pipe, settled.prompts[0], settled)
+    run(pipe, settled)
     for hook in hooks:
         hook.remove()
     return seen[::2]

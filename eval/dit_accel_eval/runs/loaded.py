@@ -4,7 +4,8 @@ import functools
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,16 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tuning_request(**options: Any) -> Request:
-    """Return a generation request that writes nothing; the options are `Request`'s."""
-    return Request(output=Path(tempfile.gettempdir()) / "unused.png", **options)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningRequest(Request):
+    """A generation request that writes nothing, for several prompts, of which its own is the first."""
+
+    prompts: tuple[str, ...]
+
+
+def tuning_request(prompts: Sequence[str], **options: Any) -> TuningRequest:
+    """Return a request for these prompts; the other options are `Request`'s."""
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError("a prompt is needed, got none; say what to show, or leave the option out")
+    output = Path(tempfile.gettempdir()) / "unused.png"
+    return TuningRequest(prompt=prompts[0], prompts=tuple(prompts), output=output, **options)

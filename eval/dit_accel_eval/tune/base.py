@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, resolve
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, resolve
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.processes.ranks import Ranks
 
@@ -28,6 +28,8 @@ from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import to_toml
+
+from ..runs.loaded import TuningRequest
 
 VERSION = 2
 
@@ -53,7 +55,7 @@ class TuningRun:
     """The loaded model of a tuning run, its generations, and the scores, which are kept beside the output."""
 
     def __init__(
-        self, request: Request, output: Path, suffix: str, stages: Stages | None, ranks: Ranks | None = None,
+        self, request: TuningRequest, output: Path, suffix: str, stages: Stages | None, ranks: Ranks | None = None,
         **settings: Any,
     ) -> None:  # fmt: skip
         if output.suffix != suffix or not output.parent.is_dir():
@@ -61,8 +63,11 @@ class TuningRun:
         self._path, self._ranks = output.with_name(f"{output.name}.progress.json"), ranks or Ranks()
         for path, what in ((output, "output"), (self._path, "progress file")):
             check_writable(path, f"tune's {what}")
-        self.request = resolve(request)[0]
-        self._settings = json.loads(json.dumps({**run_settings(self.request), **settings}))
+        self.request, self.prompts = resolve(request)[0], request.prompts
+        if request.embedded:
+            for prompt in self.prompts:
+                check_words(prompt, request.embedded)
+        self._settings = json.loads(json.dumps({**run_settings(self), **settings}))
         self._scores: dict[str, Any] = {_key(point): score for point, score in self._ranks.shared(self._read)}
         self.stages = stages or Stages(quiet=True)
         self.stages.stage("loading")
@@ -100,7 +105,7 @@ class TuningRun:
 
     def over_prompts(self, score: Callable[[str], Any]) -> list[Any]:
         """Return the score of each of the request's prompts."""
-        prompts = self.request.prompts
+        prompts = self.prompts
         words = lambda number: f"prompt {number + 1} of {len(prompts)}"  # noqa: E731
         return self.search(range(len(prompts)), lambda number: score(prompts[number]), words)
 
@@ -128,8 +133,8 @@ class TuningRun:
 
     def run(self, prompt: str, attachment: Any = None, **changes: Any) -> Generation:
         """Generate a prompt by the request with some changes."""
-        request = dataclasses.replace(self.request, **changes)
-        return run(self.pipe, prompt, request, attachment=attachment, stages=self.stages)
+        request = dataclasses.replace(self.request, prompt=prompt, **changes)
+        return run(self.pipe, request, attachment=attachment, stages=self.stages)
 
 
 def _key(point: Any) -> str:
@@ -143,11 +148,12 @@ def replaced_method(request: Request, config_type: type[Config], usual: Config |
     return next(known, usual or config_type()), rest
 
 
-def run_settings(request: Request) -> dict[str, Any]:
+def run_settings(runs: TuningRun) -> dict[str, Any]:
     """Return what must be the same for two runs of a request to be one."""
+    request = runs.request
     names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "seed", "dtype", "backend")
     settings = {name: getattr(request, name) for name in names}
-    settings |= {"model": request.model or EMBEDDED, "prompts": request.prompts}
+    settings |= {"model": request.model or EMBEDDED, "prompts": runs.prompts}
     return {**settings, "methods": {method.name: method.to_dict() for method in request.methods}}
 
 

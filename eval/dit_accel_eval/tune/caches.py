@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request
 from torch import Tensor
 
 from dit_accel import ConfigError, MagCache, TeaCache
@@ -23,6 +22,7 @@ from dit_accel.methods.caches.tea import TeaHandler
 from dit_accel.methods.site import ForwardContext, target_sample
 from dit_accel.rules.caching import rescaled
 
+from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
 
 DEGREE = 4
@@ -37,7 +37,7 @@ Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]
 """(handler, context, output) -> a note of a forward of the branch that decides."""
 
 
-def tune_magcache(request: Request, output: Path, *, stages: Stages | None = None) -> Tuned:
+def tune_magcache(request: TuningRequest, output: Path, *, stages: Stages | None = None) -> Tuned:
     """Measure the ratios on every prompt, for ``--config``; the request may hold a `MagCache` without ratios.
 
     Found are the ``ratios`` of the steps, geometric means over prompts, and their ``spread``, largest over smallest.
@@ -79,7 +79,7 @@ def _ratios(notes: Sequence[Note], steps: int) -> np.ndarray:
     return np.concatenate([[1.0], values[1:] / values[:-1]])
 
 
-def tune_teacache(request: Request, output: Path, *, stages: Stages | None = None) -> Tuned:
+def tune_teacache(request: TuningRequest, output: Path, *, stages: Stages | None = None) -> Tuned:
     """Fit the polynomials on every prompt, for ``--config``; the request may hold a `TeaCache` without polynomials.
 
     Found are the ``fits``, one a transformer: its ``polynomial``, the highest power first, over changes of the signal
@@ -151,8 +151,9 @@ def _fit(transformer: str, notes: Sequence[Note]) -> dict[str, Any]:
 
 
 def watched_runs(
-    request: Request, output: Path, config: CalibratedConfig, new_watch: Callable[[], Watch], stages: Stages | None
-) -> tuple[TuningRun, list[list[Note]], str, int]:
+    request: TuningRequest, output: Path, config: CalibratedConfig, new_watch: Callable[[], Watch],
+    stages: Stages | None,
+) -> tuple[TuningRun, list[list[Note]], str, int]:  # fmt: skip
     """Generate every prompt with all steps computed; return the run, each prompt's notes, the model and the steps."""
     rest = replaced_method(request, type(config))[1]
     runs = TuningRun(dataclasses.replace(request, methods=(config, *rest)), output, ".toml", stages)
@@ -170,7 +171,7 @@ def watched_runs(
     return runs, prompts, cache.model.name, 1 + max(note["step"] for notes in prompts for note in notes)
 
 
-def config_of(request: Request, config_type: type[Config]) -> Config:
+def config_of(request: TuningRequest, config_type: type[Config]) -> Config:
     """Return the request's config of a cache; one that has numbers is refused."""
     config = replaced_method(request, config_type)[0]
     for name in (config.numbers, "family", "measured_on"):

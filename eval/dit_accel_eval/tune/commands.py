@@ -73,8 +73,7 @@ def _tune(name: str, shared: Shared, methods: list[Any], prompts: int, suffix: s
         raise ConfigError(f"tune {name} runs in one process, and {launched()} were launched; start it without them")
     first, file = Ranks().first, shared.output or Path(f"{name}{suffix}")
     values = {**usual.fields_of(Request, shared), "prompts": _prompts(shared, prompts), "methods": tuple(methods)}
-    values.pop("output")
-    request = tuning_request(**values)
+    request = tuning_request(**{name: value for name, value in values.items() if name not in ("output", "prompt")})
     alone = held(file, "tune's output") if first else contextlib.nullcontext()
     small = one_thread(embedded=request.embedded is not None)
     with alone, small, Stages(quiet=shared.quiet or not first) as stages:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from dit_accel_pipelines.generation.generate import attached
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, embedded_name
+from dit_accel_pipelines.generation.request import embedded_name
 from dit_accel_pipelines.processes.ranks import Ranks
 
 from dit_accel import ConfigError
@@ -24,6 +24,7 @@ from dit_accel.files import json_text, written_whole
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
 
+from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method
 from .objectives import HeadSelection, Objective, objective_of
 
@@ -32,7 +33,7 @@ Trial = tuple[tuple[str, ...], int]
 
 
 def tune_heads(
-    request: Request, output: Path, *, objective: str = "checker", rounds: int = 1, per_round: int = 3,
+    request: TuningRequest, output: Path, *, objective: str = "checker", rounds: int = 1, per_round: int = 3,
     stages: Stages | None = None, ranks: Ranks | None = None,
 ) -> Tuned:  # fmt: skip
     """Search heads on the prompts of a request, which may hold a `SoftPAG` with u and a scale.
@@ -76,7 +77,7 @@ def tune_heads(
 def _judged(runs: TuningRun, config: SoftPAG, judges: Sequence[Objective], trial: Trial) -> list[float]:
     """Return what a set of heads is worth on a prompt, by each objective."""
     chosen, prompt = trial
-    text, softpag = runs.request.prompts[prompt], dataclasses.replace(config, heads=chosen)
+    text, softpag = runs.prompts[prompt], dataclasses.replace(config, heads=chosen)
     with attached(runs.pipe, (*runs.request.methods, softpag), runs.request.backend):
         clip = runs.run(text, seed=runs.request.seed + prompt)
     score = [float(judge(clip.frames.astype(np.float32) / 255.0, text)) for judge in judges]
@@ -85,7 +86,7 @@ def _judged(runs: TuningRun, config: SoftPAG, judges: Sequence[Objective], trial
     return score
 
 
-def _split(request: Request) -> tuple[Request, SoftPAG]:
+def _split(request: TuningRequest) -> tuple[TuningRequest, SoftPAG]:
     """Return the request without SoftPAG and, where it has no scale, without guidance; and the SoftPAG searched."""
     config, rest = replaced_method(request, SoftPAG, SoftPAG(u=1.0))
     if config.heads is not None:

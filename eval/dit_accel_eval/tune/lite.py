@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from dit_accel_kernels import Selection, block_sparse_attention_eager, count_bits
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request
 from torch import Tensor
 
 from dit_accel import ConfigError, LiteAttention
@@ -35,6 +34,7 @@ from dit_accel.plan.exact_rows import dense_rows
 from dit_accel.plan.plan import AttentionPlan, KernelResult
 
 from ..metrics.psnr import psnr
+from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method
 
 LOWEST, HIGHEST = -20.0, -(2.0**-6)
@@ -64,7 +64,9 @@ NOTHING_VOTES = (
 )
 
 
-def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, stages: Stages | None = None) -> Tuned:
+def tune_lite(
+    request: TuningRequest, output: Path, *, target_error: float = 0.01, stages: Stages | None = None
+) -> Tuned:
     """Tune on every prompt of a request, which may hold a `LiteAttention` without thresholds; write their TOML file.
 
     One vote may add a relative L1 error of ``target_error`` to the next call. Found are of each of the ``steps`` the
@@ -166,7 +168,7 @@ def _check_something_votes(settings: SparseConfig, steps: int | None, layers: in
         raise ConfigError(NOTHING_VOTES.format(steps=steps))
 
 
-def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:
+def _lite_of(request: TuningRequest) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:
     """Return the LiteAttention config to tune, and the other methods."""
     config, rest = replaced_method(request, LiteAttention)
     for name in ("threshold", "target_density", "thresholds_file"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, resolve
+from dit_accel_pipelines.generation.request import resolve
 from scipy.optimize import nnls
 
 from dit_accel import ConfigError, UltraViCo
@@ -24,6 +24,7 @@ from dit_accel.adapters.rotary import rope_of
 from dit_accel.attachment.layers import PlannedCall
 from dit_accel.rules.ultravico import extended_frames
 
+from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, watched_attention, write_config
 
 TOLERANCE = 0.06
@@ -66,7 +67,7 @@ class Logits:
         self.calls += 1
 
 
-def tune_period(request: Request, output: Path, *, stages: Stages | None = None) -> Tuned:
+def tune_period(request: TuningRequest, output: Path, *, stages: Stages | None = None) -> Tuned:
     """Measure a model's attention over frames on every prompt, and write it for ``--config``.
 
     Clips have twice the trained length if none is given. Found are the latent ``frames``, the ``curve``, the mean logit

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request
+from dit_accel_pipelines.generation.request import EMBEDDED
 
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError
@@ -20,7 +20,7 @@ from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
 
 from ..runs.conditions import Machine, OwnClips
-from ..runs.loaded import SIZES, check_given, embedded_prompts
+from ..runs.loaded import SIZES, TuningRequest, check_given, embedded_prompts
 from ..runs.model import OWN, shipped_scheduler
 from ..runs.results import result_lines
 from ..statistics import FEWEST, frontier
@@ -34,8 +34,8 @@ from .space import BY_HAND, default_space, space_of
 
 
 def tune_pipeline(
-    request: Request, output: Path, *, target: str | None = None, space: Path | None = None, cache: Path | None = None,
-    stages: Stages | None = None,
+    request: TuningRequest, output: Path, *, target: str | None = None, space: Path | None = None,
+    cache: Path | None = None, stages: Stages | None = None,
 ) -> Tuned:  # fmt: skip
     """Search, and verify on held-out prompts; a target that no setting meets is refused, and nothing is written.
 
@@ -94,7 +94,7 @@ def _tuned(
     )  # fmt: skip
 
 
-def _check(request: Request, output: Path) -> None:
+def _check(request: TuningRequest, output: Path) -> None:
     if request.methods:
         named = ", ".join(method.name for method in request.methods)
         raise ConfigError(f"tune pipeline chooses the methods itself, got {named}; leave them out, or give --space")
@@ -104,7 +104,7 @@ def _check(request: Request, output: Path) -> None:
         check_writable(path, what)
 
 
-def _suite(request: Request, model: str, target: Target) -> tuple[Suite, Prompts]:
+def _suite(request: TuningRequest, model: str, target: Target) -> tuple[Suite, Prompts]:
     """Return what is run, without arms, and which of its clips are searched and held out."""
     extra = () if target.quality in ("psnr", "ssim", "score") else (target.quality,)
     named = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
@@ -146,7 +146,7 @@ def _space(path: Path | None, suite: Suite, steps: int) -> tuple[Arm, ...]:
     return requested.arms
 
 
-def _sizes(request: Request, suite: Suite) -> dict[str, int]:
+def _sizes(request: TuningRequest, suite: Suite) -> dict[str, int]:
     """Return the output's size and the model's own number of steps: as requested, else the model's."""
     names = (*SIZES, "num_inference_steps")
     if suite.embedded:

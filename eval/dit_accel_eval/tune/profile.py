@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
@@ -22,13 +21,15 @@ from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_digest
 from dit_accel.methods.find import find_transformers, resolve_model
 
+from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, run_settings
 from .profile_watch import CRITERIA, Profiler
 
 
 def tune_profile(
-    request: Request, output: Path, *, criterion: str = "error", cached: int | None = None, stages: Stages | None = None
-) -> Tuned:
+    request: TuningRequest, output: Path, *, criterion: str = "error", cached: int | None = None,
+    stages: Stages | None = None,
+) -> Tuned:  # fmt: skip
     """Profile the blocks on every prompt, for `ProfilingCache.blocks`; step caches are refused."""
     if criterion not in CRITERIA:
         raise ConfigError(f"there is no criterion {criterion!r}; {did_you_mean(criterion, CRITERIA)}")
@@ -48,7 +49,7 @@ def tune_profile(
     transformers = find_transformers(runs.pipe)
     content = {
         "profile": VERSION, "model": resolve_model(next(iter(transformers)), transformers).name,
-        "criterion": criterion, "cached": cached, "settings": run_settings(runs.request),
+        "criterion": criterion, "cached": cached, "settings": run_settings(runs),
         "versions": {name: importlib.metadata.version(name) for name in ("dit-accel", "torch", "diffusers")},
         "runs": [{"prompt": part["prompt"], "foreground": part["foreground"]} for part in parts],
         "transformers": {

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, resolve
+from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
 from dit_accel_pipelines.generation.traced import Trace, traced
 
@@ -24,6 +24,7 @@ from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
 
 from ..metrics.psnr import psnr
+from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
 from .skip_costs import Lists, SkipCosts, grown, searched
 
@@ -59,8 +60,9 @@ class Placement:
 
 
 def tune_schedule(
-    request: Request, output: Path, *, computed: int = 12, placement: Sequence[str] = (), stages: Stages | None = None
-) -> Tuned:
+    request: TuningRequest, output: Path, *, computed: int = 12, placement: Sequence[str] = (),
+    stages: Stages | None = None,
+) -> Tuned:  # fmt: skip
     """Search the best list of so many computed steps, for ``--config``.
 
     Found are the ``placements``, the best first, each with its ``lists`` by numbers of computed steps, the RMS
@@ -134,7 +136,7 @@ def _found(placement: Placement, quality: float | None, lists: Lists) -> dict[st
     }  # fmt: skip
 
 
-def _config(request: Request) -> tuple[StaticCache, tuple[Any, ...]]:
+def _config(request: TuningRequest) -> tuple[StaticCache, tuple[Any, ...]]:
     """Return the request's cache, and its other methods; a cache that says when is computed is refused."""
     config, rest = replaced_method(request, StaticCache, StaticCache(predictor="taylor"))
     for name, value in config.to_dict().items():

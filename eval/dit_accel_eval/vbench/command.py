@@ -100,7 +100,7 @@ def _generate(job: VideoJob, methods: MethodList) -> None:
         work = generating.video_pieces(every, wanted, names, job.clips, job.samples, job.seed, worded)
     work = generating.share_of_work(work, job.shard)
     values = {name: value for name, value in fields_of(Request, job).items() if name != "seed"}
-    request = Request(**{**values, "prompts": (work[0].prompt,), "output": work[0].path, "methods": tuple(methods)})
+    request = Request(**{**values, "prompt": work[0].prompt, "output": work[0].path, "methods": tuple(methods)})
     left = generating.remaining(work, request)
     known = ((name, getattr(resolve(request)[0], name)) for name in generating.SIZES)
     sizes = ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"

@@ -134,7 +134,7 @@ def make_videos(
     if request.embedded:
         for piece in work:
             check_words(piece.prompt, request.embedded)
-    check_outputs_fit(resolve(request).request, len(work))
+    check_outputs_fit([resolve(request).request], len(work))
     with opened(request, stages=Stages(quiet=True), command=command) as make:
         for number, piece in enumerate(work, 1):
             with held(piece.path):

@@ -37,11 +37,13 @@ class GenerateOptions(RunOptions):
 
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None
     output: Annotated[
-        Path, option("File to write or replace: .mp4, .gif or .png.", "--output", "-o", metavar="FILE")
+        Path,
+        option("What to write or replace: .mp4, .webm, .gif, .png, or frames/.", "--output", "-o", metavar="FILE"),
     ] = Path("out.mp4")
     prompt_file: Annotated[
         Path | None, option("Text file, a prompt per line; # begins a comment.", panel=FILES, metavar="FILE")
     ] = None
+    same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed", panel=FILES)] = False
     resume: Annotated[
         bool, option("Keep outputs that an earlier run of the same request wrote.", "--resume", panel=FILES)
     ] = False
@@ -73,6 +75,7 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     accelerate launch -m dit_accel generate --prompt-file prompts.txt --resume
     """
     from ..processes.processes import started_process
+    from .batch import singles
     from .generate import generate
     from .progress import Stages
     from .request import Request
@@ -86,14 +89,17 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     if not options.solver:
         shift = run.get("flow_shift") if options.flow_shift is None else options.flow_shift
         fields |= {"solver": run.get("solver"), "flow_shift": shift}
-    request = Request(prompts=prompts, methods=tuple(methods), **fields)
-    if len(request.prompts) > 1:
+    requests = [
+        Request(**{**fields, "prompt": prompt, "output": output, "seed": seed, "methods": tuple(methods)})
+        for prompt, output, seed in singles(prompts, options.output, options.seed, same_seed=options.same_seed)
+    ]
+    if len(requests) > 1:
         STOP.files = "outputs that were made are whole, and the same command with --resume makes the others"
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
         shown = {"on_written": _line} if many else {}
         written = generate(
-            request, stages=stages, command=sys.argv, process=process, resume=options.resume,
-            notes=tuple(_defaults(options, request)), **shown,
+            requests, stages=stages, command=sys.argv, process=process, resume=options.resume,
+            notes=tuple(_defaults(options, requests[0])), **shown,
         )  # fmt: skip
     if options.json:
         print_json([output.record for output in written])

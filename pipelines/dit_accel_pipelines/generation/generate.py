@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from .dense_attention import check_attention_backend, use_attention_backend
 from .inputs import other_sizes, read_pictures
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
-from .media import Frames, to_uint8, upscale, write_media
+from .media import Frames, to_uint8, upscale, whole_output, write_media
 from .pipeline_call import CallSignature
 from .progress import Stages
 from .quiet import quiet_diffusers
@@ -36,6 +37,7 @@ from .resume import kept_record, request_digest
 from .room import check_outputs_fit
 from .side_car import Generation, side_car
 from .solvers import make_scheduler
+from .sound import sound_of
 from .threads import one_thread
 from .timing import timed_steps
 
@@ -51,7 +53,7 @@ class Written:
 
 
 def generate(
-    request: Request,
+    requests: Sequence[Request],
     *,
     stages: Stages | None = None,
     command: Sequence[str] = (),
@@ -60,52 +62,61 @@ def generate(
     notes: Sequence[str] = (),
     on_written: Callable[[Written], None] = lambda _: None,
 ) -> list[Written]:
-    """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
+    """Generate and write what requests ask for: a file and a JSON side-car for each, whole or not at all.
+
+    Neighbours in the list that load the same model share it.
 
     Args:
-        process: which of several processes this is: each, or each group that works together, makes some of the prompts;
-            None: the only one.
+        requests: what to make, in this order; all are checked before weights are loaded.
+        process: which of several processes this is: each, or each group that works together, takes some of the
+            requests; None: the only one.
         resume: leave outputs as they are whose side-car tells the same request.
-        notes: shown before those of the request, once it is known that it can be met.
+        notes: shown before those of the requests, once it is known that they can be met.
         on_written: called with each output as soon as it stands.
 
     Returns:
-        What this process, or the first of its group, wrote or kept, in the order of the prompts.
+        What this process, or the first of its group, wrote or kept, in the order of the requests.
 
     Raises:
         DitAccelError: for a request that can't be met; nothing is written then.
         Busy: if another run writes the same output.
     """
     stages, process = stages or Stages(silent=True), process or Process()
-    request, family = _resolve(dataclasses.replace(request, device=process.device(request.device)), stages, notes)
-    if process.together > 1:
+    placed = [dataclasses.replace(request, device=process.device(request.device)) for request in requests]
+    every = _resolve(placed, stages, notes)
+    for request, family in every if process.together > 1 else ():
         _check_spread(request, family, process.together)
     on_written = on_written if process.first else lambda _: None
-    requested = process.own(_single(request))
-    reserved = (
-        request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
-    )
-    alone = held(reserved) if process.first else contextlib.nullcontext()
-    small = one_thread(embedded=request.embedded is not None)
-    with alone, small, joined_group(process.local_rank, process.together) as group:
-        records = group.firsts({single.output: kept_record(single) for single in requested if resume})
+    share = process.own(every)
+    with contextlib.ExitStack() as stack:
+        if process.first and share:
+            stack.enter_context(held(share[0][0].output))
+        stack.enter_context(one_thread(embedded=all(request.embedded for request, _ in every)))
+        group = stack.enter_context(joined_group(process.local_rank, process.together))
+        records = group.firsts({request.output: kept_record(request) for request, _ in share if resume})
         written = {
             output: Written(record=record, report=None, kept=True) for output, record in records.items() if record
         }
-        for single in written.values():
-            on_written(single)
-        missing = [single for single in requested if single.output not in written]
-        if not missing:
-            return list(written.values())
-        check_outputs_fit(request, process.count // process.together * len(missing))
-        for single in missing if process.first else ():
-            if single.output.exists():
-                stages.note(f"{single.output} is there; it is replaced when the new one is whole")
-        with Loaded(request, family, stages, command, writes=process.first, group=group) as loaded:
-            for single in missing:
-                written[single.output] = loaded.make(single)
-                on_written(written[single.output])
-    return [written[single.output] for single in requested]
+        for kept in written.values():
+            on_written(kept)
+        missing = [resolved for resolved in share if resolved[0].output not in written]
+        check_outputs_fit([request for request, _ in missing], process.count // process.together)
+        for request, _ in missing if process.first else ():
+            if request.output.exists():
+                stages.note(f"{request.output} is there; it is replaced when the new one is whole")
+        for same in _of_one_model(missing):
+            with Loaded(*same[0], stages, command, writes=process.first, group=group) as loaded:
+                for request, _ in same:
+                    written[request.output] = loaded.make(request)
+                    on_written(written[request.output])
+    return [written[request.output] for request, _ in share]
+
+
+def _of_one_model(resolved: Sequence[tuple[Request, Family | None]]) -> Iterator[list[tuple[Request, Family | None]]]:
+    """Yield runs of neighbours that differ in nothing that is loaded or attached."""
+    names = [field.name for field in dataclasses.fields(Request) if field.name not in ("prompt", "output", "seed")]
+    for _, group in itertools.groupby(resolved, lambda pair: [getattr(pair[0], name) for name in names]):
+        yield list(group)
 
 
 Make = Callable[[str, Path, int], Written]
@@ -116,24 +127,27 @@ Make = Callable[[str, Path, int], Written]
 def opened(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Iterator[Make]:
     """Load what a request asks for, once, for as many files as wanted; yields the function that makes them."""
     stages = stages or Stages(silent=True)
-    request, family = _resolve(request, stages)
+    ((request, family),) = _resolve([request], stages)
     with one_thread(embedded=request.embedded is not None), Loaded(request, family, stages, command) as loaded:
         yield lambda prompt, output, seed: loaded.make(
-            dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
+            dataclasses.replace(request, prompt=prompt, output=output, seed=seed)
         )
 
 
-def _resolve(request: Request, stages: Stages, notes: Sequence[str] = ()) -> tuple[Request, Family | None]:
-    """Return the resolved request and its family, and show these notes and its own."""
-    resolved = resolve(request)
-    device = device_of(request)
-    if request.attention_backend is not None:
-        check_attention_backend(request.attention_backend, read_model_files(request.source), device)
-    for text in (*notes, *resolved.notes):
+def _resolve(
+    requests: Sequence[Request], stages: Stages, notes: Sequence[str] = ()
+) -> list[tuple[Request, Family | None]]:
+    """Return the resolved requests with their families, and show these notes and theirs, each once."""
+    resolved = [resolve(request) for request in requests]
+    backends = {(request.attention_backend, request.source): device_of(request) for request in requests}
+    for (backend, source), device in backends.items():
+        if backend is not None:
+            check_attention_backend(backend, read_model_files(source), device)
+    for text in dict.fromkeys([*notes, *(text for each in resolved for text in each.notes)]):
         stages.note(text)
-    for text in resolved.warnings:
+    for text in dict.fromkeys(text for each in resolved for text in each.warnings):
         stages.warn(text)
-    return resolved.request, resolved.family
+    return [(each.request, each.family) for each in resolved]
 
 
 def _check_spread(request: Request, family: Family | None, degree: int) -> None:
@@ -203,7 +217,7 @@ class Loaded:
         self._stack.__exit__(*error)
 
     def make(self, request: Request) -> Written:
-        """Generate and write a request of one prompt."""
+        """Generate and write one request that loads and attaches what this one does."""
         resolved, dense, check = _with_choices(request, self._pipe), None, None
         pictures = read_pictures(request, CallSignature.of(type(self._pipe)))
         if request.check:
@@ -220,21 +234,11 @@ class Loaded:
         record["ulysses"] = self._group.size
         record["request_digest"] = request_digest(request)
         if self._writes:
-            _write(request.output, generation.frames, record, resolved)
+            _write(request.output, generation, record, resolved)
         return Written(record=record, report=generation.report, check=check)
 
     def _run(self, request: Request, attachment: Any, pictures: Mapping[str, Any]) -> Generation:
-        return run(
-            self._pipe, request.prompts[0], request, pictures=pictures, stages=self._stages, attachment=attachment
-        )
-
-
-def _single(request: Request) -> list[Request]:
-    """Return a request for each prompt, with its output and seed."""
-    return [
-        dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
-        for prompt, output, seed in zip(request.prompts, request.outputs(), request.seeds(), strict=True)
-    ]
+        return run(self._pipe, request, pictures=pictures, stages=self._stages, attachment=attachment)
 
 
 @contextlib.contextmanager
@@ -263,14 +267,13 @@ def attached(
 
 def run(
     pipe: Any,
-    prompt: str,
     request: Request,
     *,
     pictures: Mapping[str, Any] | None = None,
     attachment: Any = None,
     stages: Stages | None = None,
 ) -> Generation:
-    """Run a loaded pipeline on one prompt of a (resolved) request.
+    """Run a loaded pipeline on a (resolved) request.
 
     ``pictures``: what the request's files hold, as arguments of the call; None reads them.
     """
@@ -279,17 +282,19 @@ def run(
     stages = stages or Stages(silent=True)
     call = CallSignature.of(type(pipe))
     pictures = read_pictures(request, call) if pictures is None else pictures
-    arguments = {**request.full_call(call, pictures), "prompt": prompt}
+    arguments = {**request.full_call(call, pictures), "prompt": request.prompt}
     call.check(arguments)
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
         called = pipe if attachment is None else attachment.call
-        pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
+        output = called(**arguments, generator=generator, output_type="np")
+    pictures_made = pictures_of(output)
     report = attachment.report() if attachment is not None else None
     return Generation(
-        prompt=prompt,
+        prompt=request.prompt,
         frames=to_uint8(pictures_made),
+        sound=sound_of(output, pipe),
         timings=timings,
         report=report,
         pictures=pictures_made if request.check else None,
@@ -341,7 +346,8 @@ def any_pictures_of(output: Any) -> np.ndarray:
     return pictures[:1] if name in ("images", "image") else pictures
 
 
-def _write(output: Path, frames: Frames, record: dict[str, Any], request: Request) -> None:
-    with written_whole(side_car_path(output)) as text, written_whole(output) as media:  # the file first, then its word
-        write_media(media, upscale(frames, request.scale), fps=request.output_fps)
+def _write(output: Path, made: Generation, record: dict[str, Any], request: Request) -> None:
+    frames, choices = upscale(made.frames, request.scale), {"fps": request.output_fps, "quality": request.quality}
+    with written_whole(side_car_path(output)) as text, whole_output(output) as media:  # the file first, then its word
+        write_media(media, frames, sound=made.sound, **choices)
         text.write_text(json_text(record) + "\n", encoding="utf-8")

@@ -24,13 +24,15 @@ from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
 from .lora import check_lora
-from .media import check_even, check_output
+from .media import check_even, check_output, check_quality
 from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
 from .options import RunOptions
 from .pipeline_call import CallSignature, pipeline_class
 from .ranges import check_choices, check_ranges
+from .rates import rate_arguments, with_rate
 from .solvers import SOLVERS, make_scheduler, read_scheduler
+from .sound import lost_sound
 
 EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
@@ -78,21 +80,19 @@ class NamesModel:
 class Request(RunOptions, NamesModel):
     """What to generate; what is None takes the model's default."""
 
-    prompts: tuple[str, ...]  # one video (or image) each
-    output: Path  # file to write; with several prompts a number is put before the suffix
+    prompt: str  # what to show
+    output: Path  # file to write
     methods: tuple[MethodConfig, ...] = ()  # method configs to attach
 
     def __post_init__(self) -> None:
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+        if not self.prompt.strip():
             raise ConfigError("generate needs a prompt, got none; write one in quotes, or give --prompt-file")
         check_ranges(self)
         if self.num_inference_steps is not None:
             check_steps(self.num_inference_steps)
         check_choices(self, CHOICES)
-        if not (self.seed >= 0 and self.seeds()[-1] < 2**63):
-            raise ConfigError(
-                f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
-            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         for name, unset in (("backend", "auto"), ("dense", None), ("check", False)):
             if getattr(self, name) != unset and not self.attaches:
                 raise ConfigError(
@@ -101,11 +101,11 @@ class Request(RunOptions, NamesModel):
                 )
         if self.lora is not None:
             check_lora(self.lora)
-        for output in self.outputs():
-            check_output(output)
-            check_writable(side_car_path(output))
-            if self.check:
-                check_writable(check_path(output), "the check's picture")
+        check_output(self.output)
+        check_quality(self.output, self.quality)
+        check_writable(side_car_path(self.output))
+        if self.check:
+            check_writable(check_path(self.output), "the check's picture")
 
     @property
     def attaches(self) -> bool:
@@ -117,18 +117,6 @@ class Request(RunOptions, NamesModel):
         """Return the frame rate of the file."""
         return self.fps or (EMBEDDED_FPS if self.embedded else OTHER_FPS)
 
-    def outputs(self) -> list[Path]:
-        """Return one path per prompt: the output itself, or with a number before its suffix."""
-        if len(self.prompts) == 1:
-            return [self.output]
-        digits = max(2, len(str(len(self.prompts))))
-        names = [f"{self.output.stem}-{n:0{digits}d}{self.output.suffix}" for n in range(1, len(self.prompts) + 1)]
-        return [self.output.with_name(name) for name in names]
-
-    def seeds(self) -> list[int]:
-        """Return one seed per prompt."""
-        return [self.seed + (0 if self.same_seed else place) for place in range(len(self.prompts))]
-
     def call_arguments(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that are set, except the prompt."""
         names = (*CALL_ARGUMENTS, *SET_ALONE)
@@ -136,7 +124,8 @@ class Request(RunOptions, NamesModel):
 
     def full_call(self, call: CallSignature, pictures: Mapping[str, Any]) -> dict[str, Any]:
         """Return all arguments of the pipeline's call that are set, except the prompt, with these pictures."""
-        arguments = {**self.beside(call), **self.call_arguments(), **pictures, **call.free_arguments(self.arg)}
+        arguments = {**self.beside(call), **self.call_arguments(), **rate_arguments(self, call), **pictures}
+        arguments |= call.free_arguments(self.arg)
         if {*CONDITIONS} & {*pictures}:
             arguments.pop("strength", None)  # which each condition has
         return arguments
@@ -184,12 +173,13 @@ def resolve(request: Request) -> Resolved:
         UnsupportedModel: if the model is not found, or no adapter can take the methods requested.
     """
     if request.embedded:
-        for prompt in (*request.prompts, request.negative_prompt or ""):
+        for prompt in (request.prompt, request.negative_prompt or ""):
             check_words(prompt, request.embedded, named=request.model is not None)
     files = read_model_files(request.source)
     request, call, notes = _resolve_call(request, files)
     family = _family_of(files, request)
-    notes += idle_negative(request, call)
+    request, rate = with_rate(request, call)
+    notes += [*idle_negative(request, call), *rate, *lost_sound(request.output, call)]
     request, seen = follow_inputs(request, call, files, family)
     notes += seen
     if family is None:

@@ -12,16 +12,16 @@ from .lora import lora_file
 from .pipeline_call import PICTURES
 from .request import Request, side_car_path
 
-APART = ("prompts", "output", "device", "same_seed")
+APART = ("output", "device")
 """What makes no other picture, or is compared by itself."""
 
 
 def request_digest(request: Request) -> str:
-    """Hash a resolved request of one prompt, wherever its output lies; hexadecimal."""
+    """Hash a resolved request, wherever its output lies; hexadecimal."""
     text: dict[str, Any] = {
         field.name: getattr(request, field.name) for field in dataclasses.fields(request) if field.name not in APART
     }
-    text["prompt"], text["suffix"] = request.prompts[0], request.output.suffix
+    text["suffix"] = request.output.suffix
     text["methods"] = {method.name: method.to_dict() for method in request.methods}
     for option in PICTURES:
         files = [file for file in inputs_of(request) if file.option == option]
@@ -32,11 +32,11 @@ def request_digest(request: Request) -> str:
 
 
 def kept_record(request: Request) -> dict[str, Any] | None:
-    """Return the side-car of an output that stands for a resolved request of one prompt; None: it must be made."""
+    """Return the side-car of an output that stands for a resolved request; None: it must be made."""
     path = side_car_path(request.output)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     same = isinstance(record, dict) and record.get("request_digest") == request_digest(request)
-    return record if same and request.output.is_file() else None
+    return record if same and request.output.exists() else None

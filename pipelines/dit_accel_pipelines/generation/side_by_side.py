@@ -19,6 +19,7 @@ from .loading import load_pipeline
 from .media import to_uint8, upscale, write_media
 from .progress import Stages
 from .request import Request, resolve
+from .sound import Sound
 from .threads import one_thread
 
 TIMES = 5
@@ -109,7 +110,7 @@ class Comparing:
         if not methods and options["preset"] == NONE:
             raise ConfigError("there is nothing to compare: the preset is none, and no method is named; choose one")
         request = Request(
-            prompts=(prompt,), output=folder / "accelerated.png", methods=methods, check=True,
+            prompt=prompt, output=folder / "accelerated.png", methods=methods, check=True,
             **{**self._options, **options},
         )  # fmt: skip
         require_tools()
@@ -128,13 +129,16 @@ class Comparing:
                 raise ConfigError(f"the preset {request.preset!r} has no method for this model; name one as TOML")
             stages.run = "dense: "
             with attachment.suspended():
-                dense = run(pipe, request.prompts[0], request, pictures={}, stages=stages)
+                dense = run(pipe, request, pictures={}, stages=stages)
             stages.run = "with methods: "
-            accelerated = run(pipe, request.prompts[0], request, pictures={}, stages=stages, attachment=attachment)
+            accelerated = run(pipe, request, pictures={}, stages=stages, attachment=attachment)
         check = check_of(dense, accelerated)
         difference = np.clip(TIMES * np.abs(check.accelerated - check.dense), 0, 1)
-        clips = {"dense": check.dense, "accelerated": check.accelerated, "difference": difference}
-        files = {name: _written(request, name, clip) for name, clip in clips.items()}
+        clips = {
+            "dense": (check.dense, dense.sound), "accelerated": (check.accelerated, accelerated.sound),
+            "difference": (difference, None),
+        }  # fmt: skip
+        files = {name: _written(request, name, *clip) for name, clip in clips.items()}
         report = "\n".join(str(accelerated.report).splitlines()[:REPORT_LINES])
         return SideBySide(**files, check=check, report=report, notes=tuple(stages.notes))
 
@@ -146,14 +150,14 @@ class Comparing:
             stages.stage("loading the model")
             pipe = load_pipeline(request)
             stages.run = "trying: "
-            run(pipe, request.prompts[0], replace(request, num_inference_steps=2), pictures={}, stages=stages)
+            run(pipe, replace(request, num_inference_steps=2), pictures={}, stages=stages)
             self._loaded = request.source, pipe
         return self._loaded[1]
 
 
-def _written(request: Request, name: str, clip: np.ndarray) -> Path:
+def _written(request: Request, name: str, clip: np.ndarray, sound: Sound | None) -> Path:
     """Write frames, floats [F, height, width, 3] in [0, 1], as a video, or a picture, that is large enough to see."""
     frames = upscale(to_uint8(clip), max(1, -(-SHOWN // min(clip.shape[1:3]))))
     path = request.output.with_name(f"{name}{'.mp4' if len(frames) > 1 else '.png'}")
-    write_media(path, frames, fps=request.output_fps, seeking=True)
+    write_media(path, frames, fps=request.output_fps, sound=sound, seeking=True)
     return path
