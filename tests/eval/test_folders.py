@@ -223,7 +223,7 @@ def test_clips_of_a_script_of_diffusers_alone_are_judged(tmp_path):
     done = command("folders", "--reference", reference.partition("=")[2], *rivals, f"--arm={last}", "-o", page)
     assert done.exit_code == 0, done.stderr
     report = report_of(tmp_path / "page.jsonl")
-    assert report.full_steps == 8
+    assert report.full_steps == 5
     assert {line.prompt for line in report.results.lines} == {*plain_diffusers.PROMPTS}
     assert all(line.steps_in_time > 0 and line.metrics["encoding-alone"] > 20 for line in report.results.lines)
     assert [arm.name for arm in report.judged] == ["fbc"]
