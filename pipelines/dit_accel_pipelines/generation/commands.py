@@ -150,12 +150,16 @@ def describe_model(
     import dit_accel
 
     from .loading import empty_transformers
+    from .pipeline_call import files_taken
 
-    description = dit_accel.describe(empty_transformers(model))
+    pipe = empty_transformers(model)
+    description, files = dit_accel.describe(pipe), files_taken(pipe.config["_name_or_path"])
     if json:
-        print_json(description.to_dict())
-    else:
-        OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
+        print_json({**description.to_dict(), "files": files})
+        return
+    OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
+    if files and not options:
+        OUT.print(f"generate starts from: {', '.join(files)}", soft_wrap=True, markup=False)
 
 
 def _line(output: "Written") -> None:
