@@ -214,7 +214,7 @@ def test_the_output_takes_the_shape_of_the_picture(size, options, made, note, tm
     asked, _, notes, _ = resolve(request(tmp_path, model=model, image=["@p.png"], **options))
     assert (asked.height, asked.width) == made
     assert [bool(re.search(note, text)) for text in notes] == [True] if note else notes == []
-    with pytest.raises(ConfigError, match=r"starts from a first image .*last=.*p\.png"):
+    with pytest.raises(ConfigError, match=r"first image .*last=.*p\.png"):
         resolve(request(tmp_path, model=model, image=["@p.png", "last=@p.png"]))
 
 
