@@ -79,10 +79,35 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             _temporaries.discard(temporary)
 
 
+@contextlib.contextmanager
+def written_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` that takes its place, and that of what it holds, if the block ends well.
+
+    Raises:
+        ConfigError: if the disk is full.
+    """
+    path = Path(os.path.realpath(path))
+    temporary, before = (path.with_name(f".dit-accel-{secrets.token_hex(8)}") for _ in range(2))
+    with _full_disk_told(path):
+        try:
+            with _making:
+                _temporaries.add(temporary)
+                temporary.mkdir()
+            yield temporary
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(before)
+            temporary.rename(path)
+        finally:
+            for folder in (temporary, before):
+                shutil.rmtree(folder, ignore_errors=True)
+            _temporaries.discard(temporary)
+
+
 def remove_temporaries() -> None:
     """Delete what is half written and locks, for a process that ends without leaving its blocks; it writes no more."""
     _making.acquire(timeout=1.0)  # never given back: another thread may be about to write
     for temporary in list(_temporaries):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a folder; a file is none, and is left to the next line
         with contextlib.suppress(OSError):
             temporary.unlink()
 

@@ -37,7 +37,7 @@ def show_protocol(
     dit-accel eval protocol --prompts judging
 
     dit-accel eval protocol --see 1 --see 3 --arms 4 --results pilot.jsonl
-    """  # fmt: skip
+    """
     from .protocol import PROTOCOL, USES, prompts_in_order, protocol_prompts, protocol_rules
 
     if prompts is not None and prompts not in USES:
@@ -51,8 +51,8 @@ def show_protocol(
     if see:
         _show_clips(see, results or (), arms, json)
     elif json:
-        print_json({"version": PROTOCOL, "rules": re.split(r"\n(?=\d+\. )", protocol_rules()),
-                    "prompts": {use: protocol_prompts(use) for use in USES}})  # fmt: skip
+        rules = re.split(r"\n(?=\d+\. )", protocol_rules())
+        print_json({"version": PROTOCOL, "rules": rules, "prompts": {use: protocol_prompts(use) for use in USES}})
     elif prompts:
         print("\n".join(prompts_in_order(prompts)))
     else:

@@ -13,6 +13,7 @@ from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_jso
 from .benchmarking import show_protocol
 from .comparing import compare_settings
 from .folders import compare_folders
+from .judging.command import ask_judge
 from .sharing import merge_results, show_board
 from .vbench.command import evaluate
 
@@ -27,6 +28,7 @@ eval_app.command("merge")(merge_results)
 eval_app.command("board")(show_board)
 eval_app.command("vbench")(evaluate)
 eval_app.command("protocol")(show_protocol)
+eval_app.command("judge")(ask_judge)
 
 
 DenseRuns = Annotated[

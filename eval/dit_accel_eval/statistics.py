@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
+from scipy.stats import rankdata
 
 LEVEL = 0.95
 """Confidence of an interval."""
@@ -143,6 +144,21 @@ def _verdict(value: ClipMean, margin: float, p: float | None) -> str:
     if p >= WRONG or round(value.low - margin, 2) <= 0 <= round(value.high - margin, 2):
         return "open"
     return "ahead" if value.mean > margin else "behind"
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> ClipMean | None:
+    """Return Spearman's rank correlation with its interval, None under `FEWEST` clips or where all of one are alike.
+
+    The interval is Fisher's with the variance of Bonett and Wright (2000, Sample size requirements for estimating
+    Pearson, Kendall and Spearman correlations).
+    """
+    count = len(first)
+    if count < FEWEST or len({*first}) == 1 or len({*second}) == 1:
+        return None
+    value = float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+    middle, reach = np.arctanh(np.clip(value, -1 + 1e-9, 1 - 1e-9)), math.sqrt((1 + value**2 / 2) / (count - 3))
+    low, high = np.tanh([middle + side * ndtri((1 + LEVEL) / 2) * reach for side in (-1, 1)])
+    return ClipMean(mean=value, median=value, count=count, low=float(low), high=float(high))
 
 
 def reach_words(means: Iterable[ClipMean], unit: str) -> str:

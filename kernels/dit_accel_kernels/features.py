@@ -1,7 +1,5 @@
 """Features of the attention call: frame-distance decay and the means of pooled tiles."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

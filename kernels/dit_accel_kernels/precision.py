@@ -8,8 +8,6 @@ back. With frame decay keys stay where they are, since it compares logits with 0
 Source: SageAttention, arXiv 2410.02367, 4.2; there a scale is for a block of queries.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

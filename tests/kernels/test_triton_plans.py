@@ -12,7 +12,7 @@ from dit_accel_kernels.backends.torch.chunks import chunks_of
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import expand as triton_expand
-from dit_accel_kernels.backends.triton import slices as triton_slices
+from dit_accel_kernels.backends import slices as triton_slices
 from dit_accel_kernels.backends.triton.plan import bits_of, column_plan, grouped, row_plan
 from dit_accel_kernels.cache import nested_tensors
 from dit_accel_kernels.checks import problem_of

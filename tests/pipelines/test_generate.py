@@ -153,7 +153,7 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
     (["a circle", "-m", "flux-tiny", "--height", "1600000", "--width", "1600000", "-o", "a.png"],
      "an output of 1 frames, 1,600,000 x 1,600,000, takes 28,610 GiB for its pixels alone, and this machine"),
-    (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .gif, .png"),
+    (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .webm, .gif, .png, or a"),
     (["a circle", "-o", "none/a.mp4"], "none is not a folder; create it first"),
     (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
     (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
@@ -265,7 +265,7 @@ def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monk
     def processors() -> dict[str, Any]:
         return {name: part.processor for name, part in pipe.transformer.named_modules() if hasattr(part, "processor")}
 
-    def interrupt(path: Path, frames: np.ndarray, *, fps: float) -> None:
+    def interrupt(path: Path, frames: np.ndarray, **_: Any) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 

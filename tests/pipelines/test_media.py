@@ -32,13 +32,15 @@ def frames() -> np.ndarray:
     return video
 
 
-@pytest.mark.parametrize("fps", [8, 23.976])
-def test_mp4_keeps_size_rate_and_pictures(tmp_path: Path, frames, fps: float):
-    path = tmp_path / "a.mp4"
+@pytest.mark.parametrize(
+    ("suffix", "fps", "codec"), [(".mp4", 8, "h264"), (".mp4", 23.976, "h264"), (".webm", 12, "vp9")]
+)
+def test_videos_keep_size_rate_and_pictures(tmp_path: Path, frames, suffix: str, fps: float, codec: str):
+    path = tmp_path / f"a{suffix}"
     media.write_media(path, frames, fps=fps)
     reader = imageio_ffmpeg.read_frames(str(path))
     meta = next(reader)
-    assert (meta["size"], meta["fps"], meta["codec"]) == ((64, 48), pytest.approx(fps, abs=0.01), "h264")
+    assert (meta["size"], meta["fps"], meta["codec"]) == ((64, 48), pytest.approx(fps, abs=0.01), codec)
     assert meta["pix_fmt"].startswith("yuv420p")
     read = np.stack([np.frombuffer(frame, np.uint8).reshape(48, 64, 3) for frame in reader])
     assert read.shape == frames.shape
@@ -53,6 +55,37 @@ def test_gif_and_png_keep_frames_and_time(tmp_path: Path, frames):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), frames[0])
     media.write_media(tmp_path / "b.png", frames, fps=8)
     assert Image.open(tmp_path / "b.png").size == media.contact_sheet([frames]).size
+
+
+def test_a_folder_holds_every_frame_and_takes_the_place_of_frames_alone(tmp_path: Path, frames):
+    folder, others = tmp_path / "frames", tmp_path / "others"
+    for count in (9, 4):
+        media.check_output(folder)
+        with media.whole_output(folder) as temporary:
+            media.write_media(temporary, frames[:count], fps=8)
+        names = [f"{number:05d}.png" for number in range(1, count + 1)]
+        assert sorted(path.name for path in folder.iterdir()) == names
+    assert np.array_equal(np.asarray(Image.open(folder / "00004.png")), frames[3])
+    with pytest.raises(ConfigError), media.whole_output(folder) as temporary:
+        media.write_media(temporary / "00001.avi", frames, fps=8)
+    assert len(list(folder.iterdir())) == 4
+    others.mkdir()
+    (others / "letter.txt").touch()
+    with pytest.raises(ConfigError, match=r"/others .*letter.txt"):
+        media.check_output(others)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", "others"]
+
+
+@pytest.mark.parametrize("suffix", media.CODECS)
+def test_quality_is_bought_with_size(tmp_path: Path, suffix: str):
+    photograph, path, sizes = data.chelsea()[None, :224, :224], tmp_path / f"a{suffix}", []
+    for quality in (1, None, 10):
+        media.write_media(path, photograph, fps=8, quality=quality)
+        sizes.append(path.stat().st_size)
+    assert sizes[0] < 0.5 * sizes[1] < sizes[1] < 0.7 * sizes[2]
+    media.check_quality(path, 5)
+    with pytest.raises(ConfigError, match=r"quality 5 .*\.webm.*a\.gif"):
+        media.check_quality(Path("a.gif"), 5)
 
 
 def test_a_contact_sheet_shows_every_video(frames):
@@ -70,6 +103,8 @@ def test_what_cannot_be_written(tmp_path: Path, frames):
         (lambda: media.contact_sheet([frames, frames[:, :20]]), r"contact sheet.*same size, got"),
         (lambda: media.contact_sheet([frames, frames], ["one"]), r"one label.*got 1 for 2"),
         (lambda: media.check_output(Path("a.avi")), r"a.avi.*'.avi'.*.mp4"),
+        (lambda: media.check_output(Path(".mp4")), r"output .mp4 ends in ''"),
+        (lambda: media.check_output(Path("%04d.png")), r"%04d.png is a pattern.*frames/"),
         (lambda: media.check_output(tmp_path / "none" / "a.gif"), r"none/a.gif.*none .*folder"),
         (lambda: media.write_media(Path("a.avi"), frames, fps=1), r"a.avi.*'.avi'"),
         (
@@ -112,7 +147,7 @@ def test_pictures_are_read_upright_and_in_colour(tmp_path: Path, frames):
     assert np.array_equal(np.asarray(read), np.rot90(frames[0], -1))
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
 def test_videos_are_read_frame_by_frame(tmp_path: Path, frames, suffix):
     media.write_media(tmp_path / f"a{suffix}", frames, fps=8)
     read = media.read_video(tmp_path / f"a{suffix}")
@@ -189,6 +224,10 @@ def no_drawing(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 FAULTS: dict[str, tuple[list[str], Break, str]] = {
     "no encoder": (MP4, no_encoder, "a.mp4 needs ffmpeg with libx264 (/nonexistent: No such file or directory); pi"),
+    "no encoder of WebM": (
+        [*MP4[:-1], "a.webm"], no_encoder, "a.webm needs ffmpeg with libvpx-vp9 (/nonexistent: No such file"
+    ),
+    "a quality of what has none": ([*MP4[:-1], "a.gif", "--quality", "5"], lambda *_: None, "quality 5 is for .mp4"),
     "an encoder that may not run": (MP4, encoder("exit 0", 0o644), "/ffmpeg: Permission denied); pip install imageio"),
     "an encoder without H.264": (
         MP4, encoder("echo \"Unknown encoder 'libx264'\" >&2; exit 1"), "1 and wrote no video: Unknown encoder 'libx2"

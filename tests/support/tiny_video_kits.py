@@ -180,6 +180,7 @@ def ltx2() -> Kit:
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=8,
         spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False),
         temporal_compression_ratio=2, downsample_type=("spatiotemporal", "spatial", "spatial", "spatial"),
+        upsample_residual=(False,) * 3, upsample_factor=(1,) * 3,
     )  # fmt: skip
     heads = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
     connectors = dict(caption_channels=16, text_proj_in_factor=1)

@@ -9,8 +9,6 @@ sees, `score_mod` adds the log of their true lengths and has the decay. Tensors 
 function, so that new lists and masks compile nothing anew; a new shape, or another set of features, does.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -8,8 +8,6 @@ counts its valid tokens only, and a tile without any is absent.
 With a `precision` logits are those of the numbers that eight bits can hold (precision.py), multiplied without rounding.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The memory of a call's tensors: how rows, their last dimension, must lie for kernels, and what is not needed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

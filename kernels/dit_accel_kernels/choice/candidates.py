@@ -4,8 +4,6 @@ A candidate's own file says what it can do. None but torch is a dependency: each
 the self check, not by its version.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """What is asked of a whole machine, before any call: which kernels run on it, whether they are right, and how fast."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

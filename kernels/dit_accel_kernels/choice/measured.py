@@ -4,8 +4,6 @@ The folder is the user's alone (`cache_folder`), a file is replaced as a whole, 
 machine's or somebody else's counts as none.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

@@ -6,8 +6,6 @@ under `DIT_ACCEL_MEASURE=0`, inside a captured graph, or where torch is to be de
 kernels that takes the call and passes is chosen. Of several processes the first one races and the others follow it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..backends.slices import slice_of
 from ..cache import capturing
 from ..checks import problem_of
 from ..problem import Problem
@@ -199,7 +198,8 @@ def raced(problem: Problem, kind: Kind, *, whole: bool = False) -> dict[str, Any
         enough = not whole and (len(passing) == MOST or (CANDIDATES[name].waits and passing))
         if not enough and not refused(name, kind):
             passing.append(name)
-    times = timed({**{name: _call(name, sample) for name in passing}, "dense": partial(_dense, sample)}, sample)
+    calls = {name: partial(CANDIDATES[name].run, sample) for name in passing}
+    times = timed({**calls, "dense": partial(_dense, sample)}, sample)
     dense = times.pop("dense", None)
     if not times:
         return {"name": "gather", "share": None, "why": "nothing else could run"}
@@ -214,12 +214,6 @@ def raced(problem: Problem, kind: Kind, *, whole: bool = False) -> dict[str, Any
     return {"name": name, "share": share, "why": why, "seconds": seconds, **about}
 
 
-def _call(name: str, problem: Problem) -> Callable[[], Any]:
-    """A call by a candidate, the order of tokens that it wants included: that takes time, too."""
-    candidate = CANDIDATES[name]
-    return lambda: candidate.attend(problem if candidate.in_order else problem.tiled())
-
-
 def _dense(problem: Problem) -> Any:
     q, k, v = problem.q, problem.k, problem.v
     return scaled_dot_product_attention(q, k, v, scale=problem.scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -231,17 +225,7 @@ def part(problem: Problem) -> Problem:
     few = math.ceil(SLICE_FLOPS / max(1.0, _dense_flops(problem.q[:1, :1], problem.k, problem.v)))
     if problem.q.device.type != "cpu" or problem.groups > 1 or few >= heads or key_heads != heads:
         return problem
-
-    def cut(owner: Any, names: str) -> dict[str, Tensor]:
-        return {name: x[:1, :few] for name in names.split() if (x := getattr(owner, name)) is not None}
-
-    selection = problem.selection
-    if selection is not None:
-        bits = {name: x.contiguous() for name, x in cut(selection, "keep routed").items()}
-        selection = replace(selection, **bits)
-    masks = "key_length", "key_mask", "key_valid"
-    rows = {name: x[:1] for name in masks if (x := getattr(problem, name)) is not None}
-    return replace(problem, **cut(problem, "q k v head_scale"), **rows, selection=selection, identity_mix=None)
+    return replace(slice_of(problem, (slice(0, 1), slice(0, few))), identity_mix=None)
 
 
 def timed(calls: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, float]:

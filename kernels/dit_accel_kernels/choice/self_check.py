@@ -4,8 +4,6 @@ About 1,000 tokens with lists that differ by head, a ragged last tile, a row of 
 is by the dtype, a few times what dense attention in that dtype is off by ("Is Flash Attention Stable?", 2405.02803).
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from dataclasses import replace

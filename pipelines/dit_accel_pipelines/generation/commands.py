@@ -37,7 +37,8 @@ class GenerateOptions(RunOptions):
 
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None
     output: Annotated[
-        Path, option("File to write or replace: .mp4, .gif or .png.", "--output", "-o", metavar="FILE")
+        Path,
+        option("What to write or replace: .mp4, .webm, .gif, .png, or frames/.", "--output", "-o", metavar="FILE"),
     ] = Path("out.mp4")
     prompt_file: Annotated[
         Path | None, option("Text file, a prompt per line; # begins a comment.", panel=FILES, metavar="FILE")

@@ -28,7 +28,7 @@ from .dense_attention import check_attention_backend, use_attention_backend
 from .inputs import other_sizes, read_pictures
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
-from .media import Frames, to_uint8, upscale, write_media
+from .media import Frames, to_uint8, upscale, whole_output, write_media
 from .pipeline_call import CallSignature
 from .progress import Stages
 from .quiet import quiet_diffusers
@@ -37,6 +37,7 @@ from .resume import kept_record, request_digest
 from .room import check_outputs_fit
 from .side_car import Generation, side_car
 from .solvers import make_scheduler
+from .sound import sound_of
 from .threads import one_thread
 from .timing import timed_steps
 
@@ -233,7 +234,7 @@ class Loaded:
         record["ulysses"] = self._group.size
         record["request_digest"] = request_digest(request)
         if self._writes:
-            _write(request.output, generation.frames, record, resolved)
+            _write(request.output, generation, record, resolved)
         return Written(record=record, report=generation.report, check=check)
 
     def _run(self, request: Request, attachment: Any, pictures: Mapping[str, Any]) -> Generation:
@@ -287,11 +288,13 @@ def run(
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
         called = pipe if attachment is None else attachment.call
-        pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
+        output = called(**arguments, generator=generator, output_type="np")
+    pictures_made = pictures_of(output)
     report = attachment.report() if attachment is not None else None
     return Generation(
         prompt=request.prompt,
         frames=to_uint8(pictures_made),
+        sound=sound_of(output, pipe),
         timings=timings,
         report=report,
         pictures=pictures_made if request.check else None,
@@ -343,7 +346,8 @@ def any_pictures_of(output: Any) -> np.ndarray:
     return pictures[:1] if name in ("images", "image") else pictures
 
 
-def _write(output: Path, frames: Frames, record: dict[str, Any], request: Request) -> None:
-    with written_whole(side_car_path(output)) as text, written_whole(output) as media:  # the file first, then its word
-        write_media(media, upscale(frames, request.scale), fps=request.output_fps)
+def _write(output: Path, made: Generation, record: dict[str, Any], request: Request) -> None:
+    frames, choices = upscale(made.frames, request.scale), {"fps": request.output_fps, "quality": request.quality}
+    with written_whole(side_car_path(output)) as text, whole_output(output) as media:  # the file first, then its word
+        write_media(media, frames, sound=made.sound, **choices)
         text.write_text(json_text(record) + "\n", encoding="utf-8")

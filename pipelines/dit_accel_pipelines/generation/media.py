@@ -1,23 +1,60 @@
-"""Reads and writes videos and images, and lays videos out as contact sheets."""
+"""Reads and writes videos, with their sound, and images, and lays videos out as contact sheets."""
 
+import contextlib
 import functools
+import re
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from dit_accel.errors import ConfigError
-from dit_accel.files import check_writable
+from dit_accel.files import check_writable, written_folder, written_whole
+
+from .sound import Sound, write_wav
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BYTES = {".mp4": 0.3, ".gif": 1.0, ".png": 2.0}
+FOLDER = ""
+"""The suffix of an output that is a folder of frames."""
+
+BYTES = {".mp4": 0.3, ".webm": 0.45, ".gif": 1.0, ".png": 2.0, FOLDER: 2.0}
 """Suffix -> bytes that a pixel of a photograph takes in such a file, about; a video's later frames take fewer."""
 
-SUFFIXES = tuple(BYTES)
+SUFFIXES = tuple(suffix for suffix in BYTES if suffix)
+OUTPUTS = f"{', '.join(SUFFIXES)}, or a folder for frames, such as frames/"
+OF_A_FOLDER = re.compile(r"\d{5,}\.png|sound\.wav")
+"""Names of the files in a folder of frames: what a run may replace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How ffmpeg compresses the pictures and the sound of one kind of file."""
+
+    pictures: str  # its name of the encoder
+    sound: tuple[str, ...]  # the same, and its bits a second
+    coarsest: int  # the constant rate factor (CRF) of the least quality
+    slow: tuple[str, ...]  # how it encodes for a small file
+    quick: tuple[str, ...]  # for a player that jumps to any frame: sooner, with more key frames
+
+
+CODECS = {
+    ".mp4": Codec(
+        "libx264", ("aac", "192k"), 51, ("-preset", "slow", "-movflags", "+faststart"),
+        ("-preset", "veryfast", "-g", "8", "-movflags", "+faststart"),
+    ),
+    ".webm": Codec("libvpx-vp9", ("libopus", "128k"), 63, ("-b:v", "0", "-cpu-used", "2"), ("-b:v", "0", "-g", "8")),
+}  # fmt: skip
+"""Suffix -> how such a video is compressed."""
+
+QUALITY = 7.25
+"""The quality of a video unless another is requested: CRF 14 of H.264."""
+
 SHEET_COLUMNS = 8
 """Frames that a contact sheet shows of each video."""
 
@@ -27,27 +64,53 @@ Frames = np.ndarray
 
 def check_output(path: Path) -> None:
     """Refuse an output that can't be written, before anything is computed."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
-    check_writable(path)
-    if path.suffix.lower() == ".mp4":
-        check_encoder(f"output {path} needs", "use .gif or .png")
+    suffix = path.suffix.lower()
+    if suffix not in BYTES or path.name.startswith(".") or not path.name:
+        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {OUTPUTS}")
+    if re.search(r"%0?\d*d", path.name):
+        raise ConfigError(f"output {path} is a pattern; name a folder, such as frames/, which holds 00001.png and on")
+    if suffix == FOLDER:
+        _check_folder(path)
+    else:
+        check_writable(path)
+    if suffix in CODECS:
+        check_encoder(f"output {path} needs", "use .gif or .png", suffix)
 
 
-def check_encoder(what: str, instead: str) -> None:
+def _check_folder(path: Path) -> None:
+    """Refuse a folder of frames that would replace anything but frames."""
+    if not path.exists():
+        check_writable(path)
+        return
+    if not path.is_dir():
+        raise ConfigError(f"output {path} is a file; name a folder for frames, or a file that ends in .mp4")
+    other = next((entry.name for entry in path.iterdir() if not OF_A_FOLDER.fullmatch(entry.name)), None)
+    if other is not None:
+        raise ConfigError(f"the folder {path} holds {other}, which is no frame; name one that is new or holds frames")
+
+
+def check_encoder(what: str, instead: str, suffix: str = ".mp4") -> None:
     """Refuse to begin what ends in a video that can't be encoded: two frames are, and kept nowhere."""
     try:
-        _try_encoder(_ffmpeg())
+        _try_encoder(_ffmpeg(), suffix)
     except RuntimeError as error:
         raise ConfigError(
-            f"{what} ffmpeg with libx264 ({error}); pip install imageio-ffmpeg, correct IMAGEIO_FFMPEG_EXE if that is "
-            f"set, or {instead}"
+            f"{what} ffmpeg with {CODECS[suffix].pictures} ({error}); pip install imageio-ffmpeg, correct "
+            f"IMAGEIO_FFMPEG_EXE if that is set, or {instead}"
         ) from None
 
 
 @functools.cache
-def _try_encoder(ffmpeg: str) -> None:
-    _encode(ffmpeg, np.zeros((2, 64, 64, 3), np.uint8), 8, ("ultrafast", "-f", "null", "-"))
+def _try_encoder(ffmpeg: str, suffix: str) -> None:
+    _encode(ffmpeg, np.zeros((2, 64, 64, 3), np.uint8), 8, suffix, ("-f", "null", "-"), quick=True)
+
+
+def check_quality(path: Path, quality: float | None) -> None:
+    """Raise `ConfigError` for a quality of what has none."""
+    if quality is not None and path.suffix.lower() not in CODECS:
+        raise ConfigError(
+            f"quality {quality:g} is for {' and '.join(CODECS)}, got output {path}; leave it out, or name such a file"
+        )
 
 
 def check_even(path: Path, height: int, width: int) -> None:
@@ -88,23 +151,48 @@ def read_video(path: Path) -> list["Image"]:
     return [cast("Image", frame).convert("RGB") for frame in frames]
 
 
-def write_media(path: Path, frames: Frames, *, fps: float, seeking: bool = False) -> None:
-    """Write frames by the path's suffix: .mp4 (H.264), .gif, or .png (one frame, or a contact sheet of several).
+@contextlib.contextmanager
+def whole_output(path: Path) -> Iterator[Path]:
+    """Give a temporary file, or a folder for frames, that takes the place of an output if the block ends well."""
+    with written_whole(path) if path.suffix else written_folder(path) as temporary:
+        yield temporary
 
-    ``seeking``: whether an .mp4 is for a player that jumps to any frame: written sooner, with more key frames.
+
+def write_media(
+    path: Path,
+    frames: Frames,
+    *,
+    fps: float,
+    sound: Sound | None = None,
+    quality: float | None = None,
+    seeking: bool = False,
+) -> None:
+    """Write frames by the path's suffix, with what it can hold of their sound.
+
+    .mp4 (H.264, AAC), .webm (VP9, Opus), .gif, .png (one frame, or a contact sheet of several), or without suffix a
+    folder that is there, of 00001.png and on, and sound.wav.
+
+    Args:
+        quality: from 1 to 10, of a video: CRF 51 x (1 - quality / 10) of H.264, 63 x the same of VP9.
+        seeking: whether a video is for a player that jumps to any frame: written sooner, with more key frames.
     """
     suffix = path.suffix.lower()
-    if suffix == ".mp4":
+    if suffix in CODECS:
         check_even(path, *frames.shape[1:3])
-        preset = ("veryfast", "-g", "8") if seeking else ("slow",)
-        _encode(_ffmpeg(), frames, fps, (*preset, "-movflags", "+faststart", f"file:{path}"))
+        sink = (f"file:{path}",)
+        _encode(_ffmpeg(), frames, fps, suffix, sink, quick=seeking, quality=quality or QUALITY, sound=sound)
     elif suffix == ".gif":
         first, *pictures = map(_to_image, frames)
         first.save(path, save_all=True, append_images=pictures, duration=max(20, round(1000 / fps)), loop=0)
     elif suffix == ".png":
         _to_image(frames[0] if len(frames) == 1 else np.asarray(contact_sheet([frames]))).save(path)
+    elif suffix == FOLDER:
+        for number, frame in enumerate(frames, 1):
+            _to_image(frame).save(path / f"{number:05d}.png")
+        if sound is not None:
+            write_wav(path / "sound.wav", sound)
     else:
-        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
+        raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {OUTPUTS}")
 
 
 def upscale(frames: Frames, scale: int) -> Frames:
@@ -147,17 +235,38 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
     return sheet
 
 
-def _encode(ffmpeg: str, frames: Frames, fps: float, sink: Sequence[str]) -> None:
-    """Run ffmpeg on frames; ``sink``: a preset of libx264, and where its output goes."""
-    height, width = frames.shape[1:3]
+def _encode(
+    ffmpeg: str,
+    frames: Frames,
+    fps: float,
+    suffix: str,
+    sink: Sequence[str],
+    *,
+    quick: bool,
+    quality: float = QUALITY,
+    sound: Sound | None = None,
+) -> None:
+    """Run ffmpeg on frames and their sound; ``sink``: where its output goes."""
+    codec, (height, width) = CODECS[suffix], frames.shape[1:3]
+    rate_factor = max(1, round(codec.coarsest * (1 - quality / 10)))  # 0 is lossless, which few players show
     command = [ffmpeg, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
-    command += ["-threads", "1", "-preset", *sink]
-    pixels = np.ascontiguousarray(frames).reshape(-1).data
+    command += ["-r", str(fps), "-i", "-"]
+    pictures = ["-c:v", codec.pictures, "-pix_fmt", "yuv420p", "-crf", str(rate_factor), "-threads", "1"]
+    with tempfile.TemporaryDirectory() if sound is not None else contextlib.nullcontext() as folder:
+        if sound is not None:
+            heard = Path(str(folder)) / "sound.wav"
+            write_wav(heard, sound)
+            command += ["-i", str(heard), "-c:a", codec.sound[0], "-b:a", codec.sound[1]]
+        command += [*pictures, *(codec.quick if quick else codec.slow), *sink]
+        _run(command, np.ascontiguousarray(frames).reshape(-1).data)
+
+
+def _run(command: Sequence[str], pixels: memoryview) -> None:
+    """Run ffmpeg; `RuntimeError` with the last of what it said if it fails."""
     try:
         done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     except OSError as error:
-        raise RuntimeError(f"{ffmpeg}: {error.strerror}") from None
+        raise RuntimeError(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"ffmpeg ended with exit code {done.returncode} and wrote no video: {said or 'no reason'}")

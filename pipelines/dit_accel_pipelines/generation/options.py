@@ -108,8 +108,15 @@ class RunOptions(SharedOptions):
     lora: Annotated[str | None, option("A LoRA: a file, its folder, or a hub id.", panel=FILES, metavar="LORA")] = None
     fps: Annotated[
         float | None,
-        option("Frames per second; default: 8 for embedded models, else 16.", panel=FILES),
+        option(
+            "Frames per second, of the model where it has a rate; default: its own, else 16 (embedded: 8).", panel=FILES
+        ),
         between(0.01, 240),
+    ] = None
+    quality: Annotated[
+        float | None,
+        option("Of an .mp4 or .webm, from 1 to 10, as diffusers' export_to_video; default: 7.25.", panel=FILES),
+        between(1, 10),
     ] = None
     scale: Annotated[
         int, option("Enlarge every pixel so many times.", panel=FILES), between(1, 64, "a whole number ")

@@ -48,7 +48,7 @@ TENSORS = re.compile("EasyAnimate|AnyFlow")
 """Pipeline classes that take tensors in place of pictures."""
 
 OPTIONS: Mapping[str, str] = {
-    "prompt": "the prompt", "generator": "--seed", "flow_shift": "--shift",
+    "prompt": "the prompt", "generator": "--seed", "flow_shift": "--shift", "frame_rate": "--fps", "fps": "--fps",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (

@@ -24,13 +24,15 @@ from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
 from .lora import check_lora
-from .media import check_even, check_output
+from .media import check_even, check_output, check_quality
 from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
 from .options import RunOptions
 from .pipeline_call import CallSignature, pipeline_class
 from .ranges import check_choices, check_ranges
+from .rates import rate_arguments, with_rate
 from .solvers import SOLVERS, make_scheduler, read_scheduler
+from .sound import lost_sound
 
 EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
@@ -100,6 +102,7 @@ class Request(RunOptions, NamesModel):
         if self.lora is not None:
             check_lora(self.lora)
         check_output(self.output)
+        check_quality(self.output, self.quality)
         check_writable(side_car_path(self.output))
         if self.check:
             check_writable(check_path(self.output), "the check's picture")
@@ -121,7 +124,8 @@ class Request(RunOptions, NamesModel):
 
     def full_call(self, call: CallSignature, pictures: Mapping[str, Any]) -> dict[str, Any]:
         """Return all arguments of the pipeline's call that are set, except the prompt, with these pictures."""
-        arguments = {**self.beside(call), **self.call_arguments(), **pictures, **call.free_arguments(self.arg)}
+        arguments = {**self.beside(call), **self.call_arguments(), **rate_arguments(self, call), **pictures}
+        arguments |= call.free_arguments(self.arg)
         if {*CONDITIONS} & {*pictures}:
             arguments.pop("strength", None)  # which each condition has
         return arguments
@@ -174,7 +178,8 @@ def resolve(request: Request) -> Resolved:
     files = read_model_files(request.source)
     request, call, notes = _resolve_call(request, files)
     family = _family_of(files, request)
-    notes += idle_negative(request, call)
+    request, rate = with_rate(request, call)
+    notes += [*idle_negative(request, call), *rate, *lost_sound(request.output, call)]
     request, seen = follow_inputs(request, call, files, family)
     notes += seen
     if family is None:

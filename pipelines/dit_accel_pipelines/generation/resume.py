@@ -39,4 +39,4 @@ def kept_record(request: Request) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     same = isinstance(record, dict) and record.get("request_digest") == request_digest(request)
-    return record if same and request.output.is_file() else None
+    return record if same and request.output.exists() else None

@@ -19,6 +19,7 @@ from .loading import load_pipeline
 from .media import to_uint8, upscale, write_media
 from .progress import Stages
 from .request import Request, resolve
+from .sound import Sound
 from .threads import one_thread
 
 TIMES = 5
@@ -133,8 +134,11 @@ class Comparing:
             accelerated = run(pipe, request, pictures={}, stages=stages, attachment=attachment)
         check = check_of(dense, accelerated)
         difference = np.clip(TIMES * np.abs(check.accelerated - check.dense), 0, 1)
-        clips = {"dense": check.dense, "accelerated": check.accelerated, "difference": difference}
-        files = {name: _written(request, name, clip) for name, clip in clips.items()}
+        clips = {
+            "dense": (check.dense, dense.sound), "accelerated": (check.accelerated, accelerated.sound),
+            "difference": (difference, None),
+        }  # fmt: skip
+        files = {name: _written(request, name, *clip) for name, clip in clips.items()}
         report = "\n".join(str(accelerated.report).splitlines()[:REPORT_LINES])
         return SideBySide(**files, check=check, report=report, notes=tuple(stages.notes))
 
@@ -151,9 +155,9 @@ class Comparing:
         return self._loaded[1]
 
 
-def _written(request: Request, name: str, clip: np.ndarray) -> Path:
+def _written(request: Request, name: str, clip: np.ndarray, sound: Sound | None) -> Path:
     """Write frames, floats [F, height, width, 3] in [0, 1], as a video, or a picture, that is large enough to see."""
     frames = upscale(to_uint8(clip), max(1, -(-SHOWN // min(clip.shape[1:3]))))
     path = request.output.with_name(f"{name}{'.mp4' if len(frames) > 1 else '.png'}")
-    write_media(path, frames, fps=request.output_fps, seeking=True)
+    write_media(path, frames, fps=request.output_fps, sound=sound, seeking=True)
     return path

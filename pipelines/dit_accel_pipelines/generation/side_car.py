@@ -16,6 +16,7 @@ from .media import Frames
 from .memory import peak_memory
 from .pipeline_call import PICTURES
 from .request import EMBEDDED, Request
+from .sound import Sound
 from .timing import Timings
 
 LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
@@ -35,6 +36,7 @@ class Generation:
     frames: Frames  # uint8 [F, height, width, 3]
     timings: Timings  # how long it took
     report: dit_accel.Report | None  # the attachment's; None without methods
+    sound: Sound | None = None  # what is heard with it
     # the frames before they were rounded, floats in [0, 1], where they are to be compared; else None
     pictures: np.ndarray | None = None
 
@@ -58,6 +60,8 @@ def side_car(
         "num_inference_steps": len(timings.steps),
         **{name: getattr(request, name) for name in AS_ASKED},
         "fps": request.output_fps,
+        "quality": request.quality,
+        "sound": generation.sound and generation.sound.to_dict(),
         "methods": {method.name: method.to_dict() for method in request.methods},
         "command": list(command),
         "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},

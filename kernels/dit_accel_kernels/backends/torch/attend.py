@@ -6,8 +6,6 @@ while the logits are there. A selection is turned into lists of every batch and 
 bench/block_sparse.py times other ways to write it, bench/selection.py what selections cost.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

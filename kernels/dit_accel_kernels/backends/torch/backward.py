@@ -1,7 +1,5 @@
 """Gradient of the torch backend: every chunk of query tiles is recomputed, and gradients of shared tiles add up."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

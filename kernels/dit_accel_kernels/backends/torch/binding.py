@@ -1,7 +1,5 @@
 """The compiled loop of fused.cpp as Python calls it: its structure, its functions, and what they say of memory."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Chunks of the torch backend: query tiles that see about equally many key tiles and are computed together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

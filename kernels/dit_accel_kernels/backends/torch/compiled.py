@@ -8,8 +8,6 @@ links, belong to the user (or root) and be writable by nobody else, and nobody e
 so the cache that holds it is looked at too. What lies above the cache is taken on trust, and so is the package.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Calls on a CPU by the compiled loop of fused.cpp: a query tile's products and softmax never leave its caches."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from typing import Any

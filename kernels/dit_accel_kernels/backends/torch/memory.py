@@ -1,7 +1,5 @@
 """Memory on a CPU: of large tensors in pages of 2 MB where Linux gives them, of pieces of work used again."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Callable, Sequence

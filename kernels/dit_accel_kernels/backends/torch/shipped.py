@@ -3,8 +3,6 @@
 kernels/setup.py builds them by this table, and runs this file without torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

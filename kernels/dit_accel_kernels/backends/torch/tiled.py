@@ -1,7 +1,5 @@
 """Cuts a problem into tiles for the torch backend: queries, keys and values, pooled means, masks and decay."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -18,6 +18,7 @@ from ...errors import BackendUnavailableError
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
 from ..rows import moves_in_pieces, with_whole_rows
+from ..slices import join_slices, slice_of, slices
 from . import launch as sizes
 from .eight import Scales, eight_bits
 from .expand import bits_of_lists, expand
@@ -26,7 +27,6 @@ from .launch import architecture, bulk_copies, launch_of
 from .plan import RowPlan, row_plan, scale_stride
 from .pool import pool
 from .route import route
-from .slices import join_slices, slice_of, slices
 from .support import check
 from .votes import fold
 

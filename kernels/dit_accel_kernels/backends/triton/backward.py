@@ -17,6 +17,7 @@ from torch import Tensor
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
 from ..rows import with_whole_rows
+from ..slices import join_slices, key_part, slice_of, slices
 from .attend import features_of, fitting, in_pieces, last_distance, launch_sizes, listed, masks_of, on_device
 from .backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from .expand import expand, expand_columns
@@ -24,7 +25,6 @@ from .launch import Launch, column_block, key_block, query_block
 from .loads import _load_part
 from .plan import WORD, RowPlan, column_plan, row_plan, scale_stride
 from .pool import pool
-from .slices import join_slices, key_part, slice_of, slices
 from .support import check
 
 DELTA_ROWS = 32  # query rows of a program of the pre-pass

@@ -1,4 +1,4 @@
-"""Calls with a selection, cut by batch and head where lists of their own for all of them would fill the memory."""
+"""Calls cut by batch and head: where lists of their own for all of them would fill the memory, or few are timed."""
 # pyright: basic
 
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ...problem import Problem
-from ...selection import narrows
+from ..problem import Problem
+from ..selection import narrows
 
 SCRATCH_BYTES = 1 << 30  # of lists that one launch may read; at 460k tokens and 40 heads all of them take 8 GB
 Slice = tuple[slice, slice]  # of batches and of heads

@@ -1,0 +1,118 @@
+"""What a judge of two clips is: a class that answers questions, or a command that reads and writes JSON lines."""
+
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from dit_accel_pipelines.generation.media import Frames
+
+from dit_accel import ConfigError
+
+from ..runs.clip_files import ClipFile
+
+
+@dataclass(frozen=True, slots=True)
+class ShownClip:
+    """A clip in a file, of which a judge is shown so many frames at most, evenly over it."""
+
+    path: Path
+    count: int
+
+    def frames(self) -> Frames:
+        """Return the frames that are shown, uint8 [F, height, width, 3]."""
+        frames = ClipFile(name=self.path.stem, path=self.path).levels()
+        return frames[np.linspace(0, len(frames) - 1, min(self.count, len(frames))).round().astype(int)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question about two clips that are to show a prompt."""
+
+    question: str
+    prompt: str
+    first: ShownClip
+    second: ShownClip
+
+
+class ClipJudge(Protocol):
+    """Whatever scores two clips, more is better, on one scale.
+
+    Attributes:
+        name: what results call it.
+        questions: what it is asked where no questions are named.
+    """
+
+    name: str
+    questions: Sequence[str]
+
+    def answers(self, asked: Sequence[Question]) -> Iterable[tuple[float, float]]:
+        """Give for each question the scores of the first clip and of the second."""
+        ...
+
+
+OVERALL = "How good is the clip as a video of its prompt?"
+"""What a command is asked where no questions are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandJudge:
+    """A command that reads a JSON object a line on its standard input, and prints ``{"scores": [a, b]}`` for each."""
+
+    name: str
+    questions: Sequence[str] = (OVERALL,)
+
+    def __post_init__(self) -> None:
+        if not shutil.which(shlex.split(self.name)[0]):
+            raise ConfigError(
+                f"there is no judge {self.name!r}: name a command, likert=MODEL, videoscore2 or FILE.py:CLASS"
+            )
+
+    def answers(self, asked: Sequence[Question]) -> list[tuple[float, float]]:
+        """Return what the command prints, which sees frames as PNG files that are deleted afterwards."""
+        with tempfile.TemporaryDirectory(prefix="dit-accel-judge-") as folder:
+            clips = dict.fromkeys(clip for question in asked for clip in (question.first, question.second))
+            files = {clip: _written(clip, Path(folder) / str(number)) for number, clip in enumerate(clips)}
+            lines = [
+                json.dumps({"question": question.question, "prompt": question.prompt,
+                            "first": files[question.first], "second": files[question.second]}) + "\n"
+                for question in asked
+            ]  # fmt: skip
+            done = subprocess.run(
+                shlex.split(self.name), input="".join(lines), capture_output=True, text=True, check=False
+            )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ConfigError(f"the judge {self.name!r} ended with exit code {done.returncode}: {last}")
+        answers = [line for line in done.stdout.splitlines() if line.strip()]
+        if len(answers) != len(asked):
+            raise ConfigError(f"the judge {self.name!r} printed {len(answers)} lines for {len(asked)} questions")
+        return [_scores(line, self.name) for line in answers]
+
+
+def _written(clip: ShownClip, folder: Path) -> list[str]:
+    from PIL import Image
+
+    folder.mkdir()
+    paths = [folder / f"{number}.png" for number in range(clip.count)]
+    written = list(zip(paths, clip.frames(), strict=False))
+    for path, frame in written:
+        Image.fromarray(frame).save(path)
+    return [str(path) for path, _ in written]
+
+
+def _scores(line: str, name: str) -> tuple[float, float]:
+    try:
+        first, second = map(float, json.loads(line)["scores"])
+    except (ValueError, KeyError, TypeError):
+        first = second = math.nan
+    if not (math.isfinite(first) and math.isfinite(second)):
+        raise ConfigError(f'the judge {name!r} answered {line[:60]!r}; let it print {{"scores": [4, 3.5]}}')
+    return first, second
