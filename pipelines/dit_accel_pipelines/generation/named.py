@@ -1,15 +1,17 @@
 """Options by their flags' names, as a TOML table, a line of a prompt file and a grid have them."""
 
 import functools
+import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import typer
 from typer.models import OptionInfo
 
-from dit_accel.errors import ConfigError, did_you_mean
+from dit_accel.errors import ConfigError
 from dit_accel.methods import registry
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import parse_value
@@ -61,14 +63,18 @@ def read_named(cls: type[Any], values: Mapping[str, Any], where: str, *, known: 
         elif not dot and key in registry.methods():
             methods[key] = _plain(value) is not False
         else:
-            names = [name.replace("_", "-") for name in fields if fields[name] in (known or fields.values())]
-            names = [name for name in names if not name.startswith("--")]
-            raise ConfigError(f"{where} has no option {key!r}; {did_you_mean(key, [*names, *registry.methods()])}")
+            taken = [name for name, of in fields.items() if of in (known or fields) and not name.startswith("--")]
+            near = get_close_matches(key.replace("-", "_"), [*taken, *registry.methods()], 1)
+            meant = f"did you mean {near[0].replace('_', '-')!r}? " if near else ""
+            raise ConfigError(f"{where} has no option {key!r}; {meant}dit-accel generate --help lists them")
     return Named(options, methods)
 
 
 def _plain(value: Any) -> Any:
-    return parse_value(value) if isinstance(value, str) else value
+    """Return a value that a method takes: of a text what TOML reads; also ``.5``, which it does not."""
+    if not isinstance(value, str):
+        return value
+    return parse_value(f"0{value}" if re.fullmatch(r"\.\d+", value) else value)
 
 
 def _value(command: Any, field: str, flag: str, value: Any, where: str) -> Any:
@@ -87,7 +93,8 @@ def _value(command: Any, field: str, flag: str, value: Any, where: str) -> Any:
     except Exception as error:
         if (text := getattr(error, "format_message", None)) is None:  # not Typer's own of usage
             raise
-        raise ConfigError(f"{where}: {text()}") from None
+        reason = text().rpartition("': ")[2]
+        raise ConfigError(f"{where}: {flag.lstrip('-')} = {value!r} is refused: {reason}") from None
 
 
 def _is_switch(command: Any, field: str) -> bool:
