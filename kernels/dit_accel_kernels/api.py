@@ -12,7 +12,7 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 from .backends.torch import backward
 from .bits import pack_bits, word_count
-from .checks import problem_of
+from .checks import check_values, problem_of
 from .choice import race
 from .choice.candidates import CANDIDATES, OURS
 from .csr import EXACT
@@ -24,7 +24,6 @@ from .problem import Problem, mix_weight
 from .selection import Selection
 from .states import resolved, selected_states
 from .tiles import TileLists
-from .values import check_values
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 """Output [B, H, S_q, D], LSE [B, H, S_q], exact tiles and kept bits of a call; what it doesn't give is empty."""

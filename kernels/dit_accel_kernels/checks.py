@@ -1,20 +1,30 @@
-"""A call's arguments checked and made its problem: shapes, dtypes and devices, never values, so that nothing syncs."""
+"""A call's arguments checked and made its problem: shapes, dtypes and devices, and values where that waits for nothing.
 
+Lists and orders with wrong values would read memory that isn't there, or leave tokens unwritten.
+"""
+
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bits import word_count
+from .cache import StorageCache, capturing, readable
+from .csr import check_range
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .precision import PRECISIONS
-from .problem import Problem
+from .problem import Problem, lists_of
 from .tiles import TileLists
 
 BACKENDS = ("auto", "triton", "cudnn", "fa4", "flashinfer", "torch", "gather", "flex", "reference")
 
+SWITCH = "DIT_ACCEL_VALIDATE"
+"""Environment variable: 1 checks values in every call on a GPU too, which waits for it."""
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CHECKED: StorageCache[None] = StorageCache()
 
 
 def problem_of(
@@ -150,3 +160,32 @@ def _check(name: str, tensor: Tensor | None, dtype: torch.dtype | str, device: t
 
 def _check_per_head(name: str, tensor: Tensor | None, q: Tensor) -> None:
     _check(name, tensor, "floating point", q.device, q.shape[1:2], q.shape[:2])
+
+
+def check_values(problem: Problem) -> None:
+    """Raise ValueError where lists or token order don't fit: on a CPU once until they change, else by `SWITCH`."""
+    if torch.compiler.is_compiling():  # the reference alone is traced
+        return
+    order, device = problem.token_order, problem.q.device
+    if readable(device):
+        _CHECKED.get(problem.parts.values(), tuple(problem.sizes.values()), lambda: _check_lists(problem))
+        if order is not None:
+            _CHECKED.get([order], (), lambda: _check_order(order))
+    elif os.environ.get(SWITCH) == "1" and not capturing(device):
+        _check_lists(problem)
+        if order is not None:
+            _check_order(order)
+
+
+def _check_lists(problem: Problem) -> None:
+    lists_of(problem).validate()
+
+
+def _check_order(order: Tensor) -> None:
+    """Every token once."""
+    tokens = order.numel()
+    check_range("token_order", order, 0, tokens - 1, f"{tokens} tokens")
+    count = torch.zeros(tokens, dtype=torch.int64, device=order.device).scatter_add_(0, order, torch.ones_like(order))
+    if bool((count != 1).any()):
+        token = int((count != 1).nonzero()[0])
+        raise ValueError(f"token_order must hold every token once, found token {token} {int(count[token])} times")

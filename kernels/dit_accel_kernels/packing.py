@@ -31,20 +31,13 @@ def flatten(problem: Problem) -> tuple[Any, ...]:
 def restore(arguments: tuple[Any, ...]) -> Problem:
     """The problem of the op's arguments: the inverse of `flatten`."""
     end = len(PLAIN)
-    table, q_frames, k_frames = arguments[end : end + 3]
+    table, q_frames, k_frames, selects, *chosen = arguments[end:]
+    keep, rest, pinned, beta, threshold, criterion, vote_threshold, reverse, routed = chosen
+    routing = None if beta is None else Routing(beta=beta, threshold=threshold)
+    vote = None if criterion is None else Vote(criterion=criterion, threshold=vote_threshold)
+    more = dict(keep=keep, rest=rest, pinned=pinned, routing=routing, vote=vote, reverse=reverse, routed=routed)
     return Problem(
         **dict(zip(PLAIN, arguments, strict=False)),
         decay=None if table is None else (table, q_frames, k_frames),
-        selection=_selection(*arguments[end + 3 :]),
+        selection=Selection(**more) if selects else None,
     )
-
-
-def _selection(
-    selects: bool, keep: Any, rest: Any, pinned: Any, beta: float | None, threshold: Any, criterion: Any,
-    vote_threshold: Any, reverse: bool, routed: Any,
-) -> Selection | None:  # fmt: skip
-    if not selects:
-        return None
-    routing = None if beta is None else Routing(beta=beta, threshold=threshold)
-    vote = None if criterion is None else Vote(criterion=criterion, threshold=vote_threshold)
-    return Selection(keep=keep, rest=rest, pinned=pinned, routing=routing, vote=vote, reverse=reverse, routed=routed)

@@ -74,9 +74,7 @@ class Selection:
         if self.rest not in ("skip", "pooled"):
             raise ValueError(f"rest must be 'skip' or 'pooled', found {self.rest!r}")
 
-
-def narrows(selection: Selection | None) -> bool:
-    """Whether a selection may take tiles from the exact list."""
-    if selection is None:
-        return False
-    return any(x is not None for x in (selection.keep, selection.routing, selection.routed))
+    @property
+    def narrows(self) -> bool:
+        """Whether it may take tiles from the exact list."""
+        return any(x is not None for x in (self.keep, self.routing, self.routed))

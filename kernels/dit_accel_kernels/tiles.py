@@ -153,8 +153,8 @@ class TileLists(Grid):
         if mask.dim() not in (2, 3, 4):
             raise ValueError(f"mask must be [S_q, S_k], [G, S_q, S_k] or [B, H, S_q, S_k], found {list(mask.shape)}")
         mask = mask.reshape(-1, *mask.shape[-2:])
-        sizes = dict(block_q=block_q, block_k=block_k, num_q=mask.shape[1], num_k=mask.shape[2])
-        return cls._of_rows(lambda g, first, end: mask[g, first:end], len(mask), mask.device, **sizes)
+        sizes = (block_q, block_k, *mask.shape[1:])
+        return cls._of_rows(lambda g, first, end: mask[g, first:end], len(mask), mask.device, *sizes)
 
     @classmethod
     def from_mask_mod(
@@ -175,8 +175,8 @@ class TileLists(Grid):
         if heads is None and batch > 1:
             raise ValueError(f"a mask by batch needs the number of heads too, found batch={batch} and heads=None")
         heads, device = heads or 1, torch.device(device)
-        sizes = dict(block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
-        return cls._of_rows(masks.rows_of_mask_mod(mask_mod, heads, num_k, device), batch * heads, device, **sizes)
+        rows = masks.rows_of_mask_mod(mask_mod, heads, num_k, device)
+        return cls._of_rows(rows, batch * heads, device, block_q, block_k, num_q, num_k)
 
     @classmethod
     def from_block_mask(
@@ -190,12 +190,12 @@ class TileLists(Grid):
         """
         if not hasattr(block_mask, "seq_lengths"):
             raise TypeError(f"block_mask must be FlexAttention's BlockMask, found {type(block_mask).__name__}")
-        (num_q, num_k), (own_q, own_k) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+        own_q, own_k = block_mask.BLOCK_SIZE
         batch, heads = block_mask.kv_num_blocks.shape[:2]
         if batch > 1 and heads == 1:
             raise ValueError(f"a mask by batch must be one by head too, found a block_mask of {batch} x 1: repeat it")
-        sizes = dict(block_q=block_q or own_q, block_k=block_k or own_k, num_q=num_q, num_k=num_k)
-        return cls._of_rows(masks.rows_of_block_mask(block_mask), batch * heads, block_mask.kv_indices.device, **sizes)
+        rows, sizes = masks.rows_of_block_mask(block_mask), (block_q or own_q, block_k or own_k)
+        return cls._of_rows(rows, batch * heads, block_mask.kv_indices.device, *sizes, *block_mask.seq_lengths)
 
     @classmethod
     def from_cu_seqlens(
@@ -224,11 +224,11 @@ class TileLists(Grid):
             )
         left, right = window or (masks.ALL, masks.ALL)
         rows = masks.rows_of_sequences(cu_q, cu_k, left, 0 if causal else right)
-        sizes = dict(block_q=block_q, block_k=block_k, num_q=int(cu_q[-1]), num_k=int(cu_k[-1]))
-        return cls._of_rows(rows, 1, cu_q.device, **sizes)
+        return cls._of_rows(rows, 1, cu_q.device, block_q, block_k, int(cu_q[-1]), int(cu_k[-1]))
 
     @classmethod
-    def _of_rows(cls, rows: masks.Rows, groups: int, device: torch.device, **sizes: int) -> TileLists:
+    def _of_rows(cls, rows: masks.Rows, groups: int, device: torch.device, *numbers: int) -> TileLists:
+        sizes = dict(zip(("block_q", "block_k", "num_q", "num_k"), numbers, strict=True))
         _check_sizes(**sizes)
         return cls._of_states(*masks.tiles_of_rows(rows, groups, device=device, **sizes), **sizes)
 

@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from dit_accel_eval.power import COUNTS, chance, clips_for, committed, typical
 from dit_accel_eval.protocol import PROTOCOL, prompts_in_order, protocol_prompts
-from dit_accel_eval.runs.results import result_lines
+from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.report.page import page
+from dit_accel_eval.report.report import suite_report
+from dit_accel_eval.runs.conditions import CARD, card_state
+from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.statistics import judge, p_value, p_values
 from dit_accel_eval.suites.figures import Comparison
-from fake_model import command
+from fake_model import command, written
 from scipy.stats import nct, norm, t
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
@@ -77,6 +83,24 @@ def test_the_command_prints_rules_prompts_and_clips():
         found = json.loads(command("protocol", "--see", 3, "--arms", 4, *options, "--json").stdout)[-1]
         assert found["clips"]["3"] == clips_for(committed()[2].leads, 3.0, arms=4)
     assert f"over {COUNTS[-1]}" in command("protocol", "--see", 0.1).stdout
+
+
+def test_the_clocks_of_a_card_are_told(monkeypatch, tmp_path):
+    said = "1755 MHz, 1980 MHz, 2619 MHz, 700.00 W, 580.95"
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\n[ $2 = GPU-1234 ] && echo '{said}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    state = card_state(torch.device("cuda"))
+    assert state == dict(zip(CARD, said.split(", "), strict=True))
+    assert card_state(torch.device("cpu")) == {}
+    lines = read_lines(RESULTS / "frontier-wan-tiny.jsonl")[:30]
+    clocks = ("1755 MHz", "990 MHz")
+    for number, line in enumerate(lines):
+        line["card"] = state | {"clocks.sm": clocks[number % 2]}
+    path = written(tmp_path / "r.jsonl", lines)
+    assert "clocks.sm 990 MHz to 1755 MHz; clocks.max.sm 1980 MHz;" in page(suite_report(read_results(path)))
 
 
 @pytest.mark.parametrize(

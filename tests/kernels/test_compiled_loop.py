@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dit_accel_kernels import torch_way
-from dit_accel_kernels.backends.torch import binding, compiled, shipped
+from dit_accel_kernels.backends.torch import compiled, shipped
 from kernel_cases import attend, qkv, random_lists
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
@@ -49,7 +49,7 @@ def fresh(monkeypatch, tmp_path):
 def quick(fresh, monkeypatch, tmp_path):
     """A source that takes a fraction of the time, and a file that appears when it is loaded."""
     source, witness = tmp_path / "quick.cpp", tmp_path / "witness"
-    source.write_text(SOURCE % (witness, ctypes.sizeof(binding.LoopCall), KEYS))
+    source.write_text(SOURCE % (witness, ctypes.sizeof(compiled.LoopCall), KEYS))
     monkeypatch.setattr(compiled, "SOURCE", source)
     return fresh
 
@@ -183,7 +183,7 @@ def test_a_damaged_file_is_never_loaded_but_built_anew(quick, tmp_path):
 @needs_compiler
 def test_a_planted_file_does_not_run(quick, tmp_path):
     path, source, made = name_of(compiled.compiled_loop()), tmp_path / "planted.cpp", tmp_path / "planted.so"
-    source.write_text(SOURCE % (tmp_path / "it ran", ctypes.sizeof(binding.LoopCall), KEYS))
+    source.write_text(SOURCE % (tmp_path / "it ran", ctypes.sizeof(compiled.LoopCall), KEYS))
     subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
     for digest, mode in (("0" * compiled.DIGITS, 0o700), (compiled._digest(made.read_bytes()), 0o770)):
         planted = Path(shutil.copy(made, quick / f"fused-{path.stem.split('-')[1]}-{digest}.so"))
@@ -271,7 +271,7 @@ def test_without_a_place_to_write_torch_computes(fresh, monkeypatch, tmp_path):
 @needs_compiler
 def test_a_library_that_is_not_the_loop_is_refused(quick, tmp_path):
     """It lacks a function, or takes a call of other bytes."""
-    size = ctypes.sizeof(binding.LoopCall)
+    size = ctypes.sizeof(compiled.LoopCall)
     for taken, keys, why in ((size, "", r"no compiled.*pack"), (size - 8, KEYS, f"{size - 8} bytes, not of {size}")):
         compiled.SOURCE.write_text(SOURCE % (tmp_path / "witness", taken, keys))
         with pytest.warns(UserWarning, match=why):
@@ -294,13 +294,11 @@ def test_a_file_of_another_machine_is_left_alone(quick):
 @needs_compiler
 def test_no_memory_is_an_error_and_not_the_end():
     loop = compiled.library()
-    done = (ctypes.c_int64 * 3)()
     sizes = dict(columns=64, num_q=9, num_k=9, batch=1, heads=1, key_heads=1, groups=1, threads=3, end=9)
     for name, rows, dim in (("attend", 1 << 40, 64), ("pack", 64, 1 << 40)):
-        call = binding.LoopCall(rows=rows, dim=dim, value_dim=dim, done=ctypes.addressof(done), **sizes)
+        call = compiled.LoopCall(rows=rows, dim=dim, value_dim=dim, **sizes)
         with pytest.raises(MemoryError, match=rf"{name}.*no memory"):
             getattr(loop, name)(ctypes.byref(call))
-    assert not any(done)
 
 
 def test_a_processor_is_told_by_its_model_and_instructions_in_one_order(monkeypatch):

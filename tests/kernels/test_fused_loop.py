@@ -1,8 +1,6 @@
 """The compiled loop of the torch backend: sizes that it cuts differently, its threads, and what is no number."""
 
-import ctypes
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -12,7 +10,7 @@ import pytest
 import torch
 from dit_accel_kernels import Selection, TileLists, Vote
 from dit_accel_kernels.backends.torch import attend as torch_attend
-from dit_accel_kernels.backends.torch import binding, compiled, fused, memory, tiled
+from dit_accel_kernels.backends.torch import compiled, fused, memory, tiled
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import Call, attend, check_against_reference, frame_decay, full, lists_of, qkv, random_lists
 from torch.nn.functional import scaled_dot_product_attention
@@ -120,7 +118,11 @@ def threads():
 
 
 @DTYPES
-def test_threads_share_a_call_and_change_no_bit(monkeypatch, threads, dtype):
+@pytest.mark.parametrize("own", [True, False])
+def test_threads_share_a_call_and_change_no_bit(monkeypatch, threads, dtype, own):
+    """Torch's threads, or the loop's own where torch keeps none that it may use."""
+    if own:
+        monkeypatch.setattr(compiled, "torchs_threads", lambda: None)
     call = (*qkv(1, 3, 3, 500, 500, 32, dtype), random_lists(3, 500, 500, 16, 16))
     alone = attend(*call, backend="torch")
     monkeypatch.setattr(fused, "START_FLOPS", 1e-3)
@@ -128,36 +130,6 @@ def test_threads_share_a_call_and_change_no_bit(monkeypatch, threads, dtype):
     for count in (2, 16, 64):
         threads(count)
         assert torch.equal(alone, attend(*call, backend="torch"))
-
-
-@pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("count", [4, 64])
-def test_every_thread_gets_its_pieces_once(monkeypatch, threads, count, own):
-    """Torch's threads, or the loop's own where torch keeps none that it may use."""
-    if own:
-        monkeypatch.setattr(binding, "torchs_threads", lambda: None)
-    done, finish = [], fused._finish
-
-    def kept(function, call, first, last):
-        finish(function, call, first, last)
-        by_thread = (ctypes.c_int64 * count).from_address(call.done)
-        done.append((last - first, torch.tensor(by_thread)))
-        ctypes.memset(by_thread, 0, ctypes.sizeof(by_thread))
-
-    monkeypatch.setattr(fused, "_finish", kept)
-    threads(count)
-    call, busy = (*qkv(1, 4, 4, 4096, 4096, 64, torch.float32), full(4096, 4096, 16, 64)), torch.zeros(count).bool()
-    several = min(count, 4 * (os.cpu_count() or 1)) * 3 // 4  # more than that the system may start when all is done
-    for _ in range(20):  # a machine that is busy may start some threads of a call too late
-        attend(*call, backend="torch")
-        *packing, (attended, pieces) = done
-        assert all((int(by_thread.sum()), tile_count) == (4 * 64, 4 * 64) for tile_count, by_thread in packing)
-        assert (int(pieces.sum()), attended) == (4 * 256, 4 * 256)
-        busy |= pieces > 0
-        done.clear()
-        if int(busy.sum()) >= several:
-            break
-    assert int(busy.sum()) >= several
 
 
 def test_a_call_gets_the_threads_that_it_is_worth_whatever_the_machine_has(monkeypatch):

@@ -318,3 +318,19 @@ def test_a_shift_that_grows_with_the_tokens_keeps_its_bounds_or_is_one_for_all(s
     usual = solvers.make_scheduler(SHIPPED["euler"], solver, 2.0)
     usual.set_timesteps(3)
     assert float(scheduler.sigmas[1]) == pytest.approx(float(usual.sigmas[1]), abs=0.01)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_shift_goes_with_the_models_own_scheduler(dynamic):
+    """Whatever mu the pipeline works out, as FLUX.2 does by a formula of its own."""
+    shipped, sigmas = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic), [1.0, 0.5, 0.25]
+    own = solvers.make_scheduler(shipped, None, 3.0)
+    own.set_timesteps(sigmas=sigmas, mu=0.7)
+    assert (type(own), shipped.config.shift) == (type(shipped), 1.0)
+    np.testing.assert_allclose(own.sigmas[:-1], [3 * sigma / (1 + 2 * sigma) for sigma in sigmas], rtol=1e-6)
+    assert solvers.shift_of(solvers.make_scheduler(SHIPPED["unipc"], None, 3.0)) == 3.0
+    growing = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, use_dynamic_shifting=dynamic)
+    bounds = solvers.make_scheduler(growing, None, 3.0).config
+    assert [bounds.get("base_shift"), bounds.get("max_shift")] == [math.log(3)] * 2 if dynamic else [None] * 2
+    with pytest.raises(ConfigError, match=r"noise shift, got flow_shift 3.0"):
+        solvers.make_scheduler(BETAS["cogvideox"], None, 3.0)

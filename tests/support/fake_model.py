@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.report.lines import read_results
@@ -40,6 +41,7 @@ class FakeModel:
 
     name, own_share, weights, dtype = "wan-plain", 0.5, "w", None
     call: ClassVar = {"num_frames": 3}
+    device = torch.device("cpu")
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: ClassVar[list] = []
 

@@ -63,7 +63,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
     return {
         "prefix": prefix, "level": level, "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores), "report": report, "first": lines[0].raw,
-        "reference": reference_of(report), "whole": whole_of(report),
+        "reference": reference_words_of(report), "whole": whole_of(report),
         "warnings": [*report.warnings, *failed], "rows": _rows(report, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report), "hues": hues(report), "groups": groups,
@@ -79,12 +79,12 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "p_words": p_words, "seconds_cell": seconds_cell, "rule": rule_words(report.arms),
         "pairs_rule": pairs_rule(report.pairs) if report.pairs else "", "shows": bool(media.get("runs")),
         "options": _options, "commands": _commands(report), "versions": package_versions(lines),
-        "machines": "; ".join(sorted({line.raw["device"] for line in lines if "device" in line.raw})),
+        "machines": "; ".join(_machines(lines)),
         "tokens": lines[0].raw.get("tokens"), "data": _data(report, media, prefix),
     }  # fmt: skip
 
 
-def reference_of(report: SuiteReport) -> str:
+def reference_words_of(report: SuiteReport) -> str:
     """Return in words what clips are held against."""
     own = f"the model's own {report.full_steps} steps" if report.own else "the converged run"
     return "the reference's clips" if report.of_folders else own
@@ -190,6 +190,17 @@ def _groups(report: SuiteReport) -> list[tuple[str, list[ArmFigures]]]:
     groups = {"Arms": [arm for arm in report.arms if arm not in dense]}
     groups["Dense runs of fewer steps"] = [arm for arm in dense if arm.clips == most]
     return [(head, arms) for head, arms in groups.items() if arms]
+
+
+def _machines(lines: Sequence[ResultLine]) -> list[str]:
+    """Return the devices of lines and what is known of cards, of each value the least and the greatest."""
+    devices = sorted({line.raw["device"] for line in lines if "device" in line.raw})
+    states = [line.raw["card"] for line in lines if "card" in line.raw]
+    values = {
+        key: sorted({state[key] for state in states}, key=lambda value: (len(value), value))
+        for key in (states or [{}])[0]
+    }
+    return devices + [f"{key} {' to '.join(dict.fromkeys((each[0], each[-1])))}" for key, each in values.items()]
 
 
 def package_versions(lines: Sequence[ResultLine]) -> dict[str, str]:

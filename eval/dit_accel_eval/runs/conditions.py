@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
 from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import did_you_mean
+
+CARD = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")
+"""What is kept of a card, by nvidia-smi's names: without its clocks two cards' times can't be compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,3 +102,15 @@ def device_name(device: torch.device) -> str:
         return processor_name()
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(name(device)) if name else str(device)
+
+
+def card_state(device: torch.device) -> dict[str, str]:
+    """Return what nvidia-smi tells of a device by the names of `CARD`, in its own units; {} where it tells nothing."""
+    command = shutil.which("nvidia-smi") if device.type == "cuda" else None
+    if command is None:
+        return {}
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    asked = [command, "-i", card, f"--query-gpu={','.join(CARD)}", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    values = done.stdout.strip().split(", ")
+    return dict(zip(CARD, values, strict=True)) if not done.returncode and len(values) == len(CARD) else {}

@@ -42,6 +42,11 @@ class PairedClip:
     seconds: float | None = None
     steps: int | None = None
 
+    @property
+    def label(self) -> str:
+        """Its file's path within the folder."""
+        return f"{self.file.name}{self.file.path.suffix}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
@@ -97,7 +102,7 @@ def pair(paths: Mapping[str, Path], rows: Sequence[dict[str, Any]]) -> tuple[lis
             except ConfigError as error:
                 problems.append(f"{name}: {error}")
         names = names or {clip.file.name: key for key, same in clips.items() for clip in same}
-        doubled = [f"{words(key)} ({', '.join(clip.file.path.name for clip in same)})"
+        doubled = [f"{words(key)} ({', '.join(clip.label for clip in same)})"
                    for key, same in clips.items() if len(same) > 1]  # fmt: skip
         problems += [f"{name} has several clips of one prompt and seed: {'; '.join(doubled)}"] if doubled else []
         folders.append(Folder(name=name, path=path, clips={key: same[0] for key, same in clips.items()}))
@@ -160,12 +165,12 @@ def _differences(folders: Sequence[Folder]) -> list[str]:
     usual = next((clip.form.encoding for folder in others for clip in folder.clips.values()), "")
     for folder in others:
         missing = [words(key) for key in reference.clips if key not in folder.clips]
-        extra = [f"{words(key)} ({clip.file.path.name})" for key, clip in folder.clips.items()
+        extra = [f"{words(key)} ({clip.label})" for key, clip in folder.clips.items()
                  if key not in reference.clips]  # fmt: skip
-        sizes = [f"{clip.file.path.name} ({clip.form.size}, the reference's {other.form.size})"
+        sizes = [f"{clip.label} ({clip.form.size}, the reference's {other.form.size})"
                  for key, clip in folder.clips.items()
                  if (other := reference.clips.get(key)) and other.form.size != clip.form.size]  # fmt: skip
-        other = [f"{clip.file.path.name} ({clip.form.encoding})" for clip in folder.clips.values()
+        other = [f"{clip.label} ({clip.form.encoding})" for clip in folder.clips.values()
                  if len(encodings) > 1 and clip.form.encoding != usual]  # fmt: skip
         for what, listed in (
             ("lacks clips that the reference has", missing), ("has clips that the reference lacks", extra),
@@ -174,7 +179,7 @@ def _differences(folders: Sequence[Folder]) -> list[str]:
         ):  # fmt: skip
             problems += [f"{folder.name} {what}: {', '.join(listed)}"] if listed else []
     own = {clip.form.encoding for clip in reference.clips.values()}
-    lossy = [f"{clip.file.path.name} ({clip.form.encoding})" for clip in reference.clips.values()
+    lossy = [f"{clip.label} ({clip.form.encoding})" for clip in reference.clips.values()
              if not clip.form.exact and (clip.form.encoding != usual or len(own) > 1)]  # fmt: skip
     problems += [f"{REFERENCE} has clips neither lossless nor encoded as {usual}: {', '.join(lossy)}"] if lossy else []
     untimed = [folder.name for folder in folders if any(clip.seconds is None for clip in folder.clips.values())]

@@ -18,7 +18,7 @@ from ..metrics.dynamics import dynamics
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
 from ..protocol import PROTOCOL
-from ..runs.conditions import device_name, processor_name
+from ..runs.conditions import card_state, device_name, processor_name
 from ..runs.counting import Counts, work, works
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.results import Line, frames_hash, keep_beside
@@ -78,6 +78,8 @@ def line_of(sampled: Sampled) -> Line:
         seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
         line |= {"processor": processor_name(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
+    if (len(sampled.runs) > 1 or sampled.beside) and (card := card_state(sampled.model.device)):
+        line["card"] = card
     return line
 
 

@@ -32,7 +32,7 @@ from .job import Job, checked
 from .measuring import ALWAYS, Sampled, line_of
 from .reference import dense_run, reference_run
 
-EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", *KEPT)
+EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", "card", *KEPT)
 """Keys of a line that stay if its run is made again for something else that it lacked."""
 
 Watch = Callable[[Sequence[ResultLine]], None]

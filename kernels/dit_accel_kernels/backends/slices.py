@@ -7,7 +7,6 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..problem import Problem
-from ..selection import narrows
 
 SCRATCH_BYTES = 1 << 30  # of lists that one launch may read; at 460k tokens and 40 heads all of them take 8 GB
 Slice = tuple[slice, slice]  # of batches and of heads
@@ -19,7 +18,7 @@ def slices(problem: Problem) -> list[Slice]:
     groups = problem.exact_offsets.shape[0]
     room = max(1, SCRATCH_BYTES // (4 * (problem.exact_indices.numel() + 2)))
     copies = 1 if groups == 1 else heads if groups == heads else batch * heads  # of a head's lists, in one copy
-    if not narrows(problem.selection) or room * copies >= batch * heads:
+    if not problem.selection or not problem.selection.narrows or room * copies >= batch * heads:
         return [(slice(0, batch), slice(0, heads))]
     if room * copies >= heads:
         return [(part, slice(0, heads)) for part in _cut(batch, room * copies // heads)]

@@ -151,10 +151,10 @@ def resolved_requests(
 ) -> list[tuple[Request, Family | None]]:
     """Return the resolved requests with their families, and show these notes and theirs, each once."""
     resolved = [_named(request, len(requests)) for request in requests]
-    for request in requests:
-        device = device_of(request)
-        if request.attention_backend is not None:
-            check_attention_backend(request.attention_backend, read_model_files(request.source), device)
+    backends = {(request.attention_backend, request.source): device_of(request) for request in requests}
+    for (backend, source), device in backends.items():
+        if backend is not None:
+            check_attention_backend(backend, read_model_files(source), device)
     for text in dict.fromkeys([*notes, *(text for each in resolved for text in each.notes)]):
         stages.note(text)
     for text in dict.fromkeys(text for each in resolved for text in each.warnings):

@@ -1,6 +1,7 @@
 """The files that a run starts from: which argument of the pipeline's call each is for, and what it is given there."""
 
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -65,7 +66,13 @@ class Input:
 
     def read(self) -> Any:
         """Return a picture, or a list of them."""
-        return read_image(self.path) if self.option == "image" else read_video(self.path)
+        return _read(self.option, self.path, self.path.stat().st_mtime_ns if self.path.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(option: str, path: Path, changed: int) -> Any:
+    """Read a file, unless it was among the last few, as before weights are loaded, and has not ``changed`` since."""
+    return read_image(path) if option == "image" else read_video(path)
 
 
 def inputs_of(options: RunOptions) -> list[Input]:
@@ -189,14 +196,13 @@ def _follow_length(options: Any, call: CallSignature, family: Family, read: Read
         listed = ", ".join(f"{file} {count}" for file, count in videos)
         raise ConfigError(f"videos that go together need as many frames each, got {listed}; cut them alike")
     file, count = videos[0]
+    made = rounded_frames(family, count if options.num_frames is None else options.num_frames)
     if options.num_frames is None:
-        made = rounded_frames(family, count)
-        note = (
-            [] if made == count else [f"the first {made} of {count} frames of {file.path} are taken, as the model can"]
-        )
-        return dataclasses.replace(options, num_frames=made), note
-    if options.num_frames > count:
-        raise ConfigError(f"num_frames {options.num_frames} is more than {file.path} has, {count}; leave it out")
+        made -= family.vae[0] * (made > count)
+        note = f"the first {made} of the {count} frames of {file.path} are taken, which the model can make"
+        return dataclasses.replace(options, num_frames=made), [note] * (made != count)
+    if made > count:
+        raise ConfigError(f"num_frames {made} is more than {file.path} has, {count}; leave it out")
     return options, []
 
 

@@ -116,7 +116,7 @@ def _command(cls: type[Any]) -> tuple[Any, Mapping[str, str]]:
         infos = [part for part in typing.get_args(hint) if isinstance(part, typer.models.ParameterInfo)]
         texts = [text for info in infos for text in (info.default, *(info.param_decls or ()))]  # Typer's first is there
         flags = [text for text in texts if str(text).startswith("--")]
-        flag = flags[0] if flags else f"--{name.replace('_', '-')}"
+        flag = str(flags[0]) if flags else f"--{name.replace('_', '-')}"
         flag = flag if all(isinstance(info, OptionInfo) for info in infos) else ""
         fields |= {name: name, flag.lstrip("-").replace("-", "_") or name: name, f"--{name}": flag}
     return typer.main.get_command(single), fields

@@ -59,7 +59,9 @@ OPTIONS: Mapping[str, str] = {
 }  # fmt: skip
 """Arguments of the call that options set."""
 
-NOT_TEXT = re.compile("^(self|return_dict|output_type|prompt_ids)$|embeds|latents|callback|_mask$|_per_prompt$|kwargs$")
+NOT_TEXT = re.compile(
+    "^(self|return_dict|output_type)$|embeds|latents|callback|_mask(_2)?$|_per_prompt$|kwargs$|images?$|_ids$|thw$|tiles$"
+)
 """Arguments of the call that no text can hold, or that decide what comes back."""
 
 NEEDED: Mapping[str, re.Pattern[str]] = {

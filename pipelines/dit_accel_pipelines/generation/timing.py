@@ -46,7 +46,7 @@ def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lamb
         stages.stage("denoising", len(iterable) if iterable is not None else total)
         clock.append(time.perf_counter())  # of a second picture too, before which the first one is decoded
         busy.append(time.process_time())
-        return _StepBar(iterable or (), step, stages)
+        return _StepBar(() if iterable is None else iterable, step, stages)
 
     pipe.progress_bar = progress_bar  # on the object; its class stays as it is
     try:

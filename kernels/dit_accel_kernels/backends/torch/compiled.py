@@ -1,11 +1,8 @@
-"""Loads fused.cpp as the package's wheel brings it, or builds it with the machine's own C++ compiler, once, into the
-user's cache; without either there is no loop.
+"""Loads fused.cpp as the package's wheel brings it, or builds it once with the machine's own C++ compiler.
 
-A built library's name holds a digest of all that it is made of and one of its own bytes. A file that doesn't match,
-since it was cut short, altered or is no library at all, is never loaded: it is built anew. That is no protection from
-somebody who can write to the folder, who could name their own file as it must be; so the folder and the file must be no
-links, belong to the user (or root) and be writable by nobody else, and nobody else may put another folder in its place:
-so the cache that holds it is looked at too. What lies above the cache is taken on trust, and so is the package.
+A built library lies in the user's cache. Its name holds a digest of all that it is made of and one of its own bytes: a
+file that doesn't match is never loaded but built anew. The folder and the file must be no links, belong to the user (or
+root) and be writable by nobody else; nor may others replace the cache that holds them.
 """
 
 import ctypes
@@ -20,9 +17,10 @@ import tempfile
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .binding import bound
+import torch
+
 from .shipped import DIGITS, FLAGS, shipped_library, sources
 
 SOURCE = Path(__file__).with_name("fused.cpp")
@@ -30,6 +28,29 @@ SWITCH = "DIT_ACCEL_CPU_LOOP"
 """Environment variable: 0 leaves every call on a CPU to torch's own operations."""
 
 COMPILERS = ("c++", "g++", "clang++")
+
+POINTERS = (
+    "q", "k", "v", "out", "keys", "values", "key_means", "value_means", "lengths", "valid", "head_scale", "decay",
+    "mean_decay", "frames", "exact_offsets", "exact", "pooled_offsets", "pooled", "mask_ids",
+    "mask_bits", "odd", "evidence_starts", "lse", "evidence", "parallel",
+)  # fmt: skip
+STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides")
+SIZES = (
+    "batch", "heads", "key_heads", "groups", "num_q", "num_k", "rows", "columns", "dim", "value_dim", "by_mass",
+    "narrow", "pairs", "team", "threads", "next", "end",
+)  # fmt: skip
+
+
+class LoopCall(ctypes.Structure):
+    """`LoopCall` of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64 * 3) for name in STRIDES),
+        *((name, ctypes.c_int64) for name in SIZES),
+        ("scale", ctypes.c_double),
+        ("seconds", ctypes.c_double),
+    )
 
 
 class Loop(NamedTuple):
@@ -48,9 +69,8 @@ def library() -> ctypes.CDLL | None:
 def compiled_loop() -> Loop:
     """Return the compiled loop, built on first use; there is none without a compiler or if `SWITCH` says so.
 
-    Without CXX the package's own library is taken, if it brings one for this processor. Else the compiler is the
-    command that CXX holds, arguments included, and no other: one that is missing or fails is warned of. Without CXX the
-    first of `COMPILERS` that works is taken, with a warning if all that are there fail.
+    It is built by the command that CXX holds and no other; without CXX it is the package's own, if that has one for
+    this processor, or built by the first of `COMPILERS` that works. What fails is warned of.
     """
     if os.environ.get(SWITCH) == "0":
         return Loop(None, f"{SWITCH} is 0")
@@ -59,7 +79,6 @@ def compiled_loop() -> Loop:
             return Loop(bound(path), f"of the package, for {path.stem.split('-')[1]}")
         except OSError:  # a system without the C library that it was built for
             pass
-    tried: list[str] = []
     try:
         commands = _commands()
         folder = cache_folder() if commands else None
@@ -68,6 +87,7 @@ def compiled_loop() -> Loop:
     if folder is None:
         return Loop(None, f"no C++ compiler was found ({', '.join(COMPILERS)})")
     tune = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    tried: list[str] = []
     for command in commands:
         try:
             return Loop(_loaded(folder, command, (*FLAGS, tune)), f"compiled by {Path(command[0]).name}")
@@ -143,8 +163,7 @@ def _trusted_owner(status: os.stat_result) -> bool:
 def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     """Return the library that a compiler makes, from the folder if it is there and whole, else built.
 
-    Raises OSError if the folder can't be written or the library can't be loaded, subprocess.SubprocessError if the
-    compiler fails or takes minutes.
+    Raises OSError or subprocess.SubprocessError if that fails or takes minutes.
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     parts = (sources(SOURCE), *command, version, *flags, processor_text())
@@ -202,3 +221,46 @@ def processor_text() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def bound(path: Path) -> ctypes.CDLL:
+    """Load the loop from a file whose bytes are known to be its own.
+
+    Raises OSError if it can't be loaded, lacks a function or was built for another structure.
+    """
+    loaded = ctypes.CDLL(str(path))
+    try:
+        for size in (loaded.panel, loaded.call_bytes, loaded.has_pairs, loaded.tile_words):
+            size.restype = ctypes.c_int64
+        for function in (loaded.attend, loaded.pack):
+            function.restype, function.errcheck = ctypes.c_int64, _require_memory
+    except AttributeError as error:
+        raise OSError(f"{path} is no compiled loop: {error}") from None
+    if loaded.call_bytes() != ctypes.sizeof(LoopCall):
+        raise OSError(f"{path} takes calls of {loaded.call_bytes()} bytes, not of {ctypes.sizeof(LoopCall)}")
+    return loaded
+
+
+def _require_memory(failed: Any, function: Any, _: Any) -> Any:
+    if failed:
+        raise MemoryError(f"{function.__name__} of the compiled loop found no memory for what it keeps beside the call")
+    return failed
+
+
+@lru_cache(maxsize=1)
+def torchs_threads() -> int | None:
+    """Return where GOMP_parallel is, which runs a function on the threads that torch keeps; None: torch has none such.
+
+    A child process has none of its parent's threads, and libgomp waits for them there: it starts its own.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(torchs_threads=lambda: None))

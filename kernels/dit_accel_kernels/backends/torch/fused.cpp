@@ -38,7 +38,6 @@ extern "C" struct Call {
   uint8_t *odd;                                    // [B * HK * NK], tiles with values that are no finite numbers; with masks
   const int64_t *evidence_starts;                  // [B * H * NQ], where a query tile's `evidence` begins
   float *lse, *evidence;                           // [B * H, S_q]; [exact tiles, rows]; null: unused
-  int64_t *done;                                   // [threads], pieces that each one did
   void *parallel;                                  // GOMP_parallel of the threads that torch keeps; null: start some
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];  // of batch, head and token, in numbers
   int64_t batch, heads, key_heads, groups, num_q, num_k, rows, columns, dim, value_dim, by_mass, narrow, pairs;
@@ -415,12 +414,10 @@ static int64_t share(Call& call) {
   const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(call.seconds);
   on_threads(call, [&] {
     try {  // an exception must leave neither a thread nor for Python
-      const int64_t thread = started++;
-      if (thread >= call.threads || next >= call.end) return;
+      if (started++ >= call.threads || next >= call.end) return;
       Work work(call);
       for (int64_t piece; !failed && (piece = next++) < call.end;) {
         work.run(piece);
-        call.done[thread]++;
         if (std::chrono::steady_clock::now() >= until) return;
       }
     } catch (...) {

@@ -12,10 +12,9 @@ from ...problem import Problem
 from ...selection import LOG2_E
 from ...votes import VOTE_BYTES, Tally
 from ..rows import with_whole_rows
-from . import binding
-from .binding import STRIDES, LoopCall
+from . import compiled
 from .chunks import Lists, beyond, flat_lists
-from .compiled import compiled_loop, library
+from .compiled import STRIDES, LoopCall, compiled_loop, library
 from .memory import LEAST_BYTES, buffer, cast, fresh
 from .tiled import decays, pools
 
@@ -71,11 +70,10 @@ def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> 
         "keys": _panels("keys", (key_tiles, wide, depth + -depth % multiple)),
         "values": _panels("values", (key_tiles, wide_dim, value_depth)),
         "groups": problem.groups,
-        "done": torch.zeros(threads, dtype=torch.int64),
         "batch": batch, "heads": heads, "key_heads": key_heads, "num_q": num_q, "num_k": num_k,
         "rows": problem.block_q, "columns": problem.block_k, "dim": dim, "value_dim": value_dim,
         "by_mass": tally is not None and tally.by_mass, "narrow": narrow, "pairs": pairs,
-        "parallel": binding.torchs_threads(), "team": torch.get_num_threads(), "threads": threads,
+        "parallel": compiled.torchs_threads(), "team": torch.get_num_threads(), "threads": threads,
         "scale": problem.scale * LOG2_E, "seconds": SLICE,
     }  # fmt: skip
     shared |= _features(problem, k, v)

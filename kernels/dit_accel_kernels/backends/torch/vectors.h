@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <vector>
 #if defined(__AVX512F__)
@@ -60,31 +61,25 @@ static inline void store_halves(float*, long, Vec, Vec) {}
 // smallest normal number, NaN of NaN
 template <bool rough>
 static inline Vec exp2_of(const Vec x) {
+  const auto polynomial = [](const Vec f, std::initializer_list<float> factors) {
+    const float* factor = factors.begin();
+    Vec p = all(*factor);
+    while (++factor != factors.end()) p = p * f + all(*factor);
+    return p;
+  };
 #if defined(__AVX512DQ__)
   const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x)
-  Vec p = all(rough ? 0.013534168f : 2.17022555e-4f);
-  if (!rough) {
-    p = p * f + all(1.2439688e-3f);
-    p = p * f + all(9.67884095e-3f);
-  }
-  p = p * f + all(rough ? 0.05201146f : 5.5483342e-2f);
-  p = p * f + all(rough ? 0.24144275f : 2.40229836e-1f);
-  p = p * f + all(rough ? 0.69300383f : 6.93146984e-1f);
-  p = p * f + all(rough ? 1.0000026f : 1.0f);
+  const Vec p = rough ? polynomial(f, {0.013534168f, 0.05201146f, 0.24144275f, 0.69300383f, 1.0000026f})
+                      : polynomial(f, {2.17022555e-4f, 1.2439688e-3f, 9.67884095e-3f, 5.5483342e-2f, 2.40229836e-1f,
+                                       6.93146984e-1f, 1.0f});
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)x);  // times 2^floor(x)
 #else
   const Vec low = all(-126.0f), magic = all(12582912.0f);  // adding 1.5 * 2^23 rounds to whole numbers
   const Ints kept = x >= low;
   const Vec clamped = x > low ? x : low, shifted = clamped + magic, f = clamped - (shifted - magic);
-  Vec p = all(1.5252734e-5f);
-  p = p * f + all(1.5403530e-4f);
-  p = p * f + all(1.3333558e-3f);
-  p = p * f + all(9.6181291e-3f);
-  p = p * f + all(5.5504109e-2f);
-  p = p * f + all(2.4022651e-1f);
-  p = p * f + all(6.9314718e-1f);
-  p = p * f + all(1.0f);
+  Vec p = polynomial(f, {1.5252734e-5f, 1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f,
+                         6.9314718e-1f, 1.0f});
   p = reinterpret_cast<Vec>((reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23)) & kept);
   return x == x ? p : x;
 #endif

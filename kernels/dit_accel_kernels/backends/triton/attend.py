@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...bits import word_count
 from ...errors import BackendUnavailableError
 from ...problem import Problem
-from ...selection import LOG2_E, narrows
+from ...selection import LOG2_E
 from ..rows import moves_in_pieces, with_whole_rows
 from ..slices import join_slices, slice_of, slices
 from . import launch as sizes
@@ -83,10 +83,10 @@ def _attend(
 
 
 def in_pieces(problem: Problem) -> Problem:
-    """The call as kernels read it: the rows of q, k and v in one piece each, and so are token order and head scales."""
-    q, k, v = map(with_whole_rows, (problem.q, problem.k, problem.v))
-    order, scale = (None if x is None else x.contiguous() for x in (problem.token_order, problem.head_scale))
-    return replace(problem, q=q, k=k, v=v, token_order=order, head_scale=scale)
+    """The call as kernels read it: the rows of q, k and v in one piece each, and so are token order, scales, masks."""
+    rows = {name: with_whole_rows(getattr(problem, name)) for name in "qkv"}
+    whole = {name: getattr(problem, name) for name in ("token_order", "head_scale", "mask_bits")}
+    return replace(problem, **rows, **{name: x.contiguous() for name, x in whole.items() if x is not None})
 
 
 def _select(
@@ -94,7 +94,7 @@ def _select(
 ) -> tuple[RowPlan, Tensor | None]:
     """The plan with what a selection leaves of it, and the call's exact tiles as bits where it has a selection."""
     selection = problem.selection
-    if selection is None or not narrows(selection):
+    if selection is None or not selection.narrows:
         return plan, None if selection is None else bits_of_lists(problem)
     routed = selection.routed
     if selection.routing is not None:
@@ -146,7 +146,7 @@ def listed(problem: Problem, plan: RowPlan, pooled: Sequence[Tensor | None]) -> 
     """What kernels of query tiles read beside rows: lists, features, masks and pooled tiles (means and lengths)."""
     return (
         plan.indices, plan.bounds, plan.q_order, plan.entry_t, *features_of(problem, plan),
-        None if pooled[0] is None else plan.pooled_t, plan.entry_mask, masks_of(problem), plan.pooled_bits, *pooled,
+        None if pooled[0] is None else plan.pooled_t, plan.entry_mask, problem.mask_bits, plan.pooled_bits, *pooled,
     )  # fmt: skip
 
 
@@ -154,11 +154,6 @@ def features_of(problem: Problem, plan: RowPlan) -> tuple[Tensor | None, ...]:
     """Token order, valid keys, factors of heads, and the table and frames of decay: what every kernel reads."""
     table = None if problem.decay is None else problem.decay[0].contiguous()
     return problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames
-
-
-def masks_of(problem: Problem) -> Tensor | None:
-    """The masks of partial tiles, where a call has some."""
-    return None if problem.mask_bits is None else problem.mask_bits.contiguous()
 
 
 def last_distance(problem: Problem) -> int:

@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Problem
-from ...selection import LOG2_E, narrows
+from ...selection import LOG2_E
 from ..rows import with_whole_rows
 from ..slices import join_slices, key_part, slice_of, slices
-from .attend import features_of, fitting, in_pieces, last_distance, launch_sizes, listed, masks_of, on_device
+from .attend import features_of, fitting, in_pieces, last_distance, launch_sizes, listed, on_device
 from .backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from .expand import expand, expand_columns
 from .launch import Launch, column_block, key_block, query_block
@@ -125,7 +125,7 @@ def _attend_backward(
         means: tuple[Tensor | None, ...] = (None, None, None)
         if problem.may_pool:
             means = pool(problem, plan.valid, q.dtype)
-        if problem.selection is not None and narrows(problem.selection):
+        if problem.selection is not None and problem.selection.narrows:
             plan, exact = expand(problem, plan, problem.selection.routed)
         with fitting("dq", problem, features) as launch:
             grad_q = _query_grad(problem, plan, rows, means, launch)
@@ -213,7 +213,7 @@ def _key_grads(
     programs = k.shape[0] * k.shape[1] * problem.key_tiles * triton.cdiv(problem.block_k, block_k)
     _dkdv_kernel[(programs,)](
         q, k, v, rows.grad_out, *grads, *rows[1:], columns.q_tiles, columns.bounds, columns.order, columns.entry_t,
-        *features_of(problem, plan), columns.entry_mask, masks_of(problem), *mean_grads,
+        *features_of(problem, plan), columns.entry_mask, problem.mask_bits, *mean_grads,
         *_strides(q, k, v, rows.grad_out, *grads), *columns.strides, *columns.order_strides, scale_stride(problem),
         *(columns.entry_strides or (None, None)),
         q.shape[2], k.shape[2], q.shape[1], k.shape[1], problem.key_tiles, last_distance(problem), _scale(problem),
