@@ -84,9 +84,7 @@ def generate(
     """
     stages, process = stages or Stages(silent=True), process or Process()
     placed = [dataclasses.replace(request, device=process.device(request.device)) for request in requests]
-    every = resolved_requests(placed, stages, notes)
-    for request, family in every if process.together > 1 else ():
-        _check_spread(request, family, process.together)
+    every = resolved_requests(placed, stages, notes, together=process.together)
     on_written = on_written if process.first else lambda _: None
     share = process.own(every)
     with contextlib.ExitStack() as stack:
@@ -147,14 +145,19 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
 
 
 def resolved_requests(
-    requests: Sequence[Request], stages: Stages, notes: Sequence[str] = ()
+    requests: Sequence[Request], stages: Stages, notes: Sequence[str] = (), *, together: int = 1
 ) -> list[tuple[Request, Family | None]]:
-    """Return the resolved requests with their families, and show these notes and theirs, each once."""
+    """Return the resolved requests with their families, and show these notes and theirs, each once.
+
+    ``together``: processes that are to share each output; what they can't is refused.
+    """
     resolved = [_named(request, len(requests)) for request in requests]
     backends = {(request.attention_backend, request.source): device_of(request) for request in requests}
     for (backend, source), device in backends.items():
         if backend is not None:
             check_attention_backend(backend, read_model_files(source), device)
+    for each in resolved if together > 1 else ():
+        _check_spread(each.request, each.family, together)
     for text in dict.fromkeys([*notes, *(text for each in resolved for text in each.notes)]):
         stages.note(text)
     for text in dict.fromkeys(text for each in resolved for text in each.warnings):
@@ -238,7 +241,7 @@ class Loaded:
         pipe.scheduler = copy.deepcopy(self._scheduler)
         if request.solver is not None or request.flow_shift is not None:
             pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
-        if getattr(vae, "use_tiling", None) is False:
+        if vae is not None and getattr(vae, "use_tiling", None) is False:
             self._stack.callback(vae.disable_tiling)
         for text in prepare_larger(pipe, request, family):
             self._stages.note(text)
