@@ -274,16 +274,27 @@ def arms_table(report: "SuiteReport") -> "Table":
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
-    moved = {key: about.head for key, about in DYNAMICS.items() if any(key in arm.dynamics for arm in report.judged)}
-    columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, *moved.values(), "ahead of fewer steps, dB",
-               "verdict")  # fmt: skip
+    moved = [name for name in DYNAMICS if any(name in arm.dynamics for arm in report.judged)]
+    heads = [", ".join(DYNAMICS[name].head for name in moved)] if moved else []
+    columns = (
+        "setting",
+        cost,
+        "speed-up",
+        "PSNR, dB (median)",
+        *further,
+        *heads,
+        "ahead of fewer steps, dB",
+        "verdict",
+    )
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
     for arm in report.judged:
         lead, steps = arm.ahead.get(main), arm.means[main]
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
-        cells += [f"{arm.dynamics[name].mean:+.1f}" if name in arm.dynamics else "" for name in moved]
+        cells += (
+            [", ".join(f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)] if moved else []
+        )
         stands = (f"{lead:+}", lead.verdict) if lead else ("", NOTHING * arm.saved_nothing)
         rows.append((-lead.mean if lead else 0.0, [*cells, *stands]))
     for _, cells in sorted(rows, key=lambda row: row[0]):

@@ -318,6 +318,7 @@ def test_describe_needs_no_weights(tmp_path: Path):
         assert result.exit_code == 0, result.stderr
         (part,) = json.loads(result.stdout)["transformers"]
         assert (part["family"], part["layers"], part["methods"]["radial"]["sink"]) == (*own, True)
+        assert json.loads(result.stdout)["files"] == []
     text = CliRunner().invoke(app, ["describe"]).stdout
     assert text.startswith("transformer: WanTransformer3DModel, adapter wan, wan-tiny")
     assert all(p.is_meta for p in empty_transformers(None).components["transformer"].parameters())

@@ -25,6 +25,7 @@ from .options import (
     require_one_document,
     with_option_fields,
 )  # fmt: skip
+from .ranges import between, check_ranges
 
 if TYPE_CHECKING:
     from .generate import Written
@@ -49,7 +50,14 @@ class GenerateOptions(RunOptions):
     ] = False
     quiet: Quiet = False
     json: Json = False
+    gpus: Annotated[
+        int, option("Start so many processes, a device each, that share the prompts.", panel=RUN), between(1, 1024)
+    ] = 1
     ulysses: Annotated[int, option("Processes that share each output.", panel=RUN)] = 1
+    cfg_parallel: Annotated[bool, option("Not in this diffusers.", "--cfg-parallel", hidden=True)] = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @with_option_fields
@@ -61,8 +69,8 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     of what is there. Several prompts give FILE-01, FILE-02 and so on, each
     from the next seed. A .png holds one frame, or some of a video's.
 
-    Under accelerate launch or torchrun each process makes every n-th prompt;
-    with --ulysses N, N make each output together.
+    With --gpus N (or under accelerate launch or torchrun) each of N processes
+    makes every N-th prompt; with --ulysses N, N make each output together.
 
     Examples:
 
@@ -72,18 +80,21 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
 
     dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
-    accelerate launch -m dit_accel generate --prompt-file prompts.txt --resume
+    dit-accel generate --prompt-file prompts.txt --gpus 4 --resume
     """
-    from ..processes.processes import started_process
+    from ..processes.launching import launch, refuse_cfg_parallel, starts_processes
+    from ..processes.processes import Process, started_process
     from .batch import singles
-    from .generate import generate
+    from .generate import check_requests, generate
     from .progress import Stages
     from .request import Request
 
     prompts = _prompts(options)
-    process = started_process(together=options.ulysses)
+    refuse_cfg_parallel(options.cfg_parallel)
+    starts = starts_processes(options.gpus, options.device, together=options.ulysses)
+    process = Process() if starts else started_process(together=options.ulysses)
     many = process.count > 1
-    require_one_document(options.json, process.count)
+    require_one_document(options.json, options.gpus if starts else process.count)
     fields = fields_of(Request, options)
     fields |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if fields[name] is None}
     if not options.solver:
@@ -95,6 +106,9 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     ]
     if len(requests) > 1:
         STOP.files = "outputs that were made are whole, and the same command with --resume makes the others"
+    if starts:
+        check_requests(requests, options.ulysses)
+        raise typer.Exit(launch(options.gpus, sys.argv[1:]))
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
         shown = {"on_written": _line} if many else {}
         written = generate(
@@ -150,12 +164,16 @@ def describe_model(
     import dit_accel
 
     from .loading import empty_transformers
+    from .pipeline_call import files_taken
 
-    description = dit_accel.describe(empty_transformers(model))
+    pipe = empty_transformers(model)
+    description, files = dit_accel.describe(pipe), files_taken(pipe.config["_name_or_path"])
     if json:
-        print_json(description.to_dict())
-    else:
-        OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
+        print_json({**description.to_dict(), "files": files})
+        return
+    OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
+    if files and not options:
+        OUT.print(f"generate starts from: {', '.join(files)}", soft_wrap=True, markup=False)
 
 
 def _line(output: "Written") -> None:

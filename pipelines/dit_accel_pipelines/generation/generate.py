@@ -150,6 +150,14 @@ def _resolve(
     return [(each.request, each.family) for each in resolved]
 
 
+def check_requests(requests: Sequence[Request], together: int = 1) -> None:
+    """Raise what `generate` would before weights are loaded; ``together``: processes that share each output."""
+    for request in requests:
+        resolved = resolve(request)
+        if together > 1:
+            _check_spread(resolved.request, resolved.family, together)
+
+
 def _check_spread(request: Request, family: Family | None, degree: int) -> None:
     """Refuse a resolved request whose model or sizes so many processes can't share, before its weights are loaded."""
     import diffusers
