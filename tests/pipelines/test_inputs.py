@@ -137,6 +137,22 @@ def test_all_pictures_that_pipelines_take_have_an_option():
         assert pictures <= known, (cls.__name__, pictures - known)
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("WanPipeline", []),
+        ("WanImageToVideoPipeline", ["image", "image last"]),
+        ("WanVACEPipeline", ["image", "image mask", "video", "video mask"]),
+        ("LTX2ConditionPipeline", ["image", "image last", "image NUMBER", "video", "video last", "video NUMBER"]),
+        ("FluxControlInpaintPipeline", ["image", "image control", "image mask"]),
+        ("EasyAnimateInpaintPipeline", []),
+    ],
+)
+def test_what_a_pipeline_starts_from_is_listed(name: str, files: list[str]):
+    options = [f"--{text} FILE" if " " not in text else f"--{text}=FILE" for text in files]
+    assert CallSignature.of(getattr(diffusers, name)).files() == options
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("WanPipeline", dict(image=["@a.png"]), r"WanPipeline takes no image, got .*a\.png; leave it out"),
     ("FluxPipeline", dict(video=["@17.gif"]), r"FluxPipeline takes no video, got .*17\.gif"),
@@ -198,7 +214,7 @@ def test_the_output_takes_the_shape_of_the_picture(size, options, made, note, tm
     asked, _, notes, _ = resolve(request(tmp_path, model=model, image=["@p.png"], **options))
     assert (asked.height, asked.width) == made
     assert [bool(re.search(note, text)) for text in notes] == [True] if note else notes == []
-    with pytest.raises(ConfigError, match=r"starts from a first image .*last=.*p\.png"):
+    with pytest.raises(ConfigError, match=r"first image .*last=.*p\.png"):
         resolve(request(tmp_path, model=model, image=["@p.png", "last=@p.png"]))
 
 

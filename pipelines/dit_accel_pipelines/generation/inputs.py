@@ -97,7 +97,7 @@ def arguments_of(inputs: Sequence[Input], call: CallSignature) -> dict[str, list
     for file in inputs:
         argument = call.argument_of(file.option, file.name)
         if argument is None or (file.frame is not None and argument != "conditions"):
-            raise ConfigError(f"{call.name} takes no {_what(file)}, got {file}; {_instead(file, call)}")
+            raise ConfigError(f"{call.name} takes no {_what(file)}, got {file}; {_instead(call)}")
         arguments.setdefault(argument, []).append(file)
     for argument, files in arguments.items():
         if len(files) > 1 and not _takes_several(call, argument, files):
@@ -115,12 +115,9 @@ def _what(file: Input) -> str:
     return f"{file.option} of a frame" if file.frame is not None else f"{file.option} {file.name!r}"
 
 
-def _instead(file: Input, call: CallSignature) -> str:
-    names = call.names_of(file.option)
-    plain = call.argument_of(file.option, None) is not None
-    others = [f"--{file.option} {name}=FILE" for name in names] if file.name else []
-    taken = ", ".join([f"--{file.option} FILE"] * (plain and not others) + others)
-    return f"it takes {taken}" if taken else "leave it out"
+def _instead(call: CallSignature) -> str:
+    taken = call.files()
+    return f"it takes {', '.join(taken)}" if taken else "leave it out"
 
 
 def _takes_several(call: CallSignature, argument: str, files: Sequence[Input]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dit_accel.adapters.model_files import ModelFiles
+from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.methods.toml import parse_value
 
@@ -103,11 +103,22 @@ class CallSignature:
         names = PLAIN[option] if name is None else SHORT.get(name, (name,))
         frames = self.takes("video")  # without which a mask is one picture
         known = PICTURES[option] if option == "image" or frames else set(PICTURES[option]) - {"mask"}
-        return next((argument for argument in names if argument in known and self.takes(argument)), None)
+        argument = next((argument for argument in names if argument in known and self.takes(argument)), None)
+        return "conditions" if argument in PICTURES and self.takes("conditions") else argument
 
-    def names_of(self, option: str) -> list[str]:
-        """Return what files of an option may be named."""
-        return [name for name in SHORT if self.argument_of(option, name)]
+    def files(self) -> list[str]:
+        """Return the files that the pipeline takes, as options, such as ``--image last=FILE``."""
+        taken: dict[str, None] = {}
+        for option in PICTURES:
+            plain = self.argument_of(option, None)
+            if plain is not None:
+                taken[f"--{option} FILE"] = None
+            others = {self.argument_of(option, name): name for name in reversed(SHORT)}
+            named = [name for argument, name in others.items() if argument not in (plain, None)]
+            taken |= dict.fromkeys(f"--{option} {name}=FILE" for name in named)
+            if plain == "conditions":
+                taken |= dict.fromkeys((f"--{option} last=FILE", f"--{option} NUMBER=FILE"))
+        return list(taken)
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Refuse arguments that the pipeline does not take, and a call that lacks what it needs."""
@@ -201,6 +212,14 @@ def pipeline_class(files: ModelFiles) -> type:
             "have; update diffusers, or load the model in Python"
         )
     return cls
+
+
+def files_taken(source: str) -> list[str]:
+    """Return the files that a model's pipeline takes, as options; none for a class that diffusers does not have."""
+    try:
+        return CallSignature.of(pipeline_class(read_model_files(source))).files()
+    except UnsupportedModel:
+        return []
 
 
 def _shown(value: Any) -> str:
