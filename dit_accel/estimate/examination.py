@@ -19,8 +19,7 @@ import torch
 from dit_accel_kernels.backends.torch.compiled import processor_text
 from dit_accel_kernels.backends.triton.launch import architecture
 from dit_accel_kernels.choice.candidates import CANDIDATES
-from dit_accel_kernels.choice.examine import lacks, race_of
-from dit_accel_kernels.choice.race import SWITCH, measures, refused
+from dit_accel_kernels.choice.race import SWITCH, lacks, measures, race_of, refused
 from dit_accel_kernels.choice.self_check import Kind
 
 from ..adapters.installed import family

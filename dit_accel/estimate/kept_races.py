@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 import torch
-from dit_accel_kernels.choice.examine import races
-from dit_accel_kernels.choice.race import measures
+from dit_accel_kernels.choice.race import measures, races
 
 from .hardware import card_called, find_hardware
 

@@ -9,7 +9,7 @@ from dit_accel_pipelines.generation.options import Json
 from rich.markdown import Markdown
 
 from dit_accel import ConfigError
-from dit_accel.cli.console import OUT, plain_table, print_json
+from dit_accel.cli.console import OUT, print_json
 from dit_accel.errors import did_you_mean
 
 
@@ -62,7 +62,7 @@ def show_protocol(
 
 def _show_clips(see: list[float], results: "list[Path] | tuple[()]", arms: int, json: bool) -> None:
     """Print how many clips it takes to see leads, for the spread of the arm of median spread in each file."""
-    from .power import CHANCE, COUNTS, clips_for, committed, typical
+    from .power import CHANCE, clips_for, committed, power_table, typical
     from .report.lines import read_results
     from .statistics import FEWEST
     from .suites.figures import Comparison
@@ -76,18 +76,13 @@ def _show_clips(see: list[float], results: "list[Path] | tuple[()]", arms: int, 
         if not leads:
             raise ConfigError(f"{path} has no arm with {FEWEST} clips beside fewer steps; run more, or leave it out")
         spreads.append(typical(path.stem, leads))
-    counts = {spread: [clips_for(spread.leads, lead, arms=arms) for lead in see] for spread in spreads}
-    if json:
-        return print_json([
-            {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation, "arms": arms,
-             "clips": {f"{lead:g}": count for lead, count in zip(see, each, strict=True)}}
-            for spread, each in counts.items()
-        ])  # fmt: skip
-    heads = [f"{lead:g} dB" for lead in see]
-    table = plain_table("results", "arm", "spread, dB", *heads, right=("spread, dB", *heads))
-    for spread, each in counts.items():
-        numbers = [str(count) if count else f"over {COUNTS[-1]}" for count in each]
-        table.add_row(spread.results, spread.arm, f"{spread.deviation:.1f}", *numbers)
-    OUT.print(table)
-    together = "1 arm" if arms == 1 else f"{arms} arms judged together"
-    OUT.print(f"Clips that give a true lead its verdict {CHANCE:.0%} of the time; {together}.")
+    if not json:
+        together = "1 arm" if arms == 1 else f"{arms} arms judged together"
+        print(f"Clips that give a true lead its verdict {CHANCE:.0%} of the time; {together}.\n")
+        return print(power_table(spreads, see, arms))
+    data = [
+        {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation, "arms": arms,
+         "clips": {f"{lead:g}": clips_for(spread.leads, lead, arms=arms) for lead in see}}
+        for spread in spreads
+    ]  # fmt: skip
+    print_json(data)

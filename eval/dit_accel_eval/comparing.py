@@ -199,6 +199,7 @@ def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suit
         name=options.output.stem, model=model, clips=len(clips) if clips else options.clips or CLIPS, own=clips,
         first_clip=0 if clips else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
         metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
+        warmup=int(options.timed),  # of compilation, races and allocators, which the first call would pay for
         dtype=None if embedded else cast("Any", request.dtype), **(reference if options.reference == "own" else {}),
     )  # fmt: skip
 
@@ -274,16 +275,27 @@ def arms_table(report: "SuiteReport") -> "Table":
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
-    moved = {key: about.head for key, about in DYNAMICS.items() if any(key in arm.dynamics for arm in report.judged)}
-    columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, *moved.values(), "ahead of fewer steps, dB",
-               "verdict")  # fmt: skip
+    moved = [name for name in DYNAMICS if any(name in arm.dynamics for arm in report.judged)]
+    heads = [", ".join(DYNAMICS[name].head for name in moved)] if moved else []
+    columns = (
+        "setting",
+        cost,
+        "speed-up",
+        "PSNR, dB (median)",
+        *further,
+        *heads,
+        "ahead of fewer steps, dB",
+        "verdict",
+    )
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
     for arm in report.judged:
         lead, steps = arm.ahead.get(main), arm.means[main]
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
-        cells += [f"{arm.dynamics[name].mean:+.1f}" if name in arm.dynamics else "" for name in moved]
+        cells += (
+            [", ".join(f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)] if moved else []
+        )
         stands = (f"{lead:+}", lead.verdict) if lead else ("", NOTHING * arm.saved_nothing)
         rows.append((-lead.mean if lead else 0.0, [*cells, *stands]))
     for _, cells in sorted(rows, key=lambda row: row[0]):

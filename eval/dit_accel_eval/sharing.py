@@ -24,13 +24,13 @@ def merge_results(
 
     dit-accel eval merge ours.json theirs.json -o both.json
     """
-    from .report.lines import merged, read_results
+    from .report.lines import merged_results, read_results
     from .report.report import suite_report
     from .report.writing import write_reports
 
     if output.suffix != ".json":
         raise ConfigError(f"a merged run is a .json, got {output}; write, say, -o {output.with_suffix('.json')}")
-    together = merged([read_results(path) for path in results])
+    together = merged_results([read_results(path) for path in results])
     write_reports([suite_report(together)], {"json": output})
     OUT.print(str(output), markup=False, soft_wrap=True)
 

@@ -42,12 +42,10 @@ class StorageCache(Generic[Derived]):
     """Values derived from tensors, kept on the storage of the first of them; nothing is ever evicted.
 
     A storage rather than a Python object holds them: compiled graphs hand over aliases. A value counts while all its
-    tensors live and none was written to: torch counts its own writes, on a CPU the tensors are also compared with
-    copies of what they held, and elsewhere `changed` must tell of writes by kernels that torch knows nothing of.
-    Nothing is kept of inference tensors, whose writes nobody counts, nor while a call is compiled or a stream captures,
-    since memory is then the graph's. A stream other than the one that made a value waits for it. A capture takes the
-    value that is there for all replays of its graph, and keeps it until `release_captured`, whatever happens to the
-    tensors: replays run no Python that could look. A later call outside that finds them changed warns.
+    tensors live and none was written to, as TileLists says. Nothing is kept of inference tensors, whose writes nobody
+    counts, nor while a call is compiled or a stream captures, since memory is then the graph's. A stream other than the
+    one that made a value waits for it. A capture takes the value that is there for all replays of its graph, and keeps
+    it until `release_captured`, since replays run no Python that could look; a later call that finds changes warns.
     """
 
     def get(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dit_accel_kernels import BACKENDS, TileLists, backend_of_last_call, decisions, speed_of_dense_by, speed_over_dense
 from dit_accel_kernels.backends.torch.compiled import cache_folder
-from dit_accel_kernels.choice import candidates, examine, measured, race, self_check
+from dit_accel_kernels.choice import candidates, measured, race, self_check
 from dit_accel_kernels.choice.candidates import CANDIDATES, Candidate
 from dit_accel_kernels.choice.self_check import Kind
 from kernel_cases import attend, qkv, random_lists
@@ -252,15 +252,15 @@ def test_a_race_before_any_call_decides_for_calls_of_its_class(monkeypatch):
     only(monkeypatch, right=RIGHT)
     monkeypatch.setitem(CANDIDATES, "late", Candidate(lambda x: None, RIGHT, waits=True))
     monkeypatch.setitem(CANDIDATES, "card", Candidate(lambda x: None, RIGHT, on=("cuda",)))
-    assert [examine.lacks(name, kind()) for name in ("right", "card")] == [None, "needs a device of type cuda"]
+    assert [race.lacks(name, kind()) for name in ("right", "card")] == [None, "needs a device of type cuda"]
     seconds = {"right": 1.5, "late": 1.0, "dense": 8.0}
     monkeypatch.setattr(race, "timed", lambda calls, problem: {name: seconds.get(name, 2.0) for name in calls})
     x = torch.randn(1, 2, 1000, 16)
-    assert examine.race_of(x, x, x, 0.25, whole=False)["name"] == "right"
-    kept = examine.race_of(x, x, x, 0.25, whole=True)
+    assert race.race_of(x, x, x, 0.25, whole=False)["name"] == "right"
+    kept = race.race_of(x, x, x, 0.25, whole=True)
     assert (kept["name"], kept["share"]) == ("late", 8 * kept["density"])
     assert 0.2 < kept["density"] < 0.35
-    assert examine.races(CPU) == [kept]
+    assert race.races(CPU) == [kept]
     monkeypatch.setattr(race, "raced", lambda *_: pytest.fail("raced again"))
     states = 2 * torch.eye(8, dtype=torch.uint8)[None]
     lists = TileLists.from_states(states + states.roll(1, 1), block_q=128, block_k=128, num_q=1000, num_k=1000)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from dit_accel_kernels import TileLists, block_sparse_attention_eager, cache, features, values
+from dit_accel_kernels import TileLists, block_sparse_attention_eager, cache, checks, features
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.backends.triton.support import interpreted
 from kernel_cases import attend, frame_decay, full, qkv, random_lists
@@ -58,7 +58,7 @@ def operations(tiles: TileLists, given, **arguments) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
-        for module in (cache, values):  # as on a GPU, where the values of masks and lists aren't read
+        for module in (cache, checks):  # as on a GPU, where the values of masks and lists aren't read
             patch.setattr(module, "readable", lambda device: False)
         with Counted() as counted:
             block_sparse_attention_eager(*given, tiles, layout="bhsd", backend="triton", **arguments)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists, block_sparse_attention_backward, cache
-from dit_accel_kernels import release_captured, values
+from dit_accel_kernels import checks, release_captured
 from dit_accel_kernels.csr import padded_rows
 from dit_accel_kernels.sections import decay_of_tiles, valid_tiles
 from hypothesis import given, settings
@@ -138,17 +138,17 @@ def test_elsewhere_values_are_read_on_demand_alone(monkeypatch):
     tiles, order = lists_with(3, 5), torch.zeros(TOKENS, dtype=torch.int64)
     q, k, v = inputs()
     problem = problem_from(tiles, q, k, v, token_order=order)
-    monkeypatch.setattr(values, "readable", lambda device: False)
-    monkeypatch.delenv(values.SWITCH, raising=False)
-    values.check_values(problem)
-    monkeypatch.setenv(values.SWITCH, "1")
+    monkeypatch.setattr(checks, "readable", lambda device: False)
+    monkeypatch.delenv(checks.SWITCH, raising=False)
+    checks.check_values(problem)
+    monkeypatch.setenv(checks.SWITCH, "1")
     with pytest.raises(ValueError, match="found 5 at position 3"):
-        values.check_values(problem)
+        checks.check_values(problem)
     problem = replace(problem, exact_indices=lists_with(3, 2).exact_indices)
     with pytest.raises(ValueError, match="token 0 60 times"):
-        values.check_values(problem)
-    monkeypatch.setattr(values, "capturing", lambda device: True)
-    values.check_values(problem)
+        checks.check_values(problem)
+    monkeypatch.setattr(checks, "capturing", lambda device: True)
+    checks.check_values(problem)
 
 
 @pytest.mark.parametrize("backend", ["operations", "triton"], indirect=True)

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from dit_accel_kernels import EXACT, FrameDecay, Routing, Selection, TileLists, Vote
-from dit_accel_kernels import block_sparse_attention_backward, block_sparse_attention_eager, cache, pack_bits, values
+from dit_accel_kernels import block_sparse_attention_backward, block_sparse_attention_eager, cache, checks, pack_bits
 from dit_accel_kernels.backends.triton.support import interpreted
 from kernel_cases import frame_decay, lists_of, qkv
 from torch import Tensor
@@ -72,7 +72,7 @@ def no_syncs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU calls read their lists' values, which is free there; these stand for calls on a GPU."""
-    for module in (cache, values):
+    for module in (cache, checks):
         monkeypatch.setattr(module, "readable", lambda device: False)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, Selection, Vote, pack_bits, problem, unpack_bits, values
+from dit_accel_kernels import FrameDecay, Selection, Vote, checks, pack_bits, problem, unpack_bits
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import chunks, memory
 from dit_accel_kernels.backends.torch.chunks import chunks_of
@@ -154,9 +154,9 @@ def test_lists_of_one_call_are_not_remembered(monkeypatch):
     for options in (dict(), dict(key_mask=mask)):
         selection = Selection(keep=pack_bits(torch.rand(1, 2, 5, 5) > 0.5))
         attend(*inputs, tiles, selection=selection, backend="torch", **options)
-    assert set(asked) == {values._CHECKED, problem._VALID}  # valid keys are kept with their mask
+    assert set(asked) == {checks._CHECKED, problem._VALID}  # valid keys are kept with their mask
     attend(*inputs, tiles, backend="torch")
-    assert set(asked) == {values._CHECKED, problem._VALID, chunks._CHUNKS}
+    assert set(asked) == {checks._CHECKED, problem._VALID, chunks._CHUNKS}
 
 
 @pytest.mark.usefixtures("cpu_path")

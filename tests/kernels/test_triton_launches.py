@@ -54,8 +54,6 @@ def test_every_row_is_a_launch_with_a_source_and_any_architecture_has_one():
 def test_lookup_prefers_the_architecture_then_the_tile():
     assert key_of("sm_80", torch.float16, 80, 48) == Key("sm_80", "half", 128, 64)
     assert key_of("sm_80", torch.float32, 256, 192) == Key("sm_80", "fp32", 256, 128)
-    sizes = {(32, 64): (32, 64), (33, 65): (64, 128), (64, 8): (64, 64), (65, 8): (128, 64), (128, 8): (128, 64)}
-    assert all(key_of("sm_80", HALF, *size)[2:4] == row for size, row in sizes.items())
     rows = launch_table()
     for arch, dtype, dim, tile, expected in (
         ("sm_80", HALF, 128, 64, Key("sm_80", "half", 128, 64)),
@@ -90,25 +88,6 @@ def test_an_architecture_without_rows_has_those_of_its_family(arch, like):
         assert launch_of(arch, dtype, dim, kernel=kernel) == launch_of(like, dtype, dim, kernel=kernel)
     assert launches.bulk_copies(arch, HALF) == (like == "sm_100")
     assert not launches.bulk_copies(arch, torch.float32)
-
-
-def test_sizes_that_follow_from_a_row():
-    for dim, parts in ((8, (16, 0)), (32, (32, 0)), (72, (64, 16)), (96, (64, 32)), (256, (256, 0))):
-        assert launches.column_parts(dim) == parts
-    chunks = [launches.key_block(tile, 64) for tile in (128, 64, 48, 24, 8)]
-    assert chunks == [(64, True), (64, True), (16, True), (32, False), (16, False)]
-    assert [launches.query_block(tile, 128) for tile in (5, 40, 128, 300)] == [16, 64, 128, 128]
-    assert [launches.warps(launch_of("", HALF, 128), rows) for rows in (128, 64, 16)] == [8, 4, 4]
-    launch = Launch(block_q=128, block_k=64, block_s=32, num_warps=8, num_stages=2)
-    small = replace(launch, block_q=64, num_warps=4)
-    assert launches.with_order(launch, decay=False) == replace(launch, block_s=16)
-    assert launches.with_order(launch, decay=True) == replace(launch, block_q=64, block_s=16)
-    assert launches.with_order(small, decay=False) == replace(small, block_k=32, block_s=16)
-    for rows, count in ((65, 4), (64, 5), (64, 8), (128, 4)):  # no small program
-        assert launches.with_order(replace(small, block_q=rows, num_warps=count), decay=False).block_k == 64
-    assert [launches.warps(replace(small, num_warps=count), 32) for count in (4, 5, 6)] == [4, 2, 3]
-    assert [launches.column_block(dim) for dim in (8, 16, 24, 64)] == [16, 16, 32, 64]
-    assert [launches.products_of("sm_90", dtype) for dtype in (torch.float32, HALF)] == ["tf32x3", "ieee"]
 
 
 def test_calls_take_the_launch_rows_of_their_features_and_a_device_its_own_chunks_of_means(monkeypatch):

@@ -43,15 +43,17 @@ class Question:
 
 
 class ClipJudge(Protocol):
-    """Whatever scores two clips, more is better, on one scale.
+    """Whatever scores two clips, more is better, on one scale."""
 
-    Attributes:
-        name: what results call it.
-        questions: what it is asked where no questions are named.
-    """
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        ...
 
-    name: str
-    questions: Sequence[str]
+    @property
+    def questions(self) -> Sequence[str]:
+        """What it is asked where no questions are named."""
+        ...
 
     def answers(self, asked: Sequence[Question]) -> Iterable[tuple[float, float]]:
         """Give for each question the scores of the first clip and of the second."""

@@ -77,7 +77,7 @@ def _travelled(path: Path, text: str) -> list[Any]:
     return data["lines"]
 
 
-def merged(files: Sequence[Results]) -> Results:
+def merged_results(files: Sequence[Results]) -> Results:
     """Return the lines of several files as those of the first; a clip that two of them tell otherwise is refused."""
     lines, prompts = dict[tuple[str, int], tuple[Path, ResultLine]](), dict[int, str]()
     for results in files:

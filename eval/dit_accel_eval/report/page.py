@@ -63,7 +63,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
     return {
         "prefix": prefix, "level": level, "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores), "report": report, "first": lines[0].raw,
-        "reference": reference_of(report), "whole": whole_of(report),
+        "reference": reference_words_of(report), "whole": whole_of(report),
         "warnings": [*report.warnings, *failed], "rows": _rows(report, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report), "hues": hues(report), "groups": groups,
@@ -84,7 +84,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
     }  # fmt: skip
 
 
-def reference_of(report: SuiteReport) -> str:
+def reference_words_of(report: SuiteReport) -> str:
     """Return in words what clips are held against."""
     own = f"the model's own {report.full_steps} steps" if report.own else "the converged run"
     return "the reference's clips" if report.of_folders else own

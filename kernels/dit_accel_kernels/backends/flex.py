@@ -1,8 +1,5 @@
 """The flex backend: torch's compiled FlexAttention over the same tiles, a rival and an independent check.
 
-It was ahead in bf16 on processors with AMX before the compiled loop had AMX: of the ideal it reached .50, .58 and .67
-at densities of .1, .25 and .5 (16,384 tokens). In all records of bench/results/cpu.jsonl the loop is ahead.
-
 Exact tiles are FlexAttention's blocks, full ones where all keys are valid and no mask is inside. The means of all key
 tiles stand before the keys as columns of their own, padded to whole blocks; `mask_mod` says which of them a query tile
 sees, `score_mod` adds the log of their true lengths and has the decay. Tensors reach both as arguments of one compiled
@@ -74,7 +71,7 @@ def check(problem: Problem, *, need_lse: bool) -> None:
         "votes": problem.votes,
         "LSE on a CPU": need_lse and problem.q.device.type == "cpu",
         "float64": problem.q.dtype == torch.float64,
-        sides: not takes_tiles(problem.block_q, problem.block_k),
+        sides: any(side < 16 or side & (side - 1) for side in (problem.block_q, problem.block_k)),
     }
     reasons = [reason for reason, applies in unsupported.items() if applies]
     if reasons:
@@ -84,11 +81,6 @@ def check(problem: Problem, *, need_lse: bool) -> None:
         raise BackendUnavailableError(
             f"backend 'flex' compiles its kernel and needs {missing}: install it or use 'auto'"
         )
-
-
-def takes_tiles(block_q: int, block_k: int) -> bool:
-    """Whether FlexAttention takes tiles of such sides."""
-    return all(b >= 16 and b & (b - 1) == 0 for b in (block_q, block_k))
 
 
 def missing_requirement(device_type: str) -> str | None:

@@ -30,12 +30,13 @@ from ..problem import Problem
 from ..tiles import TileLists
 from .candidates import CANDIDATES, OURS, machine
 from .measured import Measured
-from .self_check import Kind, fault, kind_of
+from .self_check import Kind, fault, kind_of, on_device, sample
 
 SWITCH = "DIT_ACCEL_MEASURE"
 """Environment variable: 0 measures and checks nothing; the first of our kernels that takes a call computes it."""
 
 LEAST_FLOPS = 5e9  # of the dense call, below which a race would take longer than it can save
+SIDE = 128  # of the tiles of races before any call
 DENSE_TOKENS = 1024  # of the dense calls that are timed for those of a model
 SLICE_FLOPS = 5e9  # of the dense call that is timed on a CPU: as few heads as have so many
 TURNS, MOST = 3, 3
@@ -54,6 +55,9 @@ class Chosen(NamedTuple):
 _lock = threading.RLock()
 _said: dict[str, str] = {}
 _decided: dict[tuple, tuple[str, float | None]] = {}  # by what a class is made of, for the calls after the first
+
+
+_sample = lru_cache(maxsize=4)(sample)  # of all kernels that are asked about a kind
 
 
 @lru_cache(maxsize=16)
@@ -191,23 +195,23 @@ def raced(problem: Problem, kind: Kind, *, whole: bool = False) -> dict[str, Any
 
     In a `whole` race all of them run, those that wait too.
     """
-    sample = part(problem)
-    taking = [name for name, one in CANDIDATES.items() if name != "reference" and one.takes(sample)]
+    call = part(problem)
+    taking = [name for name, one in CANDIDATES.items() if name != "reference" and one.takes(call)]
     passing: list[str] = []
     for name in sorted(taking, key=lambda name: CANDIDATES[name].waits):
         enough = not whole and (len(passing) == MOST or (CANDIDATES[name].waits and passing))
         if not enough and not refused(name, kind):
             passing.append(name)
-    calls = {name: partial(CANDIDATES[name].run, sample) for name in passing}
-    times = timed({**calls, "dense": partial(_dense, sample)}, sample)
+    calls = {name: partial(CANDIDATES[name].run, call) for name in passing}
+    times = timed({**calls, "dense": partial(_dense, call)}, call)
     dense = times.pop("dense", None)
     if not times:
         return {"name": "gather", "share": None, "why": "nothing else could run"}
     name = min(times, key=times.__getitem__)
     speed = None if dense is None else dense / times[name]
     others = "".join(f", {other} {times[other] / times[name]:.2f} times as long" for other in times if other != name)
-    gain = f", {speed:.2f} times as fast as dense attention at {sample.density:.0%} of the tiles" if speed else ""
-    share = None if speed is None else speed * sample.density
+    gain = f", {speed:.2f} times as fast as dense attention at {call.density:.0%} of the tiles" if speed else ""
+    share = None if speed is None else speed * call.density
     about = {"dtype": str(kind.dtype).removeprefix("torch."), "dim": kind.dim, "features": sorted(kind.features)}
     about |= {"tokens": math.isqrt(problem.num_q * problem.num_k), "density": problem.density}
     why, seconds = f"{name}{gain}{others}", {**times, "dense": dense}
@@ -259,5 +263,29 @@ def speed_of_dense_by(device: torch.device, dtype: torch.dtype, dim: int) -> Cho
         return None
     random = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
     q, k, v = (torch.randn(1, 2, DENSE_TOKENS, dim, generator=random).to(device, dtype) for _ in range(3))
-    lists = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=128, block_k=128)
+    lists = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=SIDE, block_k=SIDE)
     return choose(problem_of(q, k, v, lists.to(device), layout="bhsd"), least=0.0)
+
+
+def lacks(name: str, kind: Kind) -> str | None:
+    """What a kernel needs for calls of a kind and does not find here, as a sentence, or None."""
+    candidate, call = CANDIDATES[name], on_device(_sample(kind), kind.device)
+    others = None if candidate.takes(call) else f"needs a device of type {' or '.join(candidate.on)}"
+    return candidate.refusal(call) or others
+
+
+def race_of(q: Tensor, k: Tensor, v: Tensor, density: float, *, whole: bool) -> dict[str, Any]:
+    """The race of calls like q, k, v [B, H, S, D] over random lists of a density, run now and kept; see `raced`."""
+    grid, random = -(-q.shape[2] // SIDE), torch.Generator().manual_seed(0)
+    states = 2 * (torch.rand(1, grid, grid, generator=random) < density).byte()
+    lists = TileLists.from_states(states, block_q=SIDE, block_k=SIDE, num_q=q.shape[2], num_k=q.shape[2])
+    call = problem_of(q, k, v, lists.to(q.device), layout="bhsd")
+    kind = kind_of(call)
+    kept = measured(q.device)[class_of(call, kind)] = raced(call, kind, whole=whole)
+    return kept
+
+
+def races(device: torch.device) -> list[dict[str, Any]]:
+    """The races of a device that are kept, of calls that sparse lists alone distinguish from dense attention."""
+    found = [one for one in measured(device).values() if isinstance(one, dict) and one.get("share")]
+    return [one for one in found if one.get("features") == [] and one["density"] < 1]
