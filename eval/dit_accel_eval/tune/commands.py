@@ -21,11 +21,8 @@ _HELP = "Find a method's numbers, or a whole setting, on a model's own generatio
 
 tune_app = Typer(name="tune", help=_HELP)
 
-MODULES = {"magcache": "caches", "teacache": "caches"}
-"""Command -> module, where that is called otherwise."""
-
-SPREAD = ("heads",)
-"""Commands whose run several processes may share."""
+MODULES = {"magcache": "caches", "teacache": "caches"}  # command -> module, where that is called otherwise
+SPREAD = ("heads",)  # commands whose run several processes may share
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
