@@ -198,6 +198,7 @@ def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suit
         name=options.output.stem, model=model, clips=len(clips) if clips else options.clips or CLIPS, own=clips,
         first_clip=0 if clips else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
         metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
+        warmup=int(options.timed),  # of compilation, races and allocators, which the first call would pay for
         dtype=None if embedded else cast("Any", request.dtype), **(reference if options.reference == "own" else {}),
     )  # fmt: skip
 

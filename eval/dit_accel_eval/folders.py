@@ -71,8 +71,8 @@ def compare_folders(
         print_error(problem)
     if problems:
         raise typer.Exit(2)
-    same = {"suite": output.stem, "model": model, "metrics": metrics, "fps": fps}
-    measure_folders(folders, [*rivals], lines, frames=frames, quiet=quiet, **same)
+    how = {"model": model, "metrics": metrics, "fps": fps, "frames": frames, "quiet": quiet}
+    measure_folders(folders, [*rivals], lines, **how)
     report = suite_report(read_results(lines))
     write_reports([report], {"html": output, "json": output.with_suffix(".json")})
     if not quiet:

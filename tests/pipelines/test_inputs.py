@@ -140,7 +140,13 @@ def test_all_pictures_that_pipelines_take_have_an_option():
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("WanPipeline", dict(image=["@a.png"]), r"WanPipeline takes no image, got .*a\.png; leave it out"),
     ("FluxPipeline", dict(video=["@17.gif"]), r"FluxPipeline takes no video, got .*17\.gif"),
-    ("WanImageToVideoPipeline", dict(image=["last=@b.png"]), r"first image besides the last, got last=.*b\.png"),
+    (
+        "WanImageToVideoPipeline",
+        dict(image=["last=@b.png"]),
+        r"last=.*b\.png .* got no image; add --image FILE",
+    ),
+    ("WanVACEPipeline", dict(image=["mask=@m.png"]), r"mask=.*m\.png .* got no video; add --video FILE"),
+    ("LTX2ConditionPipeline", dict(image=["mask=@m.png"]), r"it takes --image \[first\|last\|NUMBER=\]FILE, --video"),
     ("WanImageToVideoPipeline", dict(image=["@a.png", "@b.png"]), r"one image, got 2: .*a\.png, .*b\.png"),
     ("WanImageToVideoPipeline", dict(image=["@a.png", "mask=@m.png"]), r"'mask', got .* --image last=FILE"),
     ("WanImageToVideoPipeline", dict(image=["8=@a.png"]), r"no image of a frame, got 8=.*a\.png"),
@@ -198,7 +204,7 @@ def test_the_output_takes_the_shape_of_the_picture(size, options, made, note, tm
     asked, _, notes, _ = resolve(request(tmp_path, model=model, image=["@p.png"], **options))
     assert (asked.height, asked.width) == made
     assert [bool(re.search(note, text)) for text in notes] == [True] if note else notes == []
-    with pytest.raises(ConfigError, match=r"starts from a first image .*last=.*p\.png"):
+    with pytest.raises(ConfigError, match=r"first image .*last=.*p\.png"):
         resolve(request(tmp_path, model=model, image=["@p.png", "last=@p.png"]))
 
 

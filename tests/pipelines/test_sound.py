@@ -69,6 +69,7 @@ def test_the_sound_of_ltx2_is_in_the_file_at_the_rate_that_the_model_was_told(tm
     ltx2(tmp_path / "m", monkeypatch)
     notes: list[str] = []
     stages = SimpleNamespace(note=notes.append, warn=notes.append, stage=lambda *_: None, advance=lambda: None, quiet=1)
+    stages.outputs = stages.output_made = lambda _: None
     made = {}
     for name, fps in (("b.webm", 12), ("frames", 12), ("c.gif", None)):
         (written,) = generating.generate([request(tmp_path, name, fps=fps)], stages=stages)
