@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands import launch
-from dit_accel_pipelines.generation.batch import singles
+from dit_accel_pipelines.generation.batch import numbered
 from dit_accel_pipelines.generation.request import Request
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.generation.timing import Timings
@@ -44,15 +45,17 @@ def requests(tmp_path: Path, count: int = len(PROMPTS), seed: int = 0, **changes
     values: dict[str, Any] = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32, **changes}
     return [
         Request(prompt=prompt, output=output, seed=number, **values)
-        for prompt, output, number in singles(PROMPTS[:count], tmp_path / "a.gif", seed)
+        for number, (prompt, output) in enumerate(
+            zip(PROMPTS[:count], numbered(tmp_path / "a.gif", count), strict=True), seed
+        )
     ]
 
 
 @pytest.fixture
 def loads(monkeypatch) -> list[Request]:
     """The requests for which a pipeline was loaded; what they make is black."""
-    found: list[Request] = []
-    monkeypatch.setattr(generating, "load_pipeline", lambda asked: found.append(asked) or object())
+    found, pipe = [], SimpleNamespace(scheduler=None)
+    monkeypatch.setattr(generating, "load_pipeline", lambda asked: found.append(asked) or pipe)
     monkeypatch.setattr(generating, "_with_choices", lambda one, pipe: one)
     monkeypatch.setattr(generating, "prepare_larger", lambda *_: [])
 
