@@ -19,7 +19,7 @@ from .media import read_image, read_video
 from .options import RunOptions
 from .pipeline_call import PICTURES, CallSignature
 
-SEVERAL = re.compile("Flux2|QwenImageEditPlus|QwenImage21|GlmImage|BriaFibo|ZImageOmni|JoyImageEditPlus|WanVACE")
+SEVERAL = re.compile("Flux2(?!KleinI)|QwenImage(EditPlus|21)|GlmImage|BriaFibo|ZImageOmni|JoyImageEditPlus|WanVACE")
 """Pipeline classes that look at several pictures for one prompt."""
 
 SIDE_BY_SIDE = re.compile("FluxKontextPipeline")
@@ -30,7 +30,6 @@ ONE_A_CALL = ("last_image", "mask_image", "mask", "control_image", "control_mask
 
 CONDITIONS = ("conditions", "reference_conditions")
 """Arguments of LTX that hold pictures with the frames for which they stand."""
-
 
 FRAME_BY_FRAME = re.compile("WanVACE|LucyEdit|CogVideoXFunControl")
 """Pipeline classes whose output follows a video frame by frame."""
@@ -103,9 +102,11 @@ def arguments_of(inputs: Sequence[Input], call: CallSignature) -> dict[str, list
         if len(files) > 1 and not _takes_several(call, argument, files):
             listed = ", ".join(map(str, files))
             raise ConfigError(f"{call.name} takes one {argument}, got {len(files)}: {listed}; leave all but one out")
-    if "last_image" in arguments and not {"image", "cond_image"} & {*arguments}:
-        last = arguments["last_image"][0]
-        raise ConfigError(f"{call.name} needs the first image besides the last, got {last}; add --image first=FILE")
+    for later, first in (("last_image", "image"), ("mask", "video")):
+        if later in arguments and call.takes(first) and first not in arguments:
+            raise ConfigError(
+                f"{arguments[later][0]} needs a picture or video besides, got no {first}; add {call.files()[first]}"
+            )
     return arguments
 
 
@@ -116,7 +117,7 @@ def _what(file: Input) -> str:
 
 
 def _instead(call: CallSignature) -> str:
-    taken = call.files()
+    taken = call.files().values()
     return f"it takes {', '.join(taken)}" if taken else "leave it out"
 
 
@@ -138,7 +139,7 @@ def read_pictures(options: RunOptions, call: CallSignature) -> dict[str, Any]:
             ]
         elif "mask" in argument:
             read[argument] = _grey(values[0])
-        elif SIDE_BY_SIDE.search(call.name) and len(values) > 1:
+        elif SIDE_BY_SIDE.search(call.name):
             read[argument] = side_by_side(values)
         elif SEVERAL.search(call.name) and files[0].option == "image" and argument not in ONE_A_CALL:
             read[argument] = values
@@ -149,7 +150,9 @@ def read_pictures(options: RunOptions, call: CallSignature) -> dict[str, Any]:
             name: value[: options.num_frames] if isinstance(value, list) and name in FOLLOWED else value
             for name, value in read.items()
         }
-    return as_long_as_the_video(read)
+    if isinstance(read.get("video"), list) and not isinstance(read.get("mask", []), list):
+        read["mask"] = [read["mask"]] * len(read["video"])  # one picture for all frames
+    return read
 
 
 def follow_inputs(options: Any, call: CallSignature, files: ModelFiles, family: Family | None) -> tuple[Any, list[str]]:
@@ -163,13 +166,18 @@ def follow_inputs(options: Any, call: CallSignature, files: ModelFiles, family: 
         raise ConfigError(
             f"{files.name} starts from a first image alone, got {arguments['last_image'][0]}; leave the last out"
         )
+    notes = [
+        f"{call.name} looks at one picture, so {len(pictures)} are laid side by side"
+        for pictures in arguments.values()
+        if SIDE_BY_SIDE.search(call.name) and len(pictures) > 1
+    ]
     read = {argument: [(file, file.read()) for file in inputs] for argument, inputs in arguments.items()}
     _check_frames(arguments, options, call)
     if family is None:
-        return options, []
+        return options, notes
     options, length = _follow_length(options, call, family, read)
     options, shape = _follow_shape(options, call, family, read)
-    return options, [*length, *shape]
+    return options, [*notes, *length, *shape]
 
 
 def _check_frames(arguments: Mapping[str, Sequence[Input]], options: RunOptions, call: CallSignature) -> None:
@@ -261,14 +269,6 @@ def _condition(call: CallSignature, argument: str, file: Input, value: Any, opti
 
 def _grey(value: Any) -> Any:
     return [frame.convert("L") for frame in value] if isinstance(value, list) else value.convert("L")
-
-
-def as_long_as_the_video(read: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments in which a single mask of a video stands for each of its frames."""
-    video, mask = read.get("video"), read.get("mask")
-    if isinstance(video, list) and mask is not None and not isinstance(mask, list):
-        return {**read, "mask": [mask] * len(video)}
-    return dict(read)
 
 
 def side_by_side(pictures: Sequence[Any]) -> Any:

@@ -64,13 +64,13 @@ NOT_TEXT = re.compile(
 )
 """Arguments of the call that no text can hold, or that decide what comes back."""
 
-NEEDED: Mapping[str, re.Pattern[str]] = {
-    "image": re.compile(r"Img2Img|Inpaint|Fill|ImageEdit|Image(To|2)Video|(?<!T)I2[IV]"),
-    "video": re.compile("VideoToVideo"),
-    "mask": re.compile("Inpaint|Fill"),
-    "control": re.compile("Control"),
-}
-"""What pipeline classes of such names start from, although their signature makes it optional."""
+NEEDED: Sequence[tuple[re.Pattern[str], Sequence[str]]] = (
+    (re.compile(r"Img2Img|Inpaint|Fill|ImageEdit|Image(To|2)Video|(?<!T)I2[IV]"), PLAIN["image"][:3]),
+    (re.compile("VideoToVideo"), ("video",)),
+    (re.compile("Inpaint|Fill"), SHORT["mask"]),
+    (re.compile("Control"), SHORT["control"]),
+)
+"""Names of pipeline classes, and the arguments of which they need one although their signature makes it optional."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +106,16 @@ class CallSignature:
         argument = next((argument for argument in names if argument in known and self.takes(argument)), None)
         return "conditions" if argument in PICTURES and self.takes("conditions") else argument
 
-    def files(self) -> list[str]:
-        """Return the files that the pipeline takes, as options, such as ``--image last=FILE``."""
-        taken: dict[str, None] = {}
-        for option in PICTURES:
-            plain = self.argument_of(option, None)
-            if plain is not None:
-                taken[f"--{option} FILE"] = None
-            others = {self.argument_of(option, name): name for name in reversed(SHORT)}
-            named = [name for argument, name in others.items() if argument not in (plain, None)]
-            taken |= dict.fromkeys(f"--{option} {name}=FILE" for name in named)
-            if plain == "conditions":
-                taken |= dict.fromkeys((f"--{option} last=FILE", f"--{option} NUMBER=FILE"))
-        return list(taken)
+    def files(self) -> dict[str, str]:
+        """Return the arguments that files are for, with the option for each, such as ``--image last=FILE``."""
+        options: dict[str, str] = {}
+        for option in reversed(PICTURES):
+            for name in (None, *SHORT):
+                if argument := self.argument_of(option, name):
+                    options.setdefault(argument, f"--{option} {name}=FILE" if name else f"--{option} FILE")
+        if "conditions" in options:
+            options["conditions"] = "--image [first|last|NUMBER=]FILE, --video [NUMBER=]FILE"
+        return options
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Refuse arguments that the pipeline does not take, and a call that lacks what it needs."""
@@ -136,31 +133,21 @@ class CallSignature:
         beyond = [name for name in missing if not _option_of(name)]
         if beyond:
             raise ConfigError(f"{self.name} needs {', '.join(beyond)}, which generate can't give; call it from Python")
-        for name in self._unstated():
-            if name not in {*missing, *arguments}:
-                missing.append(name)
+        missing += [name for name in self._unstated() if name not in {*missing, *arguments}]
         if not missing and "VideoToWorld" in self.name and not {"image", "video"} & {*arguments}:
             raise ConfigError(
                 f"{self.name} starts from an image or a video, got none; give generate --image FILE or --video FILE"
             )
         if missing:
-            options = " and ".join(f"--{_option_of(name)} {self._name_of(name)}FILE" for name in missing)
+            options = " and ".join(self.files()[name] for name in missing)
             pictures = " and ".join({"image": "an image", "video": "a video"}.get(name, name) for name in missing)
             raise ConfigError(f"{self.name} starts from {pictures}, got none; give generate {options}")
 
-    def _name_of(self, argument: str) -> str:
-        """Return what a file for an argument is named, with the equals sign; empty for what needs no name."""
-        if any(self.argument_of(option, None) == argument for option in PICTURES):
-            return ""
-        return next((f"{short}=" for short, names in SHORT.items() if argument in names), f"{argument}=")
-
     def _unstated(self) -> list[str]:
         """Return the arguments that the pipeline needs although its signature makes them optional."""
-        if TENSORS.search(self.name):
-            return []
-        roles = [role for role, names in NEEDED.items() if names.search(self.name)]
-        found = [self.argument_of(kind, role if role in SHORT else None) for role in roles for kind in _kinds(role)]
-        return [name for name in dict.fromkeys(found) if name is not None]
+        groups = [arguments for names, arguments in NEEDED if names.search(self.name) and not TENSORS.search(self.name)]
+        needed = [next((name for name in arguments if self.takes(name)), None) for arguments in groups]
+        return [name for name in needed if name is not None]
 
     def free_arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         """Return arguments of the call that no option is for, from texts such as ``max_sequence_length=256``."""
@@ -193,9 +180,9 @@ class CallSignature:
     def _instead(self, argument: str) -> str:
         """Say what to do about an argument that is not taken."""
         if argument == "guidance_scale":
-            scales = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
-            guidance = " and ".join(scales) or "a guider"
-            return f"leave it out, or call the pipeline from Python: its guidance is set by {guidance}"
+            names = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
+            scales = " and ".join(OPTIONS.get(name, f"--arg {name}=VALUE") for name in names)
+            return f"its guidance is set by {scales}" if scales else "leave it out: its guidance is set by a guider"
         return "leave it out"
 
 
@@ -217,7 +204,7 @@ def pipeline_class(files: ModelFiles) -> type:
 def files_taken(source: str) -> list[str]:
     """Return the files that a model's pipeline takes, as options; none for a class that diffusers does not have."""
     try:
-        return CallSignature.of(pipeline_class(read_model_files(source))).files()
+        return list(CallSignature.of(pipeline_class(read_model_files(source))).files().values())
     except UnsupportedModel:
         return []
 
@@ -232,10 +219,6 @@ def _option_for(argument: str) -> str | None:
     if option := _option_of(argument):
         return f"--{option} NAME=FILE"
     return OPTIONS.get(argument)
-
-
-def _kinds(role: str) -> Sequence[str]:
-    return (role,) if role in PICTURES else tuple(PICTURES)
 
 
 def _option_of(argument: str) -> str | None:
