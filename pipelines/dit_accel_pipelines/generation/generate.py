@@ -26,6 +26,7 @@ from dit_accel.methods.presets import NONE
 from ..processes.parallel import ALONE, Group, check_transformer, joined_group
 from ..processes.processes import Process
 from .dense_attention import check_attention_backend, use_attention_backend
+from .fit import memory_used
 from .inputs import other_sizes, read_pictures
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
@@ -272,6 +273,9 @@ class Loaded:
             check.save(check_path(request.output))
         record["check"] = check and {**check.to_dict(), "picture": str(check_path(request.output))}
         record["ulysses"] = self._group.size
+        if (memory := memory_used(resolved, record["peak_memory_bytes"])) is not None:
+            text, below = memory
+            (self._stages.note if below else self._stages.warn)(text)
         record["request_digest"] = request_digest(request)
         record["run"] = repeating(dataclasses.replace(request, dtype=resolved.dtype))
         if self._writes:
