@@ -11,7 +11,7 @@ from dit_accel_eval.judging import vision
 from dit_accel_eval.judging.asking import answers_of, ask, judge_named, pairs_of
 from dit_accel_eval.judging.contract import OVERALL, Question, ShownClip
 from dit_accel_eval.report.lines import read_results
-from dit_accel_eval.runs.results import keep, read_lines
+from dit_accel_eval.runs.results import keep, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import rank_correlation
 from fake_model import command, written
 from scipy.stats import spearmanr
@@ -39,9 +39,10 @@ def results(tmp_path_factory) -> Path:
     for line in lines:
         line |= {"kept": f"{line['arm']}-{line['clip']}.png", "kept_reference": f"{line['clip']}.png"}
         line["metrics"] = {"lpips@alex": 1 - line["psnr"] / 100, "motion": 0.5}
-        for name, level in ((line["kept"], line["psnr"] / 100), (line["kept_reference"], 1.0)):
-            frames = np.full((5, 16, 16, 3), level, np.float32)
-            keep(folder / name, frames, {})
+        for name, level, made_by in (
+            (line["kept"], line["psnr"] / 100, run_of(line)), (line["kept_reference"], 1.0, reference_of(line))
+        ):  # fmt: skip
+            keep(folder / name, np.full((5, 16, 16, 3), level, np.float32), made_by)
     (folder / "judge.py").write_text(BY_BRIGHTNESS)
     return written(folder / "r.jsonl", lines)
 
@@ -113,11 +114,15 @@ def test_what_can_not_judge_is_refused_in_a_line(results, options, message):
     assert (found.exit_code, message in " ".join(found.stderr.split())) == (2, True), found.stderr
 
 
-def test_results_without_frames_are_refused(results, tmp_path):
+def test_results_without_their_own_frames_are_refused(results, tmp_path):
     lines = written(tmp_path / "r.jsonl", read_lines(results))
     found = command("judge", lines, "--arm", ARM, "--judge", stand_in(results))
     assert found.exit_code == 2
-    assert "frames of 16 clips" in found.stderr
+    assert "16 clips can't be shown" in found.stderr
+    (tmp_path / lines.name).write_text(results.read_text().replace('"solver": "unipc"', '"solver": "euler"'))
+    for line in read_lines(results):
+        (tmp_path / line["kept"]).write_bytes((results.parent / line["kept"]).read_bytes())
+    assert "solver 'unipc', not 'euler'" in command("judge", lines, "--arm", ARM, "--judge", stand_in(results)).stderr
 
 
 def test_rank_correlation_is_spearmans_with_an_interval():

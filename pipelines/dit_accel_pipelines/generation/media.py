@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,10 +206,13 @@ def to_uint8(video: np.ndarray) -> Frames:
     return (np.clip(video, 0.0, 1.0) * 255).round().astype(np.uint8)
 
 
-def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, columns: int = SHEET_COLUMNS) -> "Image":
+def contact_sheet(
+    videos: Sequence[Frames], labels: Sequence[str] = (), *, columns: int = SHEET_COLUMNS, heads: Sequence[str] = ()
+) -> "Image":
     """Lay out videos one below the other, evenly spaced frames of each side by side, a label before each row.
 
-    ``videos``: uint8 [F, height, width, 3] each, all of the same height and width.
+    ``videos``: uint8 [F, height, width, 3] each, all of the same height and width. ``heads``: what stands above
+    the columns.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -220,14 +224,20 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
     frames = [np.linspace(0, len(video) - 1, min(len(video), columns)).round().astype(int) for video in videos]
     rows = [upscale(video[np.unique(evenly)], enlarged) for video, evenly in zip(videos, frames, strict=True)]
     count, height, width = max(len(row) for row in rows), *rows[0].shape[1:3]
-    font, gap = ImageFont.load_default(size=max(11, min(height // 8, 28))), 4
+    letters, gap = max(11, min(height // 8, 28)), 4
+    font = ImageFont.load_default(size=letters)
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    margin = max((int(draw.textlength(label, font=font)) + 3 * gap for label in labels), default=gap)
-    size = margin + count * (width + gap), gap + len(rows) * (height + gap)
+    lines = [line for label in labels for line in label.splitlines()]
+    margin = max((int(draw.textlength(line, font=font)) + 3 * gap for line in lines), default=gap)
+    folded = [textwrap.fill(head, max(6, int(width / letters / 0.55))) for head in heads]
+    above = gap + max((int(draw.multiline_textbbox((0, 0), head, font=font)[3]) + gap for head in folded), default=0)
+    size = margin + count * (width + gap), above + len(rows) * (height + gap)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(folded):
+        draw.multiline_text((margin + column * (width + gap), gap), head, fill="black", font=font)
     for number, row in enumerate(rows):
-        top = gap + number * (height + gap)
+        top = above + number * (height + gap)
         if labels:
             draw.text((gap, top + height // 2), labels[number], fill="black", font=font, anchor="lm")
         for column, frame in enumerate(row):
