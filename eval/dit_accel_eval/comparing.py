@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
 from dit_accel_pipelines.generation import options as shared
+from dit_accel_pipelines.generation.options import option
 
 from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
@@ -26,42 +26,41 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 """The first held-out prompt of an embedded model that is compared on, which chose no preset; how many, and at most."""
 
 
+FurtherMetrics = Annotated[
+    list[str] | None, option("Beside PSNR and SSIM; may be repeated. Default: lpips@alex.", "--metric", "-m")
+]
+KeepFrames = Annotated[bool, option("Keep all frames, so that the page can show clips.")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions(shared.SharedOptions):
     """What `eval compare` is given besides methods."""
 
     model: shared.ModelBesideMetrics = None
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
+    prompts: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
     prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="A prompt instead; may be repeated. Default: held-out ones of an embedded model."),
+        list[str] | None, option("A prompt instead; may be repeated. Default: held-out ones of an embedded model.")
     ] = None
     seed: Annotated[
-        list[int] | None, typer.Option(help="A seed of every prompt; may be repeated. Default: its place in the list.")
+        list[int] | None, option("A seed of every prompt; may be repeated. Default: its place in the list.")
     ] = None
-    clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.", min=1)] = None
-    reference: Annotated[
-        str, typer.Option(help="own: the model's own steps; converged: many more.", metavar="own|converged")
-    ] = "own"
+    clips: Annotated[int | None, option("Run only the first so many clips.", min=1)] = None
+    steps: Annotated[int | None, option("Denoising steps; default: the model's.", min=1)] = None
+    reference: Annotated[str, option("own: the model's own steps; converged: many more.", metavar="own|converged")] = (
+        "own"
+    )
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Page to write; its runs are kept beside it.", metavar="FILE.html")
+        Path, option("Page to write; its runs are kept beside it.", "--output", "-o", metavar="FILE.html")
     ] = Path("compare.html")
-    metric: Annotated[
-        list[str] | None,
-        typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
-    ] = None
-    frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True
+    metric: FurtherMetrics = None
+    frames: KeepFrames = True
     preset: Annotated[
         list[str] | None,
-        typer.Option(
-            help="careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL",
-            rich_help_panel=SETTINGS,
-        ),
+        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=SETTINGS)
     ] = None  # fmt: skip
-    timed: Annotated[
-        bool, typer.Option("--time", help="Time settings beside dense runs of their steps.", rich_help_panel=shared.RUN)
-    ] = False
+    timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
+        False
+    )
     quiet: shared.Quiet = False
 
 

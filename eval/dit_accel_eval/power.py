@@ -11,14 +11,9 @@ import numpy as np
 from .runs.results import markdown_table
 from .statistics import FEWEST, WRONG, p_values
 
-CHANCE = 0.8
-"""Chance of a verdict with which a number of clips is enough."""
-
-COUNTS = (FEWEST, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Numbers of clips that are tried."""
-
-LEADS = (1.0, 2.0, 3.0, 5.0, 10.0)
-"""True leads of the table, in dB."""
+CHANCE = 0.8  # chance of a verdict with which a number of clips is enough
+COUNTS = (FEWEST, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # numbers of clips that are tried
+LEADS = (1.0, 2.0, 3.0, 5.0, 10.0)  # true leads of the table, in dB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,8 +60,7 @@ class ClipJudge(Protocol):
         ...
 
 
-OVERALL = "How good is the clip as a video of its prompt?"
-"""What a command is asked where no questions are named."""
+OVERALL = "How good is the clip as a video of its prompt?"  # what a command is asked where no questions are named
 
 
 @dataclass(frozen=True, slots=True)

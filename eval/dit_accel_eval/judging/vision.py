@@ -34,8 +34,7 @@ LIKERT = {
 }
 """What is asked where no questions are named, after dimensions of WorldJen (arXiv 2605.03475)."""
 
-THINKING = 1024
-"""Tokens at most that VideoScore2 thinks in."""
+THINKING = 1024  # tokens at most that VideoScore2 thinks in
 
 
 class VisionModel:

@@ -10,8 +10,7 @@ from ..suites.figures import ArmFigures
 from .lines import ONE
 from .report import SuiteReport
 
-WORDS = {"ahead": "better", "behind": "worse"}
-"""Verdict of a change -> what it is called here."""
+WORDS = {"ahead": "better", "behind": "worse"}  # verdict of a change -> what it is called here
 
 
 def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:

@@ -24,8 +24,7 @@ from .lines import Results, further_metrics, read_results
 HALF = 10 * math.log10(2)
 """Decibels that PSNR lies below the encoding's own where half of the squared error is the encoding's."""
 
-LISTED = 8
-"""Names that a warning lists, before it counts the rest."""
+LISTED = 8  # names that a warning lists, before it counts the rest
 
 
 @dataclass(frozen=True, kw_only=True)

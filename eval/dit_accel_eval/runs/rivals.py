@@ -14,8 +14,7 @@ from dit_accel.errors import did_you_mean, install
 
 RIVALS = ("cache-dit",)
 
-CALIBRATOR = "taylorseer_order"
-"""Option of cache-dit's Taylor calibrator; given, it is used."""
+CALIBRATOR = "taylorseer_order"  # option of cache-dit's Taylor calibrator; given, it is used
 
 
 def check_rival(name: str, options: Mapping[str, Any]) -> None:

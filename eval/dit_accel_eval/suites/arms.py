@@ -20,11 +20,8 @@ from ..runs.model import OWN, check_options, check_scheduler
 from ..runs.results import TUNED
 from ..runs.rivals import check_rival
 
-NATIVE = "diffusers"
-"""Key of an arm under which diffusers' own caches stand, which have no method's table."""
-
-TABLES = ("call", "scheduler", "guider", "rival")
-"""Keys of an arm that hold a table and no method."""
+NATIVE = "diffusers"  # key of an arm under which diffusers' own caches stand, which have no method's table
+TABLES = ("call", "scheduler", "guider", "rival")  # keys of an arm that hold a table and no method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,14 +26,12 @@ from .arms import Arm
 from .job import Job
 from .reference import Reference
 
-ALWAYS = ("psnr", "ssim")
-"""What every line of an arm that is held against a converged run holds by itself."""
+ALWAYS = ("psnr", "ssim")  # what every line of an arm that is held against a converged run holds by itself
 
 UNJUDGED = "the judge knows what held-out prompts ask for, and these are not among them"
 """Why clips of one's own prompts have no score."""
 
-DIGITS = 4
-"""Digits behind the point of values by frame and by step."""
+DIGITS = 4  # digits behind the point of values by frame and by step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
