@@ -39,10 +39,9 @@ def results(tmp_path_factory) -> Path:
     for line in lines:
         line |= {"kept": f"{line['arm']}-{line['clip']}.png", "kept_reference": f"{line['clip']}.png"}
         line["metrics"] = {"lpips@alex": 1 - line["psnr"] / 100, "motion": 0.5}
-        for name, level, made_by in (
-            (line["kept"], line["psnr"] / 100, run_of(line)), (line["kept_reference"], 1.0, reference_of(line))
-        ):  # fmt: skip
-            keep(folder / name, np.full((5, 16, 16, 3), level, np.float32), made_by)
+        white = np.ones((5, 16, 16, 3), np.float32)
+        keep(folder / line["kept"], white * line["psnr"] / 100, run_of(line))
+        keep(folder / line["kept_reference"], white, reference_of(line))
     (folder / "judge.py").write_text(BY_BRIGHTNESS)
     return written(folder / "r.jsonl", lines)
 

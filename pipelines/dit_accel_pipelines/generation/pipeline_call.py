@@ -109,7 +109,7 @@ class CallSignature:
     def files(self) -> dict[str, str]:
         """Return the arguments that files are for, with the option for each, such as ``--image last=FILE``."""
         options: dict[str, str] = {}
-        for option in reversed(PICTURES):
+        for option in ("video", "image"):
             for name in (None, *SHORT):
                 if argument := self.argument_of(option, name):
                     options.setdefault(argument, f"--{option} {name}=FILE" if name else f"--{option} FILE")
