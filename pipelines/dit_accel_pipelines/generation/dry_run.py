@@ -6,7 +6,7 @@ from typing import Any
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
 from dit_accel.errors import DitAccelError
-from dit_accel.estimate.hardware import card_called
+from dit_accel.estimate.hardware import card_called, linears_called
 from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.methods.base import Model
 from dit_accel.methods.presets import NONE, preset_methods
@@ -16,7 +16,7 @@ from .request import EMBEDDED, Request
 
 def dry_run(request: Request) -> dict[str, Any]:
     """Return what a resolved request would make, as plain values; of a model of no known sizes without an estimate."""
-    names = ("prompt", "seed", "height", "width", "num_frames", "num_inference_steps", "preset")
+    names = ("prompt", "seed", "height", "width", "num_frames", "num_inference_steps", "preset", "quantize")
     made: dict[str, Any] = {"output": str(request.output), "model": request.model or EMBEDDED}
     made |= {name: getattr(request, name) for name in names}
     made["methods"] = [method.name for method in request.methods]
@@ -27,14 +27,14 @@ def dry_run(request: Request) -> dict[str, Any]:
     dense = prediction.least_seconds(card) if card else None
     return {
         **made, "weight_bytes": prediction.weight_bytes, "state_bytes": prediction.state_bytes,
-        "speedup": prediction.speedup, "least_seconds": dense and dense / prediction.speedup,
+        "speedup": prediction.speedup_of_methods, "least_seconds": dense and dense / prediction.speedup_of_methods,
         "card": card and card.name, "cost_measured": prediction.cost_measured,
     }  # fmt: skip
 
 
 def predicted(request: Request) -> Prediction | None:
     """Return what `dit-accel plan` predicts of a resolved request; None for a model of no known sizes."""
-    files = read_model_files(request.source)
+    files = read_model_files(request.source, request.revision)
     try:
         adapter, family = files.identify()
     except DitAccelError:
@@ -42,7 +42,10 @@ def predicted(request: Request) -> Prediction | None:
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer)
     preset = preset_methods(request.preset or NONE, model, request.methods)
     sizes = {name: getattr(request, name) for name in ("height", "width", "num_frames", "num_inference_steps")}
-    return estimate(adapter, family, **sizes, methods=request.methods, preset=preset, config=files.transformer)
+    linears = linears_called(request.quantize, _card(request)) if request.quantize else None
+    return estimate(
+        adapter, family, **sizes, methods=request.methods, preset=preset, config=files.transformer, linears=linears
+    )
 
 
 def _card(request: Request) -> Any:
@@ -80,7 +83,9 @@ def _words(row: dict[str, Any]) -> str:
     """Say in which memory and time an output is made, and where the figures are from."""
     if row["weight_bytes"] is None:
         return f"{row['model']} has no sizes that are known here, so neither memory nor time is estimated"
-    memory = f"{row['weight_bytes'] / 2**30:.3g} GiB for the transformer's weights in 16 bits or more"
+    memory = (
+        f"{row['weight_bytes'] / 2**30:.3g} GiB for the transformer's weights in {row['quantize'] or '16 bits'} or more"
+    )
     memory += f", {row['state_bytes'] / 2**30:.3g} GiB for what methods hold" if row["state_bytes"] else ""
     cost = row["cost_measured"] or "as dit-accel plan estimates, since doctor measured nothing here"
     name = " + ".join(row["methods"])
