@@ -21,10 +21,11 @@ from ..runs.clip_files import ClipFile
 
 @dataclass(frozen=True, slots=True)
 class ShownClip:
-    """A clip in a file, of which a judge is shown so many frames at most, evenly over it."""
+    """A clip in a file, of which a judge is shown so many frames at most, evenly over it, and these a second."""
 
     path: Path
     count: int
+    fps: float
 
     def frames(self) -> Frames:
         """Return the frames that are shown, uint8 [F, height, width, 3]."""
@@ -83,8 +84,9 @@ class CommandJudge:
             files = {clip: _written(clip, Path(folder) / str(number)) for number, clip in enumerate(clips)}
             lines = ""
             for question in asked:
+                about = {"question": question.question, "prompt": question.prompt, "fps": question.first.fps}
                 shown = {"first": files[question.first], "second": files[question.second]}
-                lines += json.dumps({"question": question.question, "prompt": question.prompt, **shown}) + "\n"
+                lines += json.dumps(about | shown) + "\n"
             done = subprocess.run(shlex.split(self.name), input=lines, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
