@@ -202,3 +202,12 @@ def test_a_dry_run_says_what_would_run_and_loads_nothing(monkeypatch):
     ]  # fmt: skip
     assert rows[0]["weight_bytes"] > 2**20
     assert cli("a circle", "--height", "33", "--dry-run").exit_code == 2
+
+
+def test_the_help_has_four_groups_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = cli("--help").stdout.splitlines()
+    groups = [line.strip("╭╮─ ") for line in lines if line.startswith("╭")]
+    assert [group.partition(" (")[0] for group in groups] == ["Options", "Weights and memory", "Running", "Methods"]
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.rstrip("│ ").endswith("-")]  # no name is broken
