@@ -223,7 +223,6 @@ class Loaded:
             started = time.perf_counter()
             self._pipe = load_pipeline(request)
             self._loading = time.perf_counter() - started
-            self._scheduler = self._pipe.scheduler
             with quiet_diffusers():
                 for transformer in transformers_of(self._pipe):
                     self._group.share(transformer)
@@ -239,7 +238,8 @@ class Loaded:
     def _prepare(self, request: Request, family: Family | None) -> None:
         """Attach a request's methods and its solver, until the stack is closed."""
         pipe, vae = self._pipe, getattr(self._pipe, "vae", None)
-        pipe.scheduler = copy.deepcopy(self._scheduler)
+        self._stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
         if request.solver is not None or request.flow_shift is not None:
             pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
         if vae is not None and getattr(vae, "use_tiling", None) is False:
