@@ -98,7 +98,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from .suites.reference import default_cache
     from .suites.running import run_job
 
-    lines, first = check_output(options.output), Ranks().first
+    lines, first = check_page(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
     extra = {line.arm for line in result_lines(lines) if not line.is_rival} - names
@@ -127,7 +127,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         OUT.print(str(options.output), markup=False, soft_wrap=True)
 
 
-def check_output(page: Path, beside: Sequence[str] = ()) -> Path:
+def check_page(page: Path, beside: Sequence[str] = ()) -> Path:
     """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
     from dit_accel.files import check_writable
 
