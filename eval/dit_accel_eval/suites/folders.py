@@ -11,20 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel.files import held
 
 from ..metrics.metric import Sample
-from ..metrics.registered import FLOOR, scores
 from ..protocol import PROTOCOL
 from ..runs.conditions import processor_name
 from ..runs.encodings import Encoder, encoder_like
 from ..runs.pairing import Folder, Key, PairedClip
 from ..runs.results import ITSELF, KEPT, Line, append_line, keep_beside, result_lines, write_lines
 from ..runs.results import frames_hash as hash_of
-from .measuring import ALWAYS, measured
+from .measuring import ALWAYS, encoding_alone, measured
 
 UNKNOWN = "unknown"
 
@@ -113,8 +111,5 @@ def _measured(
     line = measured(sample, metrics)
     if encoder:
         _, frames = sample.pair()
-        encoded = encoder(np.rint(255 * frames).astype(np.uint8))
-        floor = scores(ALWAYS[:1], Sample(frames=np.divide(encoded, 255, dtype=np.float32), reference=frames))
-        line.setdefault("metrics", {})[FLOOR] = floor.values()["psnr"]
-        line["encoder"] = str(encoder)
+        line |= encoding_alone(encoder, frames, line)
     return line
