@@ -32,8 +32,8 @@ BUILT_IN = {
 """Name of a built-in command -> its module, which loads torch, and its line in the help, which then need not."""
 
 BY_USE = (
-    "generate", "recommend", "describe", "plan", "methods", "models", "doctor", "ui", "eval", "tune", "finetune",
-    "bench",
+    "generate", "recommend", "describe", "plan", "methods", "models", "doctor", "ui", "serve", "eval", "tune",
+    "finetune", "bench",
 )  # fmt: skip
 """The order of the commands in the help; those of other packages follow."""
 

@@ -8,6 +8,7 @@ compares asks with `SettingList`: each --config is a setting then, and the switc
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
         config, settings = arguments.pop("method_config"), arguments.pop("method_set") or ()
         if several:
             return command(**arguments, **{place: _settings(switched, config or (), settings)})
-        methods, table = select_methods(switched, config, settings), _run_table(config)
+        methods, table = select_methods(switched, config, settings), _run_table(config, check=False)
         if table and not asking:
             note(f"the [run] table of {config} is for generate, and is left out here")
         return command(**arguments, **{place: methods}, **dict.fromkeys(asking, table))
@@ -100,11 +101,11 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _run_table(config: Path | None) -> dict[str, Any]:
-    """Read the run's options in a config file."""
+def _run_table(config: Path | None, *, check: bool = True) -> dict[str, Any]:
+    """Read the run's options in a config file; which there are is for the command to say."""
     from ..methods.toml import run_table
 
-    return dict(run_table(_text(config), f"--config {config}")) if config else {}
+    return dict(run_table(_text(config), f"--config {config}", check=check)) if config else {}
 
 
 def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> "list[MethodConfig]":
@@ -140,11 +141,28 @@ def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequen
 
 
 def _text(path: Path) -> str:
+    """Return a config file's TOML, or that of the JSON side-car of an output."""
     try:
-        return read_text(path, "utf-8-sig")  # editors on Windows begin a file with a byte-order mark
+        text = read_text(path, "utf-8-sig")  # editors on Windows begin a file with a byte-order mark
+        return _side_car_as_toml(text, path) if path.suffix == ".json" else text
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {path} can't be read ({reason}); give a TOML file") from None
+
+
+def _side_car_as_toml(text: str, path: Path) -> str:
+    import tomli_w
+
+    from ..methods.toml import RUN
+
+    try:
+        record = json.loads(text)
+        return tomli_w.dumps({RUN: record["run"], **record["methods"]})
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"--config {path} is no side-car that says how to repeat its output; give a TOML file, or FILE.json that "
+            "this release of generate wrote"
+        ) from None
 
 
 def _parse_setting(setting: str) -> tuple[str, str, Any]:

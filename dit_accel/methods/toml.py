@@ -75,10 +75,13 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
     return configs
 
 
-def run_table(text: str, source: str = "the method config") -> dict[str, Any]:
-    """Read what a run may set besides its methods: ``[run]`` with the keys of `RUN_KEYS`."""
+def run_table(text: str, source: str = "the method config", *, check: bool = True) -> dict[str, Any]:
+    """Read what a run may set besides its methods: ``[run]`` with the keys of `RUN_KEYS`.
+
+    ``check``: refuse other keys, and values of another kind; without, that is the caller's.
+    """
     table = _table(text, source, RUN)
-    for key, value in table.items():
+    for key, value in table.items() if check else ():
         if key not in RUN_KEYS:
             raise ConfigError(f"{source}: [{RUN}] has no {key!r}; {did_you_mean(key, RUN_KEYS)}")
         if isinstance(value, bool) or not isinstance(value, RUN_KEYS[key]):

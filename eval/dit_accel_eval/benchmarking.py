@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from dit_accel_pipelines.generation.options import Json
+from dit_accel_pipelines.generation.options import Json, option
 from rich.markdown import Markdown
 
 from dit_accel import ConfigError
@@ -15,17 +14,16 @@ from dit_accel.errors import did_you_mean
 
 def show_protocol(
     prompts: Annotated[
-        str | None, typer.Option(help="Print these prompts instead, one a line.", metavar="choosing|judging")
+        str | None, option("Print these prompts instead, one a line.", metavar="choosing|judging")
     ] = None,
     see: Annotated[
         list[float] | None,
-        typer.Option(help="Print how many clips it takes to see a lead instead; may be repeated.", metavar="DB"),
+        option("Print how many clips it takes to see a lead instead; may be repeated.", metavar="DB"),
     ] = None,
     results: Annotated[
-        list[Path] | None,
-        typer.Option(help="Results whose spread --see takes; default: this project's own.", metavar="FILE"),
+        list[Path] | None, option("Results whose spread --see takes; default: this project's own.", metavar="FILE")
     ] = None,
-    arms: Annotated[int, typer.Option(help="Arms that are judged together, for --see.", min=1)] = 1,
+    arms: Annotated[int, option("Arms that are judged together, for --see.", min=1)] = 1,
     json: Json = False,
 ) -> None:
     """Print the rules by which accelerated models are compared, or the prompts, or the clips that a verdict takes.
@@ -80,9 +78,9 @@ def _show_clips(see: list[float], results: "list[Path] | tuple[()]", arms: int, 
         together = "1 arm" if arms == 1 else f"{arms} arms judged together"
         print(f"Clips that give a true lead its verdict {CHANCE:.0%} of the time; {together}.\n")
         return print(power_table(spreads, see, arms))
-    data = [
-        {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation, "arms": arms,
-         "clips": {f"{lead:g}": clips_for(spread.leads, lead, arms=arms) for lead in see}}
-        for spread in spreads
-    ]  # fmt: skip
+    data = []
+    for spread in spreads:
+        clips = {f"{lead:g}": clips_for(spread.leads, lead, arms=arms) for lead in see}
+        about = {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation}
+        data.append({**about, "arms": arms, "clips": clips})
     print_json(data)

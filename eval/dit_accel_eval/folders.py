@@ -5,41 +5,36 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from dit_accel_pipelines.generation.options import Quiet
+from dit_accel_pipelines.generation.options import Quiet, option
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, print_error
 
-from .comparing import check_output
+from .comparing import FurtherMetrics, KeepFrames, arms_table, check_page
 
-Folders = Annotated[
-    list[str], typer.Option(help="Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")
-]
+Folders = Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")]
 
 
 def compare_folders(
-    reference: Annotated[Path, typer.Option(help="What clips should be: a folder of clips.", metavar="DIR")],
+    reference: Annotated[Path, option("What clips should be: a folder of clips.", metavar="DIR")],
     arm: Folders,
     rival: Annotated[
         list[str] | None,
-        typer.Option(help="What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
+        option("What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
     ] = None,
     times: Annotated[
-        Path | None, typer.Option(help="CSV of folder and seconds, of file too if clips differ.", metavar="FILE")
+        Path | None, option("CSV of folder and seconds, of file too if clips differ.", metavar="FILE")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="CSV of file, prompt and seed, where names don't tell.", metavar="FILE")
+        Path | None, option("CSV of file, prompt and seed, where names don't tell.", metavar="FILE")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Page to write; the results lie beside it.", metavar="FILE.html")
+        Path, option("Page to write; the results lie beside it.", "--output", "-o", metavar="FILE.html")
     ] = Path("folders.html"),
-    model: Annotated[str, typer.Option(help="What made the clips, for the title.")] = "clips",
-    metric: Annotated[
-        list[str] | None,
-        typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
-    ] = None,
-    fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 16.0,
-    frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True,
+    model: Annotated[str, option("What made the clips, for the title.")] = "clips",
+    metric: FurtherMetrics = None,
+    fps: Annotated[float, option("Frames per second of the clips.")] = 16.0,
+    frames: KeepFrames = True,
     quiet: Quiet = False,
 ) -> None:
     """Compare folders of clips, whatever made them: as eval run does, without running a model.
@@ -61,11 +56,12 @@ def compare_folders(
     from .metrics.registered import check_names
     from .report.lines import read_results
     from .report.report import suite_report
-    from .report.writing import markdown_text, write_reports
+    from .report.writing import write_reports
     from .runs.pairing import REFERENCE, pair, read_rows
+    from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
-    lines, rivals, arms = check_output(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
+    lines, rivals, arms = check_page(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
     twice = [name for name in rivals if name in arms] + [name for name in (*rivals, *arms) if name == REFERENCE]
     if twice:
         raise ConfigError(f"{twice[0]!r} names two folders; give each a name of its own")
@@ -76,13 +72,16 @@ def compare_folders(
         print_error(problem)
     if problems:
         raise typer.Exit(2)
-    same = {"suite": output.stem, "model": model, "metrics": metrics, "fps": fps}
-    measure_folders(folders, [*rivals], lines, frames=frames, quiet=quiet, **same)
+    how = {"model": model, "metrics": metrics, "fps": fps, "frames": frames, "quiet": quiet}
+    measure_folders(folders, [*rivals], lines, **how)
     report = suite_report(read_results(lines))
     write_reports([report], {"html": output, "json": output.with_suffix(".json")})
     if not quiet:
-        print(markdown_text(report))
-        TALK.print(f"written: {lines}, and to share {output.with_suffix('.json')}", markup=False, soft_wrap=True)
+        OUT.print(arms_table(report))
+        if report.pairs:
+            print(pairs_markdown(report.pairs))
+        texts = (*report.warnings, f"written: {lines}, and to share {output.with_suffix('.json')}")
+        TALK.print("\n".join(texts), markup=False, soft_wrap=True)
     OUT.print(str(output), markup=False, soft_wrap=True)
 
 

@@ -11,14 +11,9 @@ import numpy as np
 from .runs.results import markdown_table
 from .statistics import FEWEST, WRONG, p_values
 
-CHANCE = 0.8
-"""Chance of a verdict with which a number of clips is enough."""
-
-COUNTS = (FEWEST, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Numbers of clips that are tried."""
-
-LEADS = (1.0, 2.0, 3.0, 5.0, 10.0)
-"""True leads of the table, in dB."""
+CHANCE = 0.8  # chance of a verdict with which a number of clips is enough
+COUNTS = (FEWEST, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # numbers of clips that are tried
+LEADS = (1.0, 2.0, 3.0, 5.0, 10.0)  # true leads of the table, in dB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +65,8 @@ def clips_for(leads: Sequence[float], lead: float, *, arms: int = 1) -> int | No
 def power_table(spreads: Sequence[Spread], leads: Sequence[float] = LEADS, arms: int = 1) -> str:
     """Return the Markdown table of the clips that it takes to see true leads."""
     heads = ["results, arm of median spread", "spread, dB", *(f"{lead:g} dB" for lead in leads)]
-    rows = [
-        [f"{spread.results}, {spread.arm}", f"{spread.deviation:.1f}",
-         *(clips_for(spread.leads, lead, arms=arms) or f"over {COUNTS[-1]}" for lead in leads)]
-        for spread in spreads
-    ]  # fmt: skip
+    rows = []
+    for spread in spreads:
+        counts = [clips_for(spread.leads, lead, arms=arms) or f"over {COUNTS[-1]}" for lead in leads]
+        rows.append([f"{spread.results}, {spread.arm}", f"{spread.deviation:.1f}", *counts])
     return markdown_table(" | ".join(heads), rows)

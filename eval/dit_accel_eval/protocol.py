@@ -3,8 +3,7 @@
 import tomllib
 from importlib.resources import files
 
-PROTOCOL = "1"
-"""Version of the protocol; it rises when the same clips would be measured, paired or judged otherwise."""
+PROTOCOL = "1"  # version of the protocol; it rises when the same clips would be measured, paired or judged otherwise
 
 USES = ("choosing", "judging")
 """What the prompts of a list are for: settings and rivals are chosen on the one, and judged on the other."""

@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from dit_accel_pipelines.generation.options import option
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, warn
 
-Page = Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html; opens offline.", metavar="FILE")]
+Page = Annotated[Path, option("Page to write, .html; opens offline.", "--output", "-o", metavar="FILE")]
 
 
 def merge_results(
     results: Annotated[list[Path], typer.Argument(help="JSON files of runs, or their lines.", metavar="RUN.json ...")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .json.", metavar="FILE")],
+    output: Annotated[Path, option("File to write, .json.", "--output", "-o", metavar="FILE")],
 ) -> None:
     """Merge runs against one reference into one, so that all arms are judged together.
 

@@ -14,17 +14,10 @@ import numpy as np
 from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import rankdata
 
-LEVEL = 0.95
-"""Confidence of an interval."""
-
-WRONG = 1 - LEVEL
-"""Share of the times in which any verdict of a table may be wrong."""
-
-FEWEST = 6
-"""Clips from which on there are intervals and verdicts."""
-
-TOO_FEW = "too few"
-"""The verdict of fewer clips."""
+LEVEL = 0.95  # confidence of an interval
+WRONG = 1 - LEVEL  # share of the times in which any verdict of a table may be wrong
+FEWEST = 6  # clips from which on there are intervals and verdicts
+TOO_FEW = "too few"  # the verdict of fewer clips
 
 Key = TypeVar("Key")
 

@@ -4,12 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 from .finetuning.command import finetune_model
 from .generation.commands import describe_model, generate_video
+from .generation.serve import print_server
 from .generation.ui import serve_page
 
 if TYPE_CHECKING:
     from .families.all_families import ADAPTERS, VIDEO
 
-COMMANDS = {"generate": generate_video, "describe": describe_model, "finetune": finetune_model, "ui": serve_page}
+COMMANDS = {
+    "generate": generate_video,
+    "describe": describe_model,
+    "finetune": finetune_model,
+    "ui": serve_page,
+    "serve": print_server,
+}
 
 __all__ = ["ADAPTERS", "COMMANDS", "VIDEO"]
 

@@ -109,6 +109,7 @@ def test_a_file_may_set_guidance_and_a_named_solver_holds_for_all():
     suite = suite_of(options, [NamedSetting(name="mine", methods=(), run={**run, "num_inference_steps": 3})])
     fast, mine = suite.arms
     assert suite.call["true_cfg_scale"] == 2.0
+    assert (suite.warmup, suite_of(dataclasses.replace(options, timed=True), []).warmup) == (0, 1)
     assert mine.call == {"guidance_scale": 3.0, "true_cfg_scale": 3.0}
     assert (fast.call, fast.num_inference_steps, mine.num_inference_steps) == ({}, 4, 3)
     assert (mine.solver, mine.flow_shift, suite.reference_solver) == ("unipc", None, "unipc")

@@ -11,7 +11,7 @@ from dit_accel_eval.judging import vision
 from dit_accel_eval.judging.asking import answers_of, ask, judge_named, pairs_of
 from dit_accel_eval.judging.contract import OVERALL, Question, ShownClip
 from dit_accel_eval.report.lines import read_results
-from dit_accel_eval.runs.results import keep, read_lines
+from dit_accel_eval.runs.results import keep, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import rank_correlation
 from fake_model import command, written
 from scipy.stats import spearmanr
@@ -39,9 +39,9 @@ def results(tmp_path_factory) -> Path:
     for line in lines:
         line |= {"kept": f"{line['arm']}-{line['clip']}.png", "kept_reference": f"{line['clip']}.png"}
         line["metrics"] = {"lpips@alex": 1 - line["psnr"] / 100, "motion": 0.5}
-        for name, level in ((line["kept"], line["psnr"] / 100), (line["kept_reference"], 1.0)):
-            frames = np.full((5, 16, 16, 3), level, np.float32)
-            keep(folder / name, frames, {})
+        white = np.ones((5, 16, 16, 3), np.float32)
+        keep(folder / line["kept"], white * line["psnr"] / 100, run_of(line))
+        keep(folder / line["kept_reference"], white, reference_of(line))
     (folder / "judge.py").write_text(BY_BRIGHTNESS)
     return written(folder / "r.jsonl", lines)
 
@@ -89,7 +89,7 @@ def test_a_class_in_a_file_is_a_judge(results, tmp_path):
         "class Mine:\n    name, questions = 'mine', ('first?',)\n"
         "    def answers(self, asked):\n        return [(len(q.first.frames()), 0) for q in asked]\n"
     )
-    pairs = pairs_of(read_results(results).lines, results.parent, ARM, OTHER, 3)
+    pairs = pairs_of(read_results(results).lines, results.parent, ARM, OTHER, 3, 16)
     figures = answers_of(ask(judge_named(f"{path}:Mine"), pairs, ("first?",)), pairs)["first?"]
     assert (figures.preference.mean, figures.bias.mean, figures.turned) == (0, 3, 1)
     assert figures.agreement == {"psnr": None, "ssim": None, "lpips@alex": None}  # it prefers nothing
@@ -113,11 +113,15 @@ def test_what_can_not_judge_is_refused_in_a_line(results, options, message):
     assert (found.exit_code, message in " ".join(found.stderr.split())) == (2, True), found.stderr
 
 
-def test_results_without_frames_are_refused(results, tmp_path):
+def test_results_without_their_own_frames_are_refused(results, tmp_path):
     lines = written(tmp_path / "r.jsonl", read_lines(results))
     found = command("judge", lines, "--arm", ARM, "--judge", stand_in(results))
     assert found.exit_code == 2
-    assert "frames of 16 clips" in found.stderr
+    assert "16 clips can't be shown" in found.stderr
+    (tmp_path / lines.name).write_text(results.read_text().replace('"solver": "unipc"', '"solver": "euler"'))
+    for line in read_lines(results):
+        (tmp_path / line["kept"]).write_bytes((results.parent / line["kept"]).read_bytes())
+    assert "solver 'unipc', not 'euler'" in command("judge", lines, "--arm", ARM, "--judge", stand_in(results)).stderr
 
 
 def test_rank_correlation_is_spearmans_with_an_interval():
@@ -138,7 +142,7 @@ def clips(tmp_path) -> list[ShownClip]:
     paths = [tmp_path / f"{seed}.png" for seed in range(2)]
     for seed, path in enumerate(paths):
         keep(path, np.random.default_rng(seed).random((5, 16, 16, 3), dtype=np.float32), {})
-    return [ShownClip(path, 4) for path in paths]
+    return [ShownClip(path, 4, 2.0) for path in paths]
 
 
 def asked(question: str, clips: list[ShownClip]) -> list[Question]:
@@ -164,6 +168,9 @@ def test_a_likert_judge_sees_every_frame_of_both_clips(model, clips, monkeypatch
 def test_videoscore2_scores_a_clip_alike_in_both_orders(model, clips, monkeypatch):
     monkeypatch.setattr(vision, "THINKING", 4)
     judge = judge_named(f"videoscore2={model}", "cpu")
+    about = {"total_num_frames": 4, "frames_indices": [0, 1, 2, 3], "fps": 2.0}
+    seen = {"videos": [clips[0].frames()], "do_sample_frames": False, "video_metadata": [about]}
+    assert list(judge.model.inputs([{"type": "video"}], "", **seen)["second_per_grid_ts"]) == [2 / 2.0]
     for question in judge.questions:
         there, back = judge.answers(asked(question, clips))
         assert there == back[::-1]

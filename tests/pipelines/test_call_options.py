@@ -73,7 +73,7 @@ def test_a_scheduler_without_a_shift_is_refused_before_weights_are_loaded(tmp_pa
     model = model_folder(tmp_path / "m", scheduler=["diffusers", "DDIMScheduler"])
     (model / "scheduler" / "scheduler_config.json").unlink()
     (model / "scheduler" / "scheduler_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"DDIMScheduler has no noise shift, got flow_shift 2"):
+    with pytest.raises(ConfigError, match=r"DDIMScheduler .*flow_shift 2"):
         resolve(request(tmp_path, model=str(model), flow_shift=2.0))
 
 

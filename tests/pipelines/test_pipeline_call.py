@@ -29,16 +29,13 @@ def call_of(name: str) -> CallSignature:
     return CallSignature.of(pipeline_class(ModelFiles(name="m", index={"_class_name": name}, transformer={}, vae={})))
 
 
-NO_GUIDANCE = (
-    "takes no guidance_scale, got 3.0; leave it out, or call the pipeline from Python: its guidance is set by a guider"
-)
 REFUSED = [
     ("FluxPipeline", {"num_frames": 9}, "FluxPipeline takes no num_frames, got 9; leave it out"),
     ("HunyuanVideo15ImageToVideoPipeline", {"image": "a.png", "height": 480}, "takes no height, got 480"),
     ("Flux2Pipeline", {"negative_prompt": "ugly"}, "takes no negative_prompt, got 'ugly'"),
-    ("HunyuanVideo15Pipeline", {"guidance_scale": 3.0}, NO_GUIDANCE),
-    ("HunyuanImagePipeline", {"guidance_scale": 3.0}, "its guidance is set by distilled_guidance_scale"),
-    ("QwenImage21Pipeline", {"guidance_scale": 3.0}, "its guidance is set by true_cfg_scale"),
+    ("HunyuanVideo15Pipeline", {"guidance_scale": 3.0}, "got 3.0; leave it out: its guidance is set by a guider"),
+    ("HunyuanImagePipeline", {"guidance_scale": 3.0}, "set by --arg distilled_guidance_scale=VALUE"),
+    ("QwenImage21Pipeline", {"guidance_scale": 3.0}, "its guidance is set by --true-cfg-scale"),
     ("WanImageToVideoPipeline", {}, "starts from an image, got none; give generate --image FILE"),
     ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", {}, "starts from a video, got none; give generate --video"),
     ("Cosmos2VideoToWorldPipeline", {}, "from an image or a video, got none; give generate --image FILE or --video"),

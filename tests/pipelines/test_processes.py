@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,13 +18,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dit_accel_pipelines.generation.batch import singles
+from accelerate.commands import launch
+from dit_accel_pipelines.generation.batch import numbered
 from dit_accel_pipelines.generation.request import Request
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.generation.timing import Timings
 from dit_accel_pipelines.processes.processes import Process, started_process
 from dit_accel_pipelines.processes.ranks import Ranks
 from parallel_ranks import processes
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -41,15 +45,17 @@ def requests(tmp_path: Path, count: int = len(PROMPTS), seed: int = 0, **changes
     values: dict[str, Any] = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32, **changes}
     return [
         Request(prompt=prompt, output=output, seed=number, **values)
-        for prompt, output, number in singles(PROMPTS[:count], tmp_path / "a.gif", seed)
+        for number, (prompt, output) in enumerate(
+            zip(PROMPTS[:count], numbered(tmp_path / "a.gif", count), strict=True), seed
+        )
     ]
 
 
 @pytest.fixture
 def loads(monkeypatch) -> list[Request]:
     """The requests for which a pipeline was loaded; what they make is black."""
-    found: list[Request] = []
-    monkeypatch.setattr(generating, "load_pipeline", lambda asked: found.append(asked) or object())
+    found, pipe = [], SimpleNamespace(scheduler=None)
+    monkeypatch.setattr(generating, "load_pipeline", lambda asked: found.append(asked) or pipe)
     monkeypatch.setattr(generating, "_with_choices", lambda one, pipe: one)
     monkeypatch.setattr(generating, "prepare_larger", lambda *_: [])
 
@@ -147,6 +153,74 @@ def test_what_one_process_alone_can_do_is_refused(tmp_path: Path, monkeypatch):
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+CARDS = [
+    (["--gpus", "2"], {}, "gpus = 2, and there is no accelerator; --device cpu"),
+    (
+        ["--gpus", "3", "--device", "cuda"],
+        {},
+        "processes of this machine take a device each, and it has 2 cuda devices",
+    ),
+    (["--gpus", "2", "--device", "cuda:1"], {}, "--device cuda:1 puts all 2 processes"),
+    (["--gpus", "3", "--device", "cpu", "--ulysses", "2"], {}, "ulysses = 2 does not divide the 3 processes"),
+    (["--gpus", "2", "--device", "cpu", "--json"], {}, "--json prints one document, and 2 processes"),
+    (["--gpus", "2", "--device", "cpu", "--num-frames", "9999"], {}, "256 tokens along frames"),
+    (["--gpus", "2"], {"WORLD_SIZE": "3"}, "gpus = 2 starts processes, and a launcher started 3"),
+    (["--gpus", "0"], {}, "gpus must be from 1 to 1,024, got 0"),
+    (["--cfg-parallel"], {}, "--cfg-parallel runs guidance's two forwards on two devices"),
+]
+
+
+@pytest.mark.parametrize(("words", "variables", "message"), CARDS)
+def test_processes_that_cannot_run_are_refused_before_they_are_started(
+    words, variables, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "launch_command", lambda arguments: 1 / 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with mock.patch.object(torch, "get_device_module", return_value=mock.Mock(device_count=lambda: 2)):
+        result = CliRunner().invoke(app, ["generate", "a red circle", *words])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("ended", "code", "said"), [(None, 0, ""), (2, 2, ""), (-9, 1, "process 1 of 2 .* SIGKILL")])
+def test_a_command_that_starts_processes_ends_as_they_end(ended, code, said, tmp_path, monkeypatch):
+    started = []
+
+    def launch_command(arguments):
+        started.extend([arguments.num_processes, *arguments.training_script_args])
+        if ended:
+            failure = mock.Mock(exitcode=ended, timestamp=0, local_rank=1, message="", error_file="")
+            raise ChildFailedError("dit_accel", {1: failure})
+
+    monkeypatch.setattr(launch, "launch_command", launch_command)
+    monkeypatch.setattr(sys, "argv", ["dit-accel", *SPREAD])
+    result = CliRunner().invoke(app, [*SPREAD, "-o", str(tmp_path / "a.gif")])
+    assert (result.exit_code, started) == (code, [2, *SPREAD])
+    assert re.search(said, result.stderr)
+    assert bool(said) == bool(result.stderr)
+
+
+SPREAD = ["generate", "a red circle", *SHORT, "--gpus", "2", "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_processes_that_a_command_starts_make_what_one_makes(tmp_path: Path):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:3]))
+    words = ["generate", "--prompt-file", str(tmp_path / "p.txt"), *SHORT, "--radial", "-o"]
+    alone = CliRunner().invoke(app, [*words, str(tmp_path / "a.gif")])
+    assert alone.exit_code == 0, alone.stderr
+    command = [sys.executable, "-m", "dit_accel", *words, str(tmp_path / "b.gif"), "--gpus", "2", "--device", "cpu"]
+    shared = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert shared.returncode == 0, shared.stderr[-3000:]
+    assert sorted(shared.stdout.split()) == [str(tmp_path / f"b-0{n}.gif") for n in (1, 2, 3)]
+    for n in (1, 2, 3):
+        assert (tmp_path / f"a-0{n}.gif").read_bytes() == (tmp_path / f"b-0{n}.gif").read_bytes()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_pipelines.generation.batch import singles
+from dit_accel_pipelines.generation.batch import numbered
 from dit_accel_pipelines.generation.generate import generate
 from dit_accel_pipelines.generation.media import read_image
 from dit_accel_pipelines.generation.request import Request
@@ -22,7 +22,7 @@ def requests(folder: Path, **changes: Any) -> list[Request]:
     asked: dict[str, Any] = {"model": "flux-tiny", "num_inference_steps": 3, "methods": methods, **changes}
     return [
         Request(prompt=prompt, output=output, seed=seed, **asked)
-        for prompt, output, seed in singles(PROMPTS, folder / "a.png", 0)
+        for seed, (prompt, output) in enumerate(zip(PROMPTS, numbered(folder / "a.png", len(PROMPTS)), strict=True))
     ]
 
 

@@ -19,8 +19,7 @@ from dit_accel.errors import DitAccelError
 from ..runs.pool import end_with_parent
 from .loop import OutOfMemoryError, reason_of
 
-SHARE = 0.9
-"""Of the memory that is free, the most that the process may take."""
+SHARE = 0.9  # of the memory that is free, the most that the process may take
 
 
 class Beside:

@@ -35,8 +35,7 @@ from .memory import free_memory, memory_of_logits, memory_of_model
 from .options import BenchOptions, Shape
 from .real_shapes import Inputs, find_family, make_model, to_device
 
-WARM = 2
-"""Steps at most with which every arm is run before it counts: compilation, allocation, lists of tiles."""
+WARM = 2  # steps at most with which every arm is run before it counts: compilation, allocation, lists of tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

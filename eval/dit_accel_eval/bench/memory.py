@@ -13,11 +13,8 @@ from .real_shapes import make_model
 WHOLE = {"_native_math": 3.0, "flex": 4.0}
 """Backend of diffusers that holds every logit -> how many copies of 32 bits; diffusers compiles no flex_attention."""
 
-PROCESS = 3 << 28
-"""Bytes of a process that has loaded torch and diffusers."""
-
-WIDTHS, HIDDEN = 16, 2
-"""Copies of a token that a block holds at most, of the model's width and of its feed-forward's."""
+PROCESS = 3 << 28  # bytes of a process that has loaded torch and diffusers
+WIDTHS, HIDDEN = 16, 2  # copies of a token that a block holds at most, of the model's width and of its feed-forward's
 
 CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),

@@ -5,8 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
-import typer
-from dit_accel_pipelines.generation.options import Device, Dtype, Json, Pixels, Quiet
+from dit_accel_pipelines.generation.options import Device, Dtype, Json, Pixels, Quiet, option
 
 from dit_accel.errors import ConfigError, did_you_mean
 
@@ -67,22 +66,18 @@ SHAPES_HELP = (
 class BenchOptions:
     """The options of the command `bench`; each is described by its help."""
 
-    family: Annotated[str | None, typer.Option(help="A model family, such as wan2.1-1.3b.", metavar="NAME")] = None
-    shapes: Annotated[str | None, typer.Option(help=SHAPES_HELP, metavar="NAMES")] = None
-    layers: Annotated[int, typer.Option(help="Blocks that are made.", min=1)] = 2
-    heads: Annotated[int | None, typer.Option(help="Heads of each block; default: all, with --shapes 2.", min=1)] = None
+    family: Annotated[str | None, option("A model family, such as wan2.1-1.3b.", metavar="NAME")] = None
+    shapes: Annotated[str | None, option(SHAPES_HELP, metavar="NAMES")] = None
+    layers: Annotated[int, option("Blocks that are made.", min=1)] = 2
+    heads: Annotated[int | None, option("Heads of each block; default: all, with --shapes 2.", min=1)] = None
     height: Pixels = None
     width: Pixels = None
-    num_frames: Annotated[int | None, typer.Option(help="Output frames.")] = None
-    num_inference_steps: Annotated[
-        int | None, typer.Option(help="Steps of a run; default: 4, with --shapes 1.", min=1)
-    ] = None
-    rounds: Annotated[int, typer.Option(help="Runs of every arm at most, in turn.", min=1)] = 3
-    budget: Annotated[float, typer.Option(help="Seconds behind which no shape or round begins.", min=1)] = 1500
-    threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON lines to append to.", metavar="FILE")] = (
-        None
-    )
+    num_frames: Annotated[int | None, option("Output frames.")] = None
+    num_inference_steps: Annotated[int | None, option("Steps of a run; default: 4, with --shapes 1.", min=1)] = None
+    rounds: Annotated[int, option("Runs of every arm at most, in turn.", min=1)] = 3
+    budget: Annotated[float, option("Seconds behind which no shape or round begins.", min=1)] = 1500
+    threads: Annotated[int | None, option("Threads of torch.", min=1)] = None
+    output: Annotated[Path | None, option("JSON lines to append to.", "--output", "-o", metavar="FILE")] = None
     dtype: Dtype = None
     device: Device = None
     quiet: Quiet = False

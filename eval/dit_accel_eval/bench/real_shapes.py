@@ -26,14 +26,9 @@ LATENTS = {
 }  # fmt: skip
 """Adapter -> the axes of its latents: channels, frames, height and width, or packed tokens and channels."""
 
-TEXT_WIDTH = 4096
-"""Channels of T5's and Llama's text, which all of these models take."""
-
-MIDDLE = {"flux": 0.5}
-"""Adapter -> the timestep in the middle of a run, where that is not 500."""
-
-EXACT = ("timestep", "img_ids", "txt_ids", "guidance")
-"""Inputs that stay in float32."""
+TEXT_WIDTH = 4096  # channels of T5's and Llama's text, which all of these models take
+MIDDLE = {"flux": 0.5}  # adapter -> the timestep in the middle of a run, where that is not 500
+EXACT = ("timestep", "img_ids", "txt_ids", "guidance")  # inputs that stay in float32
 
 
 def find_family(name: str) -> tuple[Adapter, Family]:

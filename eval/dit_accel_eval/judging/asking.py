@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..report.lines import better_of
-from ..runs.results import Line, ResultLine
+from ..runs.results import Line, ResultLine, kept_shape, reference_of, run_of
 from ..statistics import ClipMean, Judged, clip_mean, judge, rank_correlation
 from .contract import ClipJudge, CommandJudge, Question, ShownClip
 
@@ -66,12 +66,15 @@ def judge_named(text: str, device: str | None = None) -> ClipJudge:
     return CommandJudge(text)
 
 
-def pairs_of(lines: Sequence[ResultLine], folder: Path, arm: str, against: str | None, count: int) -> list[ClipPair]:
+def pairs_of(
+    lines: Sequence[ResultLine], folder: Path, arm: str, against: str | None, count: int, fps: float
+) -> list[ClipPair]:
     """Return an arm's clips beside another arm's of the same prompt and seed, None: beside their references.
 
     Args:
         folder: from which the lines name files.
         count: frames of each clip that are shown.
+        fps: frames per second of the clips.
     """
     names = {line.arm for line in lines}
     for name in (arm, against):
@@ -81,20 +84,22 @@ def pairs_of(lines: Sequence[ResultLine], folder: Path, arm: str, against: str |
     pairs, missing = list[ClipPair](), list[str]()
     for line in (line for line in lines if line.arm == arm and (against is None or line.clip in others)):
         other = others.get(line.clip)
-        files = [_file(line, folder), _file(other, folder) if other else folder / (line.kept_reference or "")]
-        missing += [str(file) for file in files if not file.is_file()]
-        ours, theirs = (ShownClip(path=file, count=count) for file in files)
-        pairs.append(ClipPair(clip=line.clip, prompt=line.prompt, arm=ours, other=theirs, better=_better(line, other)))
+        beside = (other.kept, run_of(other.raw)) if other else (line.kept_reference, reference_of(line.raw))
+        shown = []
+        for kept, made_by in ((line.kept, run_of(line.raw)), beside):
+            try:
+                frames = kept_shape(folder / str(kept), made_by)[0]
+                shown.append(ShownClip(folder / str(kept), count, fps * min(count, frames) / frames))
+            except ConfigError as error:
+                missing.append(str(error))
+        if not missing:
+            better = _better(line, other)
+            pairs.append(ClipPair(clip=line.clip, prompt=line.prompt, arm=shown[0], other=shown[1], better=better))
+    if missing:
+        raise ConfigError(f"{len(missing)} clips can't be shown; run again with frames kept; first: {missing[0]}")
     if not pairs:
         raise ConfigError(f"{arm!r} and {against!r} share no clip; name two arms of the same prompts")
-    if missing:
-        raise ConfigError(f"frames of {len(missing)} clips are missing, first {missing[0]}; run with frames kept")
     return pairs
-
-
-def _file(line: ResultLine, folder: Path) -> Path:
-    """Return the file of a line's clip: the frames that were kept, else the file that was measured."""
-    return folder / (line.kept or Path(str(line.raw.get("folder", "")), str(line.raw.get("file", ""))))
 
 
 def _better(line: ResultLine, other: ResultLine | None) -> dict[str, float]:

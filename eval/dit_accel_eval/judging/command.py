@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from dit_accel_pipelines.generation.options import Device, Json
+from dit_accel_pipelines.generation.options import Device, Json, option
 from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel.cli.console import OUT, note, print_json, warn
@@ -13,18 +13,13 @@ from dit_accel.cli.console import OUT, note, print_json, warn
 
 def ask_judge(
     results: Annotated[Path, typer.Argument(help="Results whose frames were kept.", metavar="RESULTS.jsonl")],
-    arm: Annotated[str, typer.Option(help="The arm that is judged.")],
-    judge: Annotated[
-        str, typer.Option(help="likert=MODEL, videoscore2, FILE.py:CLASS, or a command.", metavar="JUDGE")
-    ],
-    against: Annotated[str | None, typer.Option(help="The arm beside it; default: its references.")] = None,
-    question: Annotated[
-        list[str] | None, typer.Option(help="Of both clips; may be repeated. Default: the judge's own.")
-    ] = None,
-    frames_seen: Annotated[int, typer.Option(help="Frames of a clip that are shown, evenly over it.", min=1)] = 16,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Every answer, a JSON line each.", metavar="FILE")
-    ] = None,
+    arm: Annotated[str, option("The arm that is judged.")],
+    judge: Annotated[str, option("likert=MODEL, videoscore2, FILE.py:CLASS, or a command.", metavar="JUDGE")],
+    against: Annotated[str | None, option("The arm beside it; default: its references.")] = None,
+    question: Annotated[list[str] | None, option("Of both clips; may be repeated. Default: the judge's own.")] = None,
+    frames_seen: Annotated[int, option("Frames of a clip that are shown, evenly over it.", min=1)] = 16,
+    fps: Annotated[float, typer.Option(help="Frames per second of the clips.", min=0.1)] = 16.0,
+    output: Annotated[Path | None, option("Every answer, a JSON line each.", "--output", "-o", metavar="FILE")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -50,7 +45,7 @@ def ask_judge(
 
     if output is not None:
         check_writable(output, "answers")
-    pairs = pairs_of(read_results(results).lines, results.parent, arm, against, frames_seen)
+    pairs = pairs_of(read_results(results).lines, results.parent, arm, against, frames_seen, fps)
     asked = judge_named(judge, device)
     if len(pairs) < FEWEST:
         warn(f"there are {len(pairs)} clips, and a verdict takes {FEWEST}")

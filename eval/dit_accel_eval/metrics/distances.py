@@ -12,11 +12,8 @@ from .metric import Clip, levels
 SETS = ("fid@inception", "kid@inception")
 """Distances of two folders' frames, by torchmetrics and torch-fidelity's network."""
 
-ENOUGH = 2048
-"""Frames below which FID is well above that of many: it estimates 2048 x 2048 covariances."""
-
-TOGETHER = 32
-"""Frames that go through the network at once."""
+ENOUGH = 2048  # frames below which FID is well above that of many: it estimates 2048 x 2048 covariances
+TOGETHER = 32  # frames that go through the network at once
 
 
 class Distance:

@@ -9,11 +9,8 @@ import numpy.typing as npt
 
 from .metric import Clip, Measured, Metric, Sample, levels, mean_of, neighbours, no_module
 
-Flow = npt.NDArray[np.float32]
-"""Where each pixel of a frame lies in another: [height, width, (right, down)], in pixels."""
-
-CONSISTENT = 1.0
-"""Pixels by which a way there and back may miss its start; more, and the pixel is taken as hidden."""
+Flow = npt.NDArray[np.float32]  # where each pixel of a frame lies in another: [height, width, (right, down)], in pixels
+CONSISTENT = 1.0  # pixels by which a way there and back may miss its start; more, and the pixel is taken as hidden
 
 
 def dis_flow(first: Clip, second: Clip) -> Flow:

@@ -4,11 +4,8 @@ import numpy as np
 
 from .metric import Clip, Metric, Sample, neighbours
 
-STRETCH = 8
-"""Frames that must lie behind half the trained length."""
-
-STILL = 0.01
-"""RMS difference of a clip's frames from their mean, in [0, 1], below which it stands still."""
+STRETCH = 8  # frames that must lie behind half the trained length
+STILL = 0.01  # RMS difference of a clip's frames from their mean, in [0, 1], below which it stands still
 
 
 def loop_rise(video: Clip, trained: int) -> float:

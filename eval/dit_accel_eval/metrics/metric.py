@@ -13,16 +13,12 @@ import torch
 from dit_accel import ConfigError
 from dit_accel.errors import install
 
-Clip = npt.NDArray[np.float32]
-"""Frames [F, height, width, 3] in [0, 1]; a picture is one frame."""
+Clip = npt.NDArray[np.float32]  # frames [F, height, width, 3] in [0, 1]; a picture is one frame
 
 Better = Literal["more", "less", "neither"]
 
-FAMILY = ":MODEL"
-"""How the name of what stands for the metrics of all models ends."""
-
-ROUNDING = 1e-3
-"""How far a value may lie outside [0, 1]: resampling and number formats go past it a little."""
+FAMILY = ":MODEL"  # how the name of what stands for the metrics of all models ends
+ROUNDING = 1e-3  # how far a value may lie outside [0, 1]: resampling and number formats go past it a little
 
 
 class NotMeasured(ConfigError):  # noqa: N818 - reads as what it is

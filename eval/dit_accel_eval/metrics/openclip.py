@@ -22,8 +22,7 @@ from dit_accel.errors import did_you_mean
 
 from .metric import Clip, NotMeasured, levels, no_module
 
-TOGETHER = 32
-"""Frames that go through a model at once."""
+TOGETHER = 32  # frames that go through a model at once
 
 USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a hub repository that open_clip takes where a tag names none, the first of which it prefers."""

@@ -11,8 +11,7 @@ from torch.nn.functional import conv2d, normalize
 from .metric import Measured, Metric, Sample, frames_first, mean_of, no_module
 from .weights import missing, tensors
 
-TOGETHER = 8
-"""Frames that go through a network at once."""
+TOGETHER = 8  # frames that go through a network at once
 
 
 @cache

@@ -7,8 +7,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from .metric import Clip, Measured, Metric, Sample, frames_first, mean_of, neighbours
 
-CAP = 100.0
-"""PSNR in dB of identical clips, so that means stay finite."""
+CAP = 100.0  # PSNR in dB of identical clips, so that means stay finite
 
 
 def psnr(clip: Clip, reference: Clip) -> float:

@@ -25,8 +25,7 @@ from dit_accel.files import written_whole
 
 from .metric import NotMeasured
 
-FOLDER_VARIABLE = "DIT_ACCEL_METRIC_WEIGHTS"
-"""Environment variable that names the folder of the weights."""
+FOLDER_VARIABLE = "DIT_ACCEL_METRIC_WEIGHTS"  # environment variable that names the folder of the weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,8 @@ import numpy as np
 from ..suites.figures import ArmFigures
 from .report import SuiteReport
 
-ACROSS = 320
-"""Width of the drawing of leads."""
-
-GOLDEN = 137.508
-"""Degrees between the hues of arms, so that neighbours differ most."""
+ACROSS = 320  # width of the drawing of leads
+GOLDEN = 137.508  # degrees between the hues of arms, so that neighbours differ most
 
 MIB = 2**20
 

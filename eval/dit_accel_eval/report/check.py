@@ -13,8 +13,7 @@ from ..metrics.metric import Clip, Sample
 from ..metrics.registered import scores
 
 METRICS = ("psnr", "ssim", "lpips@alex")
-TIMES = 5
-"""By how much a difference is enlarged in the picture."""
+TIMES = 5  # by how much a difference is enlarged in the picture
 
 
 def compare(frames: Clip, reference: Clip) -> tuple[dict[str, float], dict[str, str]]:

@@ -10,8 +10,7 @@ from ..suites.figures import ArmFigures
 from .lines import ONE
 from .report import SuiteReport
 
-WORDS = {"ahead": "better", "behind": "worse"}
-"""Verdict of a change -> what it is called here."""
+WORDS = {"ahead": "better", "behind": "worse"}  # verdict of a change -> what it is called here
 
 
 def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:
@@ -44,8 +43,8 @@ def _side(report: SuiteReport, arm: ArmFigures | None) -> dict[str, Any] | None:
         return None
     key = report.main if report.main in arm.means else next((key for key in report.works if key in arm.means), "")
     verdict = arm.ahead[key].verdict if key in arm.ahead else ""
-    return {"psnr": arm.psnr.mean, "steps": arm.means.get(key), "by": report.works.get(key, ""),
-            "verdict": verdict}  # fmt: skip
+    cost = {"steps": arm.means.get(key), "by": report.works.get(key, "")}
+    return {"psnr": arm.psnr.mean, **cost, "verdict": verdict}
 
 
 def others_of(before: SuiteReport, after: SuiteReport) -> list[str]:

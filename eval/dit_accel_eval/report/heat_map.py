@@ -19,8 +19,7 @@ from dit_accel.report.sections import Strip
 RAN, VALUE, DENSE = "#3b528b", "#d95f02", "0.82"
 """Colours of steps in which a method acted, as a cache that computes does, of what it measured, and of dense calls."""
 
-STAYED = -1.0
-"""Stands for the kept share of attention calls that stayed dense."""
+STAYED = -1.0  # stands for the kept share of attention calls that stayed dense
 
 _COLUMNS = ("transformer", "step", "branch", "dense", "planned", "density", "pooled")
 

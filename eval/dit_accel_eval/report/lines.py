@@ -17,18 +17,14 @@ ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
 NUMBERS = ("clip", "num_inference_steps", "psnr", "ssim", "reference_agreement", "reference_steps")
-COSTS = ("work", "work_real", "attended")
-"""Numbers of what ran besides, which nobody knows of clips in folders."""
+COSTS = ("work", "work_real", "attended")  # numbers of what ran besides, which nobody knows of clips in folders
 
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 4
 """What a file of one run, which travels, says of itself; ``results.schema.json`` beside this is its JSON Schema."""
 
-OF_A_FILE = ("suite", "folder", *KEPT)
-"""Keys in which lines of one run may differ between files."""
-
-ONE = ("model", "weights", "dtype", "call", "reference")
-"""What all lines of one report must share."""
+OF_A_FILE = ("suite", "folder", *KEPT)  # keys in which lines of one run may differ between files
+ONE = ("model", "weights", "dtype", "call", "reference")  # what all lines of one report must share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Reads what other tools say of clips: the results of `fastvideo eval run`, and of VBench's package."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,31 +25,18 @@ def other_scores(data: Any) -> list[OtherScore]:
     """
     samples = data.get("samples") if isinstance(data, dict) else data
     if isinstance(samples, list):
-        return _of_samples([sample for sample in samples if isinstance(sample, dict)])
-    dimensions = data if isinstance(data, dict) else {}
-    found = {name: value for name, value in dimensions.items() if _is_dimension(value)}
-    return [
-        OtherScore(tool="VBench", metric=name, mean=float(mean), videos=len(entries))
-        for name, (mean, entries) in found.items()
-    ]
-
-
-def _of_samples(samples: list[dict[str, Any]]) -> list[OtherScore]:
-    values: dict[str, list[float]] = {}
-    for sample in samples:
-        parts = sample.get("scores")
-        for scores in parts if isinstance(parts, list) else [parts]:
-            for metric, result in scores.items() if isinstance(scores, Mapping) else ():
-                score = result.get("score") if isinstance(result, Mapping) else result
-                if _is_number(score):
+        values: dict[str, list[float]] = {}
+        tables = [sample.get("scores") for sample in samples if isinstance(sample, dict)]
+        for scores in (part for table in tables for part in (table if isinstance(table, list) else [table])):
+            for metric, result in scores.items() if isinstance(scores, dict) else ():
+                score = result.get("score") if isinstance(result, dict) else result
+                if isinstance(score, int | float) and math.isfinite(score):
                     values.setdefault(metric, []).append(float(score))
-    return [OtherScore(tool="FastVideo", metric=metric, mean=float(np.mean(each)), videos=len(each))
-            for metric, each in values.items()]  # fmt: skip
-
-
-def _is_dimension(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_number(value[0]) and isinstance(value[1], list)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+        means = {metric: float(np.mean(each)) for metric, each in values.items()}
+        return [OtherScore(tool="FastVideo", metric=key, mean=means[key], videos=len(values[key])) for key in means]
+    dimensions = data.items() if isinstance(data, dict) else ()
+    return [
+        OtherScore(tool="VBench", metric=name, mean=float(value[0]), videos=len(value[1]))
+        for name, value in dimensions
+        if isinstance(value, list) and [type(part) for part in value] in ([float, list], [int, list])
+    ]

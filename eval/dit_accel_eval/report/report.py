@@ -14,6 +14,7 @@ from dit_accel.methods.registry import handlers
 
 from ..metrics.dynamics import DYNAMICS
 from ..metrics.registered import FLOOR
+from ..runs.encodings import LOSSLESS
 from ..runs.results import ITSELF, TIMED, WORKS, ResultLine
 from ..statistics import FEWEST
 from ..suites.figures import ArmFigures, Comparison, PairFigures, pair_figures, reference_words, rival_words
@@ -23,8 +24,7 @@ from .lines import Results, further_metrics, read_results
 HALF = 10 * math.log10(2)
 """Decibels that PSNR lies below the encoding's own where half of the squared error is the encoding's."""
 
-LISTED = 8
-"""Names that a warning lists, before it counts the rest."""
+LISTED = 8  # names that a warning lists, before it counts the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ def _of_folders(lines: Sequence[ResultLine], arms: Sequence[ArmFigures]) -> Iter
         most = f"; most of the error is the encoding's of {_some(near)}" if near else ""
         highest = max(floor for _, floor in floors.values())
         yield f"Clips are encoded with loss, which alone leaves {highest:.1f} dB at most ({FLOOR}){most}."
-    lossy = {line.raw["encoding"] for line in lines if line.raw["lossy"] and FLOOR not in line.metrics}
+    lossy = {line.raw["encoding"] for line in lines if FLOOR not in line.metrics} - {LOSSLESS}
     yield from [f"How much is lost by encoding as {', '.join(sorted(lossy))} is not known here."] if lossy else []
 
 

@@ -17,8 +17,7 @@ from .page import package_versions, page
 from .report import SuiteReport
 
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
-FURTHER = ("scheduler", "guider", "arm_call")
-"""What only some arms set."""
+FURTHER = ("scheduler", "guider", "arm_call")  # what only some arms set
 
 
 def write_reports(

@@ -25,8 +25,7 @@ from dit_accel.errors import UnsupportedModel, did_you_mean
 from .conditions import HeldOutClips, Machine, OwnClips
 from .model import SuiteModel, shipped_scheduler
 
-FIRST_PROMPT = 64
-"""Number of the first held-out prompt that tuning may look at; the suites evaluate those below it."""
+FIRST_PROMPT = 64  # number of the first held-out prompt that tuning may look at; the suites evaluate those below it
 
 SIZES = ("height", "width", "num_frames")
 GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")

@@ -30,14 +30,9 @@ from .counting import Counter, Counts, attended_share, density_map, run_estimate
 from .encodings import Encoder
 from .rivals import cached_by
 
-DIGITS = 4
-"""Digits behind the point of seconds."""
-
-Tables = Mapping[str, Mapping[str, Any]]
-"""The name of a class or of another project's cache -> its options."""
-
-OWN = "own"
-"""The solver that stands for the scheduler which a model ships with."""
+DIGITS = 4  # digits behind the point of seconds
+Tables = Mapping[str, Mapping[str, Any]]  # the name of a class or of another project's cache -> its options
+OWN = "own"  # the solver that stands for the scheduler which a model ships with
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dit_accel.errors import did_you_mean
 from dit_accel.files import read_text
 
 from .clip_files import ClipFile, clips_in
-from .encodings import Form, form_of
+from .encodings import LOSSLESS, Form, form_of
 
 REFERENCE = "reference"
 """What the reference's folder is called, in tables too."""
@@ -71,10 +71,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for key, kind in (("seed", int), ("num_inference_steps", int), ("seconds", float)):
             try:
                 row |= {key: kind(row[key])} if key in row else {}
+                if key == "seconds" and kind(row.get(key, 1)) <= 0:
+                    raise ValueError
             except ValueError:
                 raise ConfigError(f"line {number} of {path} has {key} {row[key]!r}; write a number") from None
-        if row.get("seconds", 1) <= 0:
-            raise ConfigError(f"line {number} of {path} has seconds {row['seconds']}; they must be above 0")
     if not rows:
         raise ConfigError(f"the table {path} has no rows; its first line names columns: {', '.join(COLUMNS)}")
     return rows
@@ -102,9 +102,10 @@ def pair(paths: Mapping[str, Path], rows: Sequence[dict[str, Any]]) -> tuple[lis
             except ConfigError as error:
                 problems.append(f"{name}: {error}")
         names = names or {clip.file.name: key for key, same in clips.items() for clip in same}
-        doubled = [f"{words(key)} ({', '.join(clip.label for clip in same)})"
-                   for key, same in clips.items() if len(same) > 1]  # fmt: skip
-        problems += [f"{name} has several clips of one prompt and seed: {'; '.join(doubled)}"] if doubled else []
+        for key, same in clips.items():
+            if len(same) > 1:
+                listed = ", ".join(clip.label for clip in same)
+                problems.append(f"{name} has several clips of {words(key)}: {listed}")
         folders.append(Folder(name=name, path=path, clips={key: same[0] for key, same in clips.items()}))
     idle = [str(row) for number, row in enumerate(rows) if number not in used]
     problems += [f"rows of a table are of no clip here: {', '.join(idle)}"] if idle else []
@@ -152,37 +153,37 @@ def _paired(file: ClipFile, known: Mapping[str, Any], names: Mapping[str, Key]) 
     name = NUMBERED.fullmatch(file.path.stem)
     read = (name["prompt"] or file.path.stem, int(name["seed"])) if name else (file.path.stem, None)
     key = (known["prompt"], known.get("seed")) if "prompt" in known else names.get(file.name, read)
-    return PairedClip(
-        file=file, form=form_of(file), key=key, seconds=known.get("seconds"), steps=known.get("num_inference_steps")
-    )  # fmt: skip
+    seconds, steps = (known.get(name) for name in ("seconds", "num_inference_steps"))
+    return PairedClip(file=file, form=form_of(file), key=key, seconds=seconds, steps=steps)
 
 
 def _differences(folders: Sequence[Folder]) -> list[str]:
     """Return in what folders differ from the reference, and encodings among each other, a line each."""
     reference, *others = folders
-    problems = []
-    encodings = {clip.form.encoding for folder in others for clip in folder.clips.values()}
-    usual = next((clip.form.encoding for folder in others for clip in folder.clips.values()), "")
+    every, problems = [clip for folder in folders for clip in folder.clips.values()], list[str]()
+    usual = next((clip.form.encoding for folder in others for clip in folder.clips.values()), LOSSLESS)
+
+    def add(what: str, clips: Iterable[str]) -> None:
+        listed = ", ".join(clips)
+        problems.extend([f"{what}: {listed}"] if listed else [])
+
     for folder in others:
-        missing = [words(key) for key in reference.clips if key not in folder.clips]
-        extra = [f"{words(key)} ({clip.label})" for key, clip in folder.clips.items()
-                 if key not in reference.clips]  # fmt: skip
-        sizes = [f"{clip.label} ({clip.form.size}, the reference's {other.form.size})"
-                 for key, clip in folder.clips.items()
-                 if (other := reference.clips.get(key)) and other.form.size != clip.form.size]  # fmt: skip
-        other = [f"{clip.label} ({clip.form.encoding})" for clip in folder.clips.values()
-                 if len(encodings) > 1 and clip.form.encoding != usual]  # fmt: skip
-        for what, listed in (
-            ("lacks clips that the reference has", missing), ("has clips that the reference lacks", extra),
-            ("has clips of other sizes than the reference's (frames of height x width)", sizes),
-            (f"has clips that are not encoded as {others[0].name}'s first, {usual}", other),
-        ):  # fmt: skip
-            problems += [f"{folder.name} {what}: {', '.join(listed)}"] if listed else []
-    own = {clip.form.encoding for clip in reference.clips.values()}
-    lossy = [f"{clip.label} ({clip.form.encoding})" for clip in reference.clips.values()
-             if not clip.form.exact and (clip.form.encoding != usual or len(own) > 1)]  # fmt: skip
-    problems += [f"{REFERENCE} has clips neither lossless nor encoded as {usual}: {', '.join(lossy)}"] if lossy else []
-    untimed = [folder.name for folder in folders if any(clip.seconds is None for clip in folder.clips.values())]
-    if 0 < len(untimed) < len(folders):
-        problems.append(f"seconds are known of some clips, not of all those of {', '.join(untimed)}; add --times FILE")
+        name, clips = folder.name, folder.clips.values()
+        sizes = {key: clip.form.size for key, clip in reference.clips.items()}
+        missing = (words(key) for key in reference.clips if key not in folder.clips)
+        extra = (f"{words(clip.key)} ({clip.label})" for clip in clips if clip.key not in sizes)
+        resized = [clip for clip in clips if sizes.get(clip.key, clip.form.size) != clip.form.size]
+        other = (f"{clip.label} ({clip.form.encoding})" for clip in clips if clip.form.encoding != usual)
+        add(f"{name} lacks clips of the reference", missing)
+        add(f"{name} has clips that the reference lacks", extra)
+        sized = (f"{clip.label} ({clip.form.size}, the reference's {sizes[clip.key]})" for clip in resized)
+        add(f"{name} has clips of other sizes than the reference's (frames of height x width)", sized)
+        add(f"{name} has clips that are not encoded as {others[0].name}'s first, {usual}", other)
+    lossy = [clip for clip in reference.clips.values() if clip.form.encoding != LOSSLESS]
+    if {clip.form.encoding for clip in reference.clips.values()} not in ({LOSSLESS}, {usual}):
+        named = (f"{clip.label} ({clip.form.encoding})" for clip in lossy)
+        add(f"{REFERENCE} has clips neither {LOSSLESS} nor all encoded as {usual}", named)
+    if any(clip.seconds for clip in every):
+        untimed = (folder.name for folder in folders if not all(clip.seconds for clip in folder.clips.values()))
+        add("seconds are known of some clips, not of all; add --times FILE for", untimed)
     return problems

@@ -10,8 +10,7 @@ from typing import Any
 
 from dit_accel.files import remove_temporaries
 
-LOOK = 1.0
-"""Seconds between two looks at what the processes have made."""
+LOOK = 1.0  # seconds between two looks at what the processes have made
 
 
 def run_beside(

@@ -15,8 +15,7 @@ from dit_accel.errors import did_you_mean, install
 RIVALS, SERVERS = ("cache-dit",), ("sglang", "vllm-omni")
 """Caches of a pipeline that is loaded here; servers that make clips by HTTP (`servers`)."""
 
-CALIBRATOR = "taylorseer_order"
-"""Option of cache-dit's Taylor calibrator; given, it is used."""
+CALIBRATOR = "taylorseer_order"  # option of cache-dit's Taylor calibrator; given, it is used
 
 
 def check_rival(name: str, options: Mapping[str, Any]) -> None:

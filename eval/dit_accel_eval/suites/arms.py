@@ -21,11 +21,8 @@ from ..runs.results import TUNED
 from ..runs.rivals import SERVERS, check_rival
 from ..runs.servers import KINDS, Server
 
-NATIVE = "diffusers"
-"""Key of an arm under which diffusers' own caches stand, which have no method's table."""
-
-TABLES = ("call", "scheduler", "guider", "rival")
-"""Keys of an arm that hold a table and no method."""
+NATIVE = "diffusers"  # key of an arm under which diffusers' own caches stand, which have no method's table
+TABLES = ("call", "scheduler", "guider", "rival")  # keys of an arm that hold a table and no method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,20 +23,17 @@ from .judges import judge_of
 from .ladder import setting_words
 from .suite import Pair, Suite
 
-NEGLIGIBLE = 1e-3
-"""Share of the steps' work by which a run may differ from them and still save nothing."""
+NEGLIGIBLE = 1e-3  # share of the steps' work by which a run may differ from them and still save nothing
 
 SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)
 """Phases of the methods that are there to leave something out."""
 
-MEANS = (*WORKS, *TIMED, "ssim", "score", "seconds", "dense_seconds")
-"""Fields of a line of which there are means."""
+MEANS = (*WORKS, *TIMED, "ssim", "score", "seconds", "dense_seconds")  # fields of a line of which there are means
 
 NOTHING = "saved nothing"
 """What stands in place of a lead of an arm whose methods left nothing out: it is the dense run, at its cost."""
 
-EQUAL = 1.02
-"""Time or work, of the other arm's, up to which an arm's counts as no more."""
+EQUAL = 1.02  # time or work, of the other arm's, up to which an arm's counts as no more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

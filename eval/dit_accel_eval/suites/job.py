@@ -30,8 +30,7 @@ from .arms import Arm
 from .judges import Judge, judge_of
 from .suite import Suite
 
-LINE = 1 << 13
-"""Bytes that a result line takes, about."""
+LINE = 1 << 13  # bytes that a result line takes, about
 
 SCALES = ("guidance_scale", "true_cfg_scale")
 """What an arm's call may change where all are held against one converged run, which has the suite's own."""

@@ -31,8 +31,7 @@ RUNG_KINDS = {
 }  # fmt: skip
 """Key of a rung -> what it must be."""
 
-LOOSE = 0.5
-"""Decibels below the best of those that ran on the confirming clips, beyond which a rung is not confirmed."""
+LOOSE = 0.5  # decibels below the best of those that ran on the confirming clips, beyond which a rung is not confirmed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

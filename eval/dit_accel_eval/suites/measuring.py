@@ -27,14 +27,12 @@ from .arms import Arm
 from .job import Job
 from .reference import Reference
 
-ALWAYS = ("psnr", "ssim")
-"""What every line of an arm that is held against a converged run holds by itself."""
+ALWAYS = ("psnr", "ssim")  # what every line of an arm that is held against a converged run holds by itself
 
 UNJUDGED = "the judge knows what held-out prompts ask for, and these are not among them"
 """Why clips of one's own prompts have no score."""
 
-DIGITS = 4
-"""Digits behind the point of values by frame and by step."""
+DIGITS = 4  # digits behind the point of values by frame and by step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,13 +146,13 @@ def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
     unjudged = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
-    line = measured(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
+    line = measured_line(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
     if held_out:
         line["score"] = assets().model_score(suite.model, clip, run.frames)
     return line | {"frames_hash": frames_hash(run.frames), "reference_hash": frames_hash(reference.frames)}
 
 
-def measured(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
+def measured_line(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
     """Return what a line says of a clip held against its reference: values, by frame, and why some are missing."""
     results = scores(dict.fromkeys((*ALWAYS, *metrics)), sample)
     results.skipped.update(skipped)

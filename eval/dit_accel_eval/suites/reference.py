@@ -25,8 +25,7 @@ from ..runs.counting import Counts
 from ..runs.model import ModelRun, SuiteModel, Times
 from ..runs.results import AGREE, ITSELF, explained_disk_errors
 
-FIRST, MOST = 16, 512
-"""Steps with which the search begins, and the most that it tries."""
+FIRST, MOST = 16, 512  # steps with which the search begins, and the most that it tries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,8 +37,7 @@ from .reference import dense_run, reference_run
 EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", "card", *KEPT)
 """Keys of a line that stay if its run is made again for something else that it lacked."""
 
-Watch = Callable[[Sequence[ResultLine]], None]
-"""Called with the lines so far, now and then; for progress."""
+Watch = Callable[[Sequence[ResultLine]], None]  # called with the lines so far, now and then; for progress
 
 
 def run_job(job: Job, clips: Sequence[int], workers: int, *, quiet: bool) -> None:
@@ -87,8 +86,7 @@ def _run(job: Job, clips: Sequence[int], workers: int, look: Callable[[], None])
         runner.run_clip(clip, look)
 
 
-_there: "list[Runner]" = []
-"""What a process of a pool runs; set when it begins."""
+_there: "list[Runner]" = []  # what a process of a pool runs; set when it begins
 
 
 def _begin(job: Job) -> None:

@@ -21,8 +21,7 @@ from .ladder import Ladder, clip_words, read_ladder
 
 SUITE_VERSION = 2
 
-MANY = 10
-"""Arms of a suite beyond which it says that their number makes verdicts harder to reach."""
+MANY = 10  # arms of a suite beyond which it says that their number makes verdicts harder to reach
 
 KINDS = {
     **dict.fromkeys(("name", "model", "prompt_file", "dtype", "judge", "rivals", "reference_solver"), str),
@@ -35,8 +34,7 @@ KINDS = {
 LEAST = {"clips": 1, "first_clip": 0, "reference_steps": 1, "warmup": 0, "repeats": 1}
 """Key of a suite -> the least number that it may be."""
 
-PAIR_KINDS = {"arm": str, "against": str, "margin": (int, float)}
-"""Key of a pair -> what it must be."""
+PAIR_KINDS = {"arm": str, "against": str, "margin": (int, float)}  # key of a pair -> what it must be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,13 +25,11 @@ from dit_accel.rules.caching import rescaled
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
 
-DEGREE = 4
-"""Of TeaCache's polynomial."""
+DEGREE = 4  # of TeaCache's polynomial
 
 Config = TypeVar("Config", bound=CalibratedConfig)
 
-Note = dict[str, Any]
-"""What was noted of one forward, as plain values; with ``transformer`` and ``step``."""
+Note = dict[str, Any]  # what was noted of one forward, as plain values; with ``transformer`` and ``step``
 
 Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]
 """(handler, context, output) -> a note of a forward of the branch that decides."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dit_accel_pipelines.generation import options as usual
-from dit_accel_pipelines.generation.options import with_option_fields
-from typer import Option, Typer
+from dit_accel_pipelines.generation.options import option, with_option_fields
+from typer import Typer
 
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
@@ -21,11 +21,8 @@ _HELP = "Find a method's numbers, or a whole setting, on a model's own generatio
 
 tune_app = Typer(name="tune", help=_HELP)
 
-MODULES = {"magcache": "caches", "teacache": "caches"}
-"""Command -> module, where that is called otherwise."""
-
-SPREAD = ("heads",)
-"""Commands whose run several processes may share."""
+MODULES = {"magcache": "caches", "teacache": "caches"}  # command -> module, where that is called otherwise
+SPREAD = ("heads",)  # commands whose run several processes may share
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -37,19 +34,17 @@ class Shared:
     """The options that all commands share."""
 
     prompt: Annotated[
-        list[str] | None, Option(help="What to show; may be repeated; default: some that an embedded model knows.")
+        list[str] | None, option("What to show; may be repeated; default: some that an embedded model knows.")
     ] = None
-    prompt_file: Annotated[Path | None, Option(help="Text file, one prompt per line.", metavar="FILE")] = None
+    prompt_file: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
     output: Annotated[
-        Path | None, Option("--output", "-o", help="File to write; default: named as the command.", metavar="FILE")
+        Path | None, option("File to write; default: named as the command.", "--output", "-o", metavar="FILE")
     ] = None
     model: usual.Model = None
     height: usual.Pixels = None
     width: usual.Pixels = None
-    num_frames: Annotated[int | None, Option(help="Output frames.")] = None
-    num_inference_steps: Annotated[
-        int | None, Option(help="Denoising steps; the file holds for this number alone.")
-    ] = None
+    num_frames: Annotated[int | None, option("Output frames.")] = None
+    num_inference_steps: Annotated[int | None, option("Denoising steps; the file holds for this number alone.")] = None
     guidance_scale: usual.Guidance = None
     seed: usual.Seed = 0
     dtype: usual.Dtype = None
@@ -123,10 +118,10 @@ def heads(
     *,
     methods: MethodList,
     objective: Annotated[
-        str, Option(help="checker, a metric, module:function; or harmonic: A, B; threshold: A, B >= 2, C >= 6.")
+        str, option("checker, a metric, module:function; or harmonic: A, B; threshold: A, B >= 2, C >= 6.")
     ] = "checker",
-    rounds: Annotated[int, Option(help="Greedy rounds.")] = 1,
-    per_round: Annotated[int, Option(help="Heads that a round adds.")] = 3,
+    rounds: Annotated[int, option("Greedy rounds.")] = 1,
+    per_round: Annotated[int, option("Heads that a round adds.")] = 3,
 ) -> None:
     """Search the attention heads that SoftPAG perturbs, by greedy rounds with an objective.
 
@@ -147,7 +142,7 @@ def lite(
     shared: Shared,
     *,
     methods: MethodList,
-    target_error: Annotated[float, Option(help="Relative error that one vote may add to the next call.")] = 0.01,
+    target_error: Annotated[float, option("Relative error that one vote may add to the next call.")] = 0.01,
 ) -> None:
     """Search LiteAttention's thresholds by layer and step for a target error, at every attention call.
 
@@ -190,11 +185,9 @@ def pipeline(
     *,
     methods: MethodList,
     target: Annotated[
-        str | None, Option(help="What to meet, such as psnr=30, lpips=0.1 or speedup=2.", metavar="NAME=VALUE")
+        str | None, option("What to meet, such as psnr=30, lpips=0.1 or speedup=2.", metavar="NAME=VALUE")
     ] = None,
-    space: Annotated[
-        Path | None, Option(help="Suite whose arms are tried; default: some 80.", metavar="SUITE.toml")
-    ] = None,
+    space: Annotated[Path | None, option("Suite whose arms are tried; default: some 80.", metavar="SUITE.toml")] = None,
 ) -> None:
     """Search solver, steps, caches and sparse attention together for the cheapest setting that meets a target.
 
@@ -219,9 +212,9 @@ def profile(
     shared: Shared,
     *,
     methods: MethodList,
-    criterion: Annotated[str, Option(help="attention, delta or error.")] = "error",
+    criterion: Annotated[str, option("attention, delta or error.")] = "error",
     cached: Annotated[
-        int | None, Option(help="Cache so many blocks, of the lowest scores; default: those below the largest gap.")
+        int | None, option("Cache so many blocks, of the lowest scores; default: those below the largest gap.")
     ] = None,
 ) -> None:
     """Tell which blocks ProfilingCache may cache.
@@ -240,11 +233,11 @@ def schedule(
     shared: Shared,
     *,
     methods: MethodList,
-    computed: Annotated[int, Option(help="Steps that are computed.")] = 12,
+    computed: Annotated[int, option("Steps that are computed.")] = 12,
     placement: Annotated[
         list[str] | None,
-        Option(
-            help="Steps of UniPC, and a noise shift behind @, such as 30@8; may be repeated, then the second half of "
+        option(
+            "Steps of UniPC, and a noise shift behind @, such as 30@8; may be repeated, then the second half of "
             "the prompts chooses; default: the model's own.",
             metavar="STEPS[@SHIFT]",
         ),

@@ -15,8 +15,7 @@ from ..metrics.metric import Clip, Sample
 from ..metrics.registered import metric, metric_about, metrics
 from ..runs.loaded import FIRST_PROMPT
 
-Objective = Callable[[Clip, str], float]
-"""(clip [F, height, width, 3] in [0, 1], prompt) -> a number; higher is better."""
+Objective = Callable[[Clip, str], float]  # (clip [F, height, width, 3] in [0, 1], prompt) -> a number; higher is better
 
 SEARCHED = 256  # held-out prompts of an embedded model among which one is looked for
 

@@ -30,8 +30,7 @@ from .base import Tuned, TuningRun, watched_attention, write_config
 TOLERANCE = 0.06
 """How far a ratio of two frequencies may be from a whole number, as a share of it: CogVideoX's 3.16 counts as 3."""
 
-APART = 0.2
-"""How far it may be at most, in turns: a share alone would let any ratio above 8 pass."""
+APART = 0.2  # how far it may be at most, in turns: a share alone would let any ratio above 8 pass
 
 SEPARATE = 4.0
 """A period up to this many times the longest distance differs from a constant: its wave falls there from 1 to 0.

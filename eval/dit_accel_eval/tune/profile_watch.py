@@ -26,11 +26,8 @@ CRITERIA = ("attention", "delta", "error")
 token. ``delta``: how much what the block adds changed since the last step, over what it adds. ``error``: the same over
 the last block's stream. Blocks of low scores are cached."""
 
-SCORES = 2**24
-"""Logits that are held at a time."""
-
-QUERIES = 4096
-"""The most queries of a call that are looked at, chosen at random; of fewer, all."""
+SCORES = 2**24  # logits that are held at a time
+QUERIES = 4096  # the most queries of a call that are looked at, chosen at random; of fewer, all
 
 
 class Profiler:

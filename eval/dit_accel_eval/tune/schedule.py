@@ -28,14 +28,9 @@ from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
 from .skip_costs import Lists, SkipCosts, grown, searched
 
-FREE = ("predictor", "order", "stored")
-"""Options of `StaticCache` that a request may set: how is forecast, not when."""
-
-EARLY = 0.1
-"""Share of the run at which a step is skipped to see errors grow."""
-
-FINER = 4
-"""How many times as many steps as the longest placement has the runs make to which PSNR is taken."""
+FREE = ("predictor", "order", "stored")  # options of `StaticCache` that a request may set: how is forecast, not when
+EARLY = 0.1  # share of the run at which a step is skipped to see errors grow
+FINER = 4  # how many times as many steps as the longest placement has the runs make to which PSNR is taken
 
 
 @dataclass(frozen=True, slots=True)

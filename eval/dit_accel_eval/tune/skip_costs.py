@@ -19,11 +19,8 @@ Listed = tuple[float, tuple[int, ...]]
 Lists = dict[int, Listed]
 """Number of computed steps -> the error that their best list is expected to leave, and the list."""
 
-ROUNDS = 3
-"""How often `searched` weighs the prompts anew."""
-
-SETTLES = 3
-"""Steps after a skipped one until its error has passed a solver's corrector and history, and only grows."""
+ROUNDS = 3  # how often `searched` weighs the prompts anew
+SETTLES = 3  # steps after a skipped one until its error has passed a solver's corrector and history, and only grows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

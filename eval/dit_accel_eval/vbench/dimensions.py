@@ -16,8 +16,7 @@ from dit_accel.errors import did_you_mean
 
 Group = Literal["quality", "semantic"]
 
-GROUP_WEIGHTS: dict[Group, int] = {"quality": 4, "semantic": 1}
-"""What the groups weigh in the total."""
+GROUP_WEIGHTS: dict[Group, int] = {"quality": 4, "semantic": 1}  # what the groups weigh in the total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +46,7 @@ _ALL = (
     Dimension(name="overall_consistency", group="semantic", high=0.364, least=-1.0),
 )  # fmt: skip
 
-DIMENSIONS: dict[str, Dimension] = {entry.name: entry for entry in _ALL}
-"""In the official order."""
+DIMENSIONS: dict[str, Dimension] = {entry.name: entry for entry in _ALL}  # in the official order
 
 
 def dimension(name: str) -> Dimension:

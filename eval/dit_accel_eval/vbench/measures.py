@@ -21,14 +21,12 @@ from ..metrics.openclip import TOGETHER, Weighted
 from ..runs.loaded import file_hash
 from .prompts import Prompt
 
-BASE, LARGE = Weighted("ViT-B-32", tag="openai"), Weighted("ViT-L-14", tag="openai")
-"""VBench's CLIP models."""
+BASE, LARGE = Weighted("ViT-B-32", tag="openai"), Weighted("ViT-L-14", tag="openai")  # VBench's CLIP models
 
 COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 """Mean and deviation by colour of what they take."""
 
-SIDE = 224
-"""Pixels of its side."""
+SIDE = 224  # pixels of its side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,8 +32,7 @@ PACKAGE = Archive(
 
 DRIVER = Path(__file__).with_name("package_driver.py")
 
-RESULTS = "official_eval_results.json"
-"""The file of all dimensions' results, laid out as the package's own."""
+RESULTS = "official_eval_results.json"  # the file of all dimensions' results, laid out as the package's own
 
 
 def measure_officially(job: VideoJob, environment: Path) -> dict[str, list[Any]]:

@@ -12,13 +12,11 @@ from dit_accel.errors import did_you_mean
 
 from .dimensions import DIMENSIONS, dimension
 
-SAMPLES = 5
-"""Videos of each prompt that a dimension scores."""
+SAMPLES = 5  # videos of each prompt that a dimension scores
 
 FLICKERING, STYLE = "temporal_flickering", "appearance_style"
 
-FILTERED_SAMPLES = 25
-"""Videos of each prompt of temporal flickering from which the static filter keeps up to five."""
+FILTERED_SAMPLES = 25  # videos of each prompt of temporal flickering from which the static filter keeps up to five
 
 SUFFIXES = (".mp4", ".gif")
 

@@ -1,10 +1,11 @@
 """The commands `generate` and `describe` of the command line."""
 
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,11 +21,11 @@ from .options import (
     Model,
     Quiet,
     RunOptions,
-    fields_of,
     option,
     require_one_document,
     with_option_fields,
 )  # fmt: skip
+from .ranges import between, check_ranges
 
 if TYPE_CHECKING:
     from .generate import Written
@@ -41,28 +42,46 @@ class GenerateOptions(RunOptions):
         option("What to write or replace: .mp4, .webm, .gif, .png, or frames/.", "--output", "-o", metavar="FILE"),
     ] = Path("out.mp4")
     prompt_file: Annotated[
-        Path | None, option("Text file, a prompt per line; # begins a comment.", panel=FILES, metavar="FILE")
+        Path | None,
+        option("A prompt per line; .csv or .jsonl: with any option, named as its flag.", panel=FILES, metavar="FILE"),
     ] = None
+    seeds: Annotated[
+        str | None, option("Each prompt with each of these seeds, such as 0-3 or 0,5,9.", metavar="SEEDS")
+    ] = None
+    grid: Annotated[
+        Sequence[str],
+        option("Each prompt with each value, and a contact sheet beside; may be repeated.", metavar="NAME=VALUE,VALUE"),
+    ] = ()
+    dry_run: Annotated[bool, option("Say what would run, its memory and time; load nothing.", "--dry-run")] = False
     same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed", panel=FILES)] = False
     resume: Annotated[
         bool, option("Keep outputs that an earlier run of the same request wrote.", "--resume", panel=FILES)
     ] = False
     quiet: Quiet = False
     json: Json = False
+    gpus: Annotated[
+        int, option("Start so many processes, a device each, that share the prompts.", panel=RUN), between(1, 1024)
+    ] = 1
     ulysses: Annotated[int, option("Processes that share each output.", panel=RUN)] = 1
+    cfg_parallel: Annotated[bool, option("Not in this diffusers.", "--cfg-parallel", hidden=True)] = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @with_option_fields
-def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTable) -> None:
+def generate_video(options: GenerateOptions, *, context: typer.Context, methods: MethodList, run: RunTable) -> None:
     """Generate a video (or image), with methods attached.
 
     Writes FILE, and FILE.json beside it: all that is needed to repeat the
     run, and the report of what ran. Both appear whole or not at all, in place
-    of what is there. Several prompts give FILE-01, FILE-02 and so on, each
-    from the next seed. A .png holds one frame, or some of a video's.
+    of what is there. Several outputs are FILE-01, FILE-02 and so on; each
+    prompt has the next seed. A .png holds one frame, or some of a video's.
+    --config FILE may set every option in its table [run], and be FILE.json of
+    an earlier output, which repeats it; the command line wins.
 
-    Under accelerate launch or torchrun each process makes every n-th prompt;
-    with --ulysses N, N make each output together.
+    With --gpus N (or under accelerate launch or torchrun) each of N processes
+    makes every N-th prompt; with --ulysses N, N make each output together.
 
     Examples:
 
@@ -72,35 +91,42 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
 
     dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
-    accelerate launch -m dit_accel generate --prompt-file prompts.txt --resume
+    dit-accel generate --prompt-file prompts.txt --gpus 4 --resume
     """
-    from ..processes.processes import started_process
-    from .batch import singles
-    from .generate import generate
+    from ..processes.launching import launch, refuse_cfg_parallel, starts_processes
+    from ..processes.processes import Process, started_process
+    from .batch import planned
+    from .dry_run import print_dry_run
+    from .generate import generate, resolved_requests
+    from .grid_sheet import write_sheet
     from .progress import Stages
-    from .request import Request
 
-    prompts = _prompts(options)
-    process = started_process(together=options.ulysses)
+    options = _with_table(options, context, run)
+    refuse_cfg_parallel(options.cfg_parallel)
+    starts = starts_processes(options.gpus, options.device, together=options.ulysses)
+    process = Process() if starts else started_process(together=options.ulysses)
     many = process.count > 1
-    require_one_document(options.json, process.count)
-    fields = fields_of(Request, options)
-    fields |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if fields[name] is None}
-    if not options.solver:
-        shift = run.get("flow_shift") if options.flow_shift is None else options.flow_shift
-        fields |= {"solver": run.get("solver"), "flow_shift": shift}
-    requests = [
-        Request(**{**fields, "prompt": prompt, "output": output, "seed": seed, "methods": tuple(methods)})
-        for prompt, output, seed in singles(prompts, options.output, options.seed, same_seed=options.same_seed)
-    ]
+    require_one_document(options.json, options.gpus if starts else process.count)
+    outputs = planned(options, methods)
+    requests, notes = [output.request for output in outputs], tuple(_defaults(options, outputs[0].request))
+    if options.dry_run:
+        with Stages(quiet=options.quiet) as stages:
+            made = resolved_requests(requests, stages, notes, together=options.ulysses)
+        print_dry_run([request for request, _ in made], json=options.json)
+        return
     if len(requests) > 1:
         STOP.files = "outputs that were made are whole, and the same command with --resume makes the others"
+    if starts:
+        resolved_requests(requests, Stages(silent=True), together=options.ulysses)
+        raise typer.Exit(launch(options.gpus, sys.argv[1:]))
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
         shown = {"on_written": _line} if many else {}
         written = generate(
-            requests, stages=stages, command=sys.argv, process=process, resume=options.resume,
-            notes=tuple(_defaults(options, requests[0])), **shown,
-        )  # fmt: skip
+            requests, stages=stages, command=sys.argv, process=process, resume=options.resume, notes=notes, **shown
+        )
+    sheet = write_sheet(outputs, options.output) if options.grid else None
+    if sheet and not options.quiet:
+        TALK.print(f"contact sheet: {sheet}", markup=False, soft_wrap=True)
     if options.json:
         print_json([output.record for output in written])
         return
@@ -120,16 +146,26 @@ def _defaults(options: GenerateOptions, request: "Request") -> Iterator[str]:
         yield "no method is attached, so this is the model as it is; --preset balanced attaches what is chosen for it"
 
 
-def _prompts(options: GenerateOptions) -> tuple[str, ...]:
-    """Return the prompts, named or from a file; `ConfigError` unless there is one of both."""
-    from .request import read_prompts
+def _with_table(options: GenerateOptions, context: typer.Context, run: dict[str, Any]) -> GenerateOptions:
+    """Return options with what a config's table sets, where the command line does not."""
+    from .named import read_named
 
-    if options.prompt is not None and options.prompt_file is None:
-        return (options.prompt,)
-    if options.prompt is None and options.prompt_file is not None:
-        return tuple(read_prompts(options.prompt_file))
-    got = "neither" if options.prompt is None else "both"
-    raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
+    named = read_named(GenerateOptions, run, "the table [run] of --config")
+    if named.methods:
+        name = next(iter(named.methods))
+        raise ConfigError(f"the table [run] of --config has {name!r}, a method; write a table of its own, [{name}]")
+    typed = {
+        field.name
+        for field in dataclasses.fields(options)
+        if getattr(context.get_parameter_source(field.name), "name", "") == "COMMANDLINE"
+    }
+    if "solver" in typed:
+        typed.add("flow_shift")  # a config's is that of its own solver
+    if typed & {"prompt", "prompt_file"}:
+        typed |= {"prompt", "prompt_file"}
+    if typed & {"seed", "seeds"}:
+        typed |= {"seed", "seeds"}
+    return dataclasses.replace(options, **{name: v for name, v in named.options.items() if name not in typed})
 
 
 def describe_model(
@@ -150,12 +186,16 @@ def describe_model(
     import dit_accel
 
     from .loading import empty_transformers
+    from .pipeline_call import files_taken
 
-    description = dit_accel.describe(empty_transformers(model))
+    pipe = empty_transformers(model)
+    description, files = dit_accel.describe(pipe), files_taken(pipe.config["_name_or_path"])
     if json:
-        print_json(description.to_dict())
-    else:
-        OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
+        print_json({**description.to_dict(), "files": files})
+        return
+    OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
+    if files and not options:
+        OUT.print(f"generate starts from: {', '.join(files)}", soft_wrap=True, markup=False)
 
 
 def _line(output: "Written") -> None:

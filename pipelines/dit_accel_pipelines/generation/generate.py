@@ -1,6 +1,7 @@
 """Generates videos or images with methods attached, and writes each with all that is needed to repeat it."""
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import sys
@@ -16,7 +17,7 @@ import dit_accel
 from dit_accel.adapters import Family
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.attachment.check import Check, compared, require_tools
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, DitAccelError
 from dit_accel.estimate.sizes import token_layout
 from dit_accel.files import held, json_text, written_whole
 from dit_accel.methods.config import MethodConfig
@@ -25,17 +26,18 @@ from dit_accel.methods.presets import NONE
 from ..processes.parallel import ALONE, Group, check_transformer, joined_group
 from ..processes.processes import Process
 from .dense_attention import check_attention_backend, use_attention_backend
+from .fit import memory_used
 from .inputs import other_sizes, read_pictures
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, whole_output, write_media
-from .pipeline_call import CallSignature
+from .pipeline_call import PICTURES, CallSignature
 from .progress import Stages
 from .quiet import quiet_diffusers
-from .request import Request, check_path, resolve, side_car_path
+from .request import CALL_ARGUMENTS, SET_ALONE, Request, Resolved, check_path, resolve, side_car_path
 from .resume import kept_record, request_digest
 from .room import check_outputs_fit
-from .side_car import Generation, side_car
+from .side_car import Generation, repeating, side_car
 from .solvers import make_scheduler
 from .sound import sound_of
 from .threads import one_thread
@@ -83,9 +85,7 @@ def generate(
     """
     stages, process = stages or Stages(silent=True), process or Process()
     placed = [dataclasses.replace(request, device=process.device(request.device)) for request in requests]
-    every = _resolve(placed, stages, notes)
-    for request, family in every if process.together > 1 else ():
-        _check_spread(request, family, process.together)
+    every = resolved_requests(placed, stages, notes, together=process.together)
     on_written = on_written if process.first else lambda _: None
     share = process.own(every)
     with contextlib.ExitStack() as stack:
@@ -97,26 +97,36 @@ def generate(
         written = {
             output: Written(record=record, report=None, kept=True) for output, record in records.items() if record
         }
-        for kept in written.values():
-            on_written(kept)
+        for output in written.values():
+            on_written(output)
         missing = [resolved for resolved in share if resolved[0].output not in written]
         check_outputs_fit([request for request, _ in missing], process.count // process.together)
         for request, _ in missing if process.first else ():
             if request.output.exists():
                 stages.note(f"{request.output} is there; it is replaced when the new one is whole")
-        for same in _of_one_model(missing):
-            with Loaded(*same[0], stages, command, writes=process.first, group=group) as loaded:
-                for request, _ in same:
-                    written[request.output] = loaded.make(request)
+        stages.outputs(len(missing))
+        for _, same in itertools.groupby(missing, lambda resolved: _what_is_loaded(resolved[0])):
+            with Loaded(stages, command, writes=process.first, group=group) as loaded:
+                for request, family in same:
+                    written[request.output] = loaded.make(request, family)
+                    stages.output_made(request.output)
                     on_written(written[request.output])
     return [written[request.output] for request, _ in share]
 
 
-def _of_one_model(resolved: Sequence[tuple[Request, Family | None]]) -> Iterator[list[tuple[Request, Family | None]]]:
-    """Yield runs of neighbours that differ in nothing that is loaded or attached."""
-    names = [field.name for field in dataclasses.fields(Request) if field.name not in ("prompt", "output", "seed")]
-    for _, group in itertools.groupby(resolved, lambda pair: [getattr(pair[0], name) for name in names]):
-        yield list(group)
+OF_THE_CALL = (
+    "prompt", "output", "seed", *CALL_ARGUMENTS, *SET_ALONE, *PICTURES, "arg", "fps", "scale", "quality", "check",
+)  # fmt: skip
+"""Fields of a request that are the call's own, or the file's: a loaded pipeline makes one after another."""
+
+PREPARED = ("methods", "preset", "backend", "dense", "solver", "flow_shift", "check", "height", "width")
+"""Fields for which a loaded pipeline is prepared, and anew for others; sizes, since larger ones take more of some."""
+
+
+def _what_is_loaded(request: Request) -> list[Any]:
+    """Return what requests have in common that can share a pipeline; compiled blocks also keep what is attached."""
+    apart = {*OF_THE_CALL} - {*PREPARED} if request.compile else {*OF_THE_CALL, *PREPARED}
+    return [getattr(request, field.name) for field in dataclasses.fields(request) if field.name not in apart]
 
 
 Make = Callable[[str, Path, int], Written]
@@ -127,27 +137,41 @@ Make = Callable[[str, Path, int], Written]
 def opened(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Iterator[Make]:
     """Load what a request asks for, once, for as many files as wanted; yields the function that makes them."""
     stages = stages or Stages(silent=True)
-    ((request, family),) = _resolve([request], stages)
-    with one_thread(embedded=request.embedded is not None), Loaded(request, family, stages, command) as loaded:
+    ((request, family),) = resolved_requests([request], stages)
+    with one_thread(embedded=request.embedded is not None), Loaded(stages, command) as loaded:
+        loaded.load(request, family)
         yield lambda prompt, output, seed: loaded.make(
-            dataclasses.replace(request, prompt=prompt, output=output, seed=seed)
+            dataclasses.replace(request, prompt=prompt, output=output, seed=seed), family
         )
 
 
-def _resolve(
-    requests: Sequence[Request], stages: Stages, notes: Sequence[str] = ()
+def resolved_requests(
+    requests: Sequence[Request], stages: Stages, notes: Sequence[str] = (), *, together: int = 1
 ) -> list[tuple[Request, Family | None]]:
-    """Return the resolved requests with their families, and show these notes and theirs, each once."""
-    resolved = [resolve(request) for request in requests]
+    """Return the resolved requests with their families, and show these notes and theirs, each once.
+
+    ``together``: processes that are to share each output; what they can't is refused.
+    """
+    resolved = [_named(request, len(requests)) for request in requests]
     backends = {(request.attention_backend, request.source): device_of(request) for request in requests}
     for (backend, source), device in backends.items():
         if backend is not None:
             check_attention_backend(backend, read_model_files(source), device)
+    for each in resolved if together > 1 else ():
+        _check_spread(each.request, each.family, together)
     for text in dict.fromkeys([*notes, *(text for each in resolved for text in each.notes)]):
         stages.note(text)
     for text in dict.fromkeys(text for each in resolved for text in each.warnings):
         stages.warn(text)
     return [(each.request, each.family) for each in resolved]
+
+
+def _named(request: Request, count: int) -> Resolved:
+    """Resolve a request; of several, errors say the output's name."""
+    try:
+        return resolve(request)
+    except DitAccelError as error:
+        raise type(error)(f"{request.output.name}: {error}") if count > 1 else error from None
 
 
 def _check_spread(request: Request, family: Family | None, degree: int) -> None:
@@ -168,7 +192,7 @@ def _check_spread(request: Request, family: Family | None, degree: int) -> None:
 
 
 class Loaded:
-    """A resolved request's pipeline with its methods attached, inside a ``with`` block.
+    """A pipeline that is loaded for the first of some requests, for as long as a ``with`` block lasts.
 
     Args:
         command: the command line, for the side-cars.
@@ -177,47 +201,64 @@ class Loaded:
     """
 
     def __init__(
-        self, request: Request, family: Family | None, stages: Stages, command: Sequence[str] = (), *,
-        writes: bool = True, group: Group = ALONE,
-    ) -> None:  # fmt: skip
+        self, stages: Stages, command: Sequence[str] = (), *, writes: bool = True, group: Group = ALONE
+    ) -> None:
         self._stages, self._command, self._writes, self._group = stages, command, writes, group
-        if request.check:
-            require_tools()
-        stages.stage("loading")
-        started = time.perf_counter()
-        self._pipe = load_pipeline(request)
-        if request.solver is not None or request.flow_shift is not None:
-            self._pipe.scheduler = make_scheduler(self._pipe.scheduler, request.solver, request.flow_shift)
-        self._loading = time.perf_counter() - started
-        for text in prepare_larger(self._pipe, request, family):
-            stages.note(text)
-        with quiet_diffusers():
-            for transformer in transformers_of(self._pipe):
-                group.share(transformer)
-                if request.attention_backend is not None:
-                    use_attention_backend(transformer, request.attention_backend)
-        choices = {"preset": request.preset, "dense": request.dense, "quiet": stages.quiet}
-        self._attached = attached(self._pipe, request.methods, request.backend, **choices)
-        self._request = request
+        self._pipe: Any = None
+        self._prepared_for: list[Any] = []
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Loaded":
-        with contextlib.ExitStack() as stack:
-            self._attachment = stack.enter_context(self._attached)
-            if self._request.check and not self._attachment.report().methods:
-                raise ConfigError(
-                    f"check compares methods with the dense run, and the preset {self._request.preset!r} has none for "
-                    "this model; name one, such as --staticcache"
-                )
-            if self._request.compile:
-                compile_blocks(self._pipe)
-            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def make(self, request: Request) -> Written:
-        """Generate and write one request that loads and attaches what this one does."""
+    def load(self, request: Request, family: Family | None) -> None:
+        """Load what a resolved request needs, and attach its methods, where that is not there yet."""
+        if self._pipe is None:
+            if request.check:
+                require_tools()
+            self._stages.stage("loading")
+            started = time.perf_counter()
+            self._pipe = load_pipeline(request)
+            self._loading = time.perf_counter() - started
+            with quiet_diffusers():
+                for transformer in transformers_of(self._pipe):
+                    self._group.share(transformer)
+                    if request.attention_backend is not None:
+                        use_attention_backend(transformer, request.attention_backend)
+        wanted = [getattr(request, name) for name in PREPARED]
+        if wanted != self._prepared_for:
+            self._prepared_for = []
+            self._stack.close()
+            self._prepare(request, family)
+            self._prepared_for = wanted
+
+    def _prepare(self, request: Request, family: Family | None) -> None:
+        """Attach a request's methods and its solver, until the stack is closed."""
+        pipe, vae = self._pipe, getattr(self._pipe, "vae", None)
+        self._stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        if request.solver is not None or request.flow_shift is not None:
+            pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
+        if vae is not None and getattr(vae, "use_tiling", None) is False:
+            self._stack.callback(vae.disable_tiling)
+        for text in prepare_larger(pipe, request, family):
+            self._stages.note(text)
+        choices = {"preset": request.preset, "dense": request.dense, "quiet": self._stages.quiet}
+        self._attachment = self._stack.enter_context(attached(pipe, request.methods, request.backend, **choices))
+        if request.check and not self._attachment.report().methods:
+            raise ConfigError(
+                f"check compares methods with the dense run, and the preset {request.preset!r} has none for "
+                "this model; name one, such as --staticcache"
+            )
+        if request.compile:
+            compile_blocks(pipe)
+
+    def make(self, request: Request, family: Family | None) -> Written:
+        """Generate and write one of the requests that share this pipeline."""
+        self.load(request, family)
         resolved, dense, check = _with_choices(request, self._pipe), None, None
         pictures = read_pictures(request, CallSignature.of(type(self._pipe)))
         if request.check:
@@ -232,7 +273,11 @@ class Loaded:
             check.save(check_path(request.output))
         record["check"] = check and {**check.to_dict(), "picture": str(check_path(request.output))}
         record["ulysses"] = self._group.size
+        if (memory := memory_used(resolved, record["peak_memory_bytes"])) is not None:
+            text, below = memory
+            (self._stages.note if below else self._stages.warn)(text)
         record["request_digest"] = request_digest(request)
+        record["run"] = repeating(dataclasses.replace(request, dtype=resolved.dtype))
         if self._writes:
             _write(request.output, generation, record, resolved)
         return Written(record=record, report=generation.report, check=check)

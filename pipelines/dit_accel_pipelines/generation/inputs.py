@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dit_accel.adapters import Family
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import ConfigError
@@ -19,7 +21,7 @@ from .media import read_image, read_video
 from .options import RunOptions
 from .pipeline_call import PICTURES, CallSignature
 
-SEVERAL = re.compile("Flux2|QwenImageEditPlus|QwenImage21|GlmImage|BriaFibo|ZImageOmni|JoyImageEditPlus|WanVACE")
+SEVERAL = re.compile("Flux2(?!KleinI)|QwenImage(EditPlus|21)|GlmImage|BriaFibo|ZImageOmni|JoyImageEditPlus|WanVACE")
 """Pipeline classes that look at several pictures for one prompt."""
 
 SIDE_BY_SIDE = re.compile("FluxKontextPipeline")
@@ -31,12 +33,8 @@ ONE_A_CALL = ("last_image", "mask_image", "mask", "control_image", "control_mask
 CONDITIONS = ("conditions", "reference_conditions")
 """Arguments of LTX that hold pictures with the frames for which they stand."""
 
-
 FRAME_BY_FRAME = re.compile("WanVACE|LucyEdit|CogVideoXFunControl")
 """Pipeline classes whose output follows a video frame by frame."""
-
-FOLLOWED = ("video", "control_video", "mask")
-"""Their arguments that hold as many frames as the output."""
 
 SHAPING = ("image", "images", "cond_image", "conditions", "video", "control_image", "control_video", "pose_video")
 """Arguments whose first file gives the output its shape, the first of them that there is."""
@@ -97,30 +95,21 @@ def arguments_of(inputs: Sequence[Input], call: CallSignature) -> dict[str, list
     for file in inputs:
         argument = call.argument_of(file.option, file.name)
         if argument is None or (file.frame is not None and argument != "conditions"):
-            raise ConfigError(f"{call.name} takes no {_what(file)}, got {file}; {_instead(file, call)}")
+            taken = ", ".join(call.files().values())
+            what = f"{file.option} {file.name!r}" if file.name else file.option
+            instead = f"it takes {taken}" if taken else "leave it out"
+            raise ConfigError(f"{call.name} takes no {what}, got {file}; {instead}")
         arguments.setdefault(argument, []).append(file)
     for argument, files in arguments.items():
         if len(files) > 1 and not _takes_several(call, argument, files):
             listed = ", ".join(map(str, files))
             raise ConfigError(f"{call.name} takes one {argument}, got {len(files)}: {listed}; leave all but one out")
-    if "last_image" in arguments and not {"image", "cond_image"} & {*arguments}:
-        last = arguments["last_image"][0]
-        raise ConfigError(f"{call.name} needs the first image besides the last, got {last}; add --image first=FILE")
+    for later, first in (("last_image", "image"), ("mask", "video")):
+        if later in arguments and call.takes(first) and first not in arguments:
+            raise ConfigError(
+                f"{arguments[later][0]} needs a picture or video besides, got no {first}; add {call.files()[first]}"
+            )
     return arguments
-
-
-def _what(file: Input) -> str:
-    if file.name is None:
-        return file.option
-    return f"{file.option} of a frame" if file.frame is not None else f"{file.option} {file.name!r}"
-
-
-def _instead(file: Input, call: CallSignature) -> str:
-    names = call.names_of(file.option)
-    plain = call.argument_of(file.option, None) is not None
-    others = [f"--{file.option} {name}=FILE" for name in names] if file.name else []
-    taken = ", ".join([f"--{file.option} FILE"] * (plain and not others) + others)
-    return f"it takes {taken}" if taken else "leave it out"
 
 
 def _takes_several(call: CallSignature, argument: str, files: Sequence[Input]) -> bool:
@@ -133,26 +122,20 @@ def _takes_several(call: CallSignature, argument: str, files: Sequence[Input]) -
 def read_pictures(options: RunOptions, call: CallSignature) -> dict[str, Any]:
     """Read the files that a request starts from, as the arguments of a pipeline's call."""
     read: dict[str, Any] = {}
+    count = options.num_frames if FRAME_BY_FRAME.search(call.name) else None
     for argument, files in arguments_of(inputs_of(options), call).items():
-        values = [file.read() for file in files]
+        values = [file.read()[:count] if file.option == "video" else file.read() for file in files]
+        several = _takes_several(call, argument, files)
         if argument in CONDITIONS:
-            read[argument] = [
-                _condition(call, argument, file, value, options) for file, value in zip(files, values, strict=True)
-            ]
-        elif "mask" in argument:
-            read[argument] = _grey(values[0])
-        elif SIDE_BY_SIDE.search(call.name) and len(values) > 1:
-            read[argument] = side_by_side(values)
-        elif SEVERAL.search(call.name) and files[0].option == "image" and argument not in ONE_A_CALL:
-            read[argument] = values
+            pairs = zip(files, values, strict=True)
+            read[argument] = [_condition(call, argument, file, value, options) for file, value in pairs]
+        elif several:
+            read[argument] = side_by_side(values) if SIDE_BY_SIDE.search(call.name) else values
         else:
-            read[argument] = values[0]
-    if FRAME_BY_FRAME.search(call.name):
-        read = {
-            name: value[: options.num_frames] if isinstance(value, list) and name in FOLLOWED else value
-            for name, value in read.items()
-        }
-    return as_long_as_the_video(read)
+            read[argument] = _grey(values[0]) if "mask" in argument else values[0]
+    if isinstance(read.get("video"), list) and not isinstance(read.get("mask", []), list):
+        read["mask"] = [read["mask"]] * len(read["video"])  # one picture for all frames
+    return read
 
 
 def follow_inputs(options: Any, call: CallSignature, files: ModelFiles, family: Family | None) -> tuple[Any, list[str]]:
@@ -166,21 +149,18 @@ def follow_inputs(options: Any, call: CallSignature, files: ModelFiles, family: 
         raise ConfigError(
             f"{files.name} starts from a first image alone, got {arguments['last_image'][0]}; leave the last out"
         )
+    notes = [
+        f"{call.name} looks at one picture, so {len(pictures)} are laid side by side"
+        for pictures in arguments.values()
+        if SIDE_BY_SIDE.search(call.name) and len(pictures) > 1
+    ]
     read = {argument: [(file, file.read()) for file in inputs] for argument, inputs in arguments.items()}
-    _check_frames(arguments, options, call)
+    read_pictures(options, call)  # which refuses what can't go together
     if family is None:
-        return options, []
+        return options, notes
     options, length = _follow_length(options, call, family, read)
     options, shape = _follow_shape(options, call, family, read)
-    return options, [*length, *shape]
-
-
-def _check_frames(arguments: Mapping[str, Sequence[Input]], options: RunOptions, call: CallSignature) -> None:
-    """Refuse a frame's number beyond the output."""
-    count = options.num_frames or call.default("num_frames")
-    for file in arguments.get("conditions", ()):
-        if count and file.frame is not None and file.frame >= count:
-            raise ConfigError(f"{file} is for a frame beyond the {count} of the output; count from 0 to {count - 1}")
+    return options, [*notes, *length, *shape]
 
 
 Read = Mapping[str, Sequence[tuple[Input, Any]]]
@@ -251,9 +231,11 @@ def _condition(call: CallSignature, argument: str, file: Input, value: Any, opti
     annotation = call.parameters[argument].annotation
     kind = next(part for part in typing.get_args(annotation) if dataclasses.is_dataclass(part))
     names = {field.name for field in dataclasses.fields(kind)}
+    count = options.num_frames or call.default("num_frames")
+    if count and (file.frame or 0) >= count:
+        raise ConfigError(f"{file} is for a frame beyond the {count} of the output; count from 0 to {count - 1}")
     fields: dict[str, Any] = {"frames" if "frames" in names else file.option: value}
     if "frame_index" in names:
-        count = options.num_frames or call.default("num_frames")
         fields["frame_index"] = count - 1 if file.name == "last" else file.frame or 0
     elif "index" in names:
         fields["index"] = -1 if file.name == "last" else -(-(file.frame or 0) // LATENT_FRAMES)  # counted in latents
@@ -266,23 +248,10 @@ def _grey(value: Any) -> Any:
     return [frame.convert("L") for frame in value] if isinstance(value, list) else value.convert("L")
 
 
-def as_long_as_the_video(read: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments in which a single mask of a video stands for each of its frames."""
-    video, mask = read.get("video"), read.get("mask")
-    if isinstance(video, list) and mask is not None and not isinstance(mask, list):
-        return {**read, "mask": [mask] * len(video)}
-    return dict(read)
-
-
 def side_by_side(pictures: Sequence[Any]) -> Any:
     """Return pictures side by side in one, each as high as the first."""
     from PIL import Image
 
     height = pictures[0].height
     scaled = [picture.resize((round(picture.width * height / picture.height), height)) for picture in pictures]
-    whole = Image.new("RGB", (sum(picture.width for picture in scaled), height))
-    left = 0
-    for picture in scaled:
-        whole.paste(picture, (left, 0))
-        left += picture.width
-    return whole
+    return Image.fromarray(np.hstack([np.asarray(picture) for picture in scaled]))

@@ -5,8 +5,8 @@ import functools
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -32,25 +32,12 @@ OF_A_FOLDER = re.compile(r"\d{5,}\.png|sound\.wav")
 """Names of the files in a folder of frames: what a run may replace."""
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How ffmpeg compresses the pictures and the sound of one kind of file."""
-
-    pictures: str  # its name of the encoder
-    sound: tuple[str, ...]  # the same, and its bits a second
-    coarsest: int  # the constant rate factor (CRF) of the least quality
-    slow: tuple[str, ...]  # how it encodes for a small file
-    quick: tuple[str, ...]  # for a player that jumps to any frame: sooner, with more key frames
-
-
 CODECS = {
-    ".mp4": Codec(
-        "libx264", ("aac", "192k"), 51, ("-preset", "slow", "-movflags", "+faststart"),
-        ("-preset", "veryfast", "-g", "8", "-movflags", "+faststart"),
-    ),
-    ".webm": Codec("libvpx-vp9", ("libopus", "128k"), 63, ("-b:v", "0", "-cpu-used", "2"), ("-b:v", "0", "-g", "8")),
-}  # fmt: skip
-"""Suffix -> how such a video is compressed."""
+    ".mp4": ("libx264", 51, "-movflags +faststart -preset slow", "-movflags +faststart -preset veryfast -g 8"),
+    ".webm": ("libvpx-vp9", 63, "-b:v 0 -cpu-used 2", "-b:v 0 -g 8"),
+}
+"""Suffix -> ffmpeg's encoder, the constant rate factor (CRF) of the least quality, and its words: for a small file, or
+for a player that jumps to any frame, sooner and with more key frames."""
 
 QUALITY = 7.25
 """The quality of a video unless another is requested: CRF 14 of H.264."""
@@ -82,11 +69,10 @@ def _check_folder(path: Path) -> None:
     if not path.exists():
         check_writable(path)
         return
-    if not path.is_dir():
-        raise ConfigError(f"output {path} is a file; name a folder for frames, or a file that ends in .mp4")
-    other = next((entry.name for entry in path.iterdir() if not OF_A_FOLDER.fullmatch(entry.name)), None)
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
+    other = next((name for name in names if not OF_A_FOLDER.fullmatch(name)), None)
     if other is not None:
-        raise ConfigError(f"the folder {path} holds {other}, which is no frame; name one that is new or holds frames")
+        raise ConfigError(f"output {path} would replace {other}, which is no frame; name a folder that is new")
 
 
 def check_encoder(what: str, instead: str, suffix: str = ".mp4") -> None:
@@ -95,14 +81,14 @@ def check_encoder(what: str, instead: str, suffix: str = ".mp4") -> None:
         _try_encoder(_ffmpeg(), suffix)
     except RuntimeError as error:
         raise ConfigError(
-            f"{what} ffmpeg with {CODECS[suffix].pictures} ({error}); pip install imageio-ffmpeg, correct "
+            f"{what} ffmpeg with {CODECS[suffix][0]} ({error}); pip install imageio-ffmpeg, correct "
             f"IMAGEIO_FFMPEG_EXE if that is set, or {instead}"
         ) from None
 
 
 @functools.cache
 def _try_encoder(ffmpeg: str, suffix: str) -> None:
-    _encode(ffmpeg, np.zeros((2, 64, 64, 3), np.uint8), 8, suffix, ("-f", "null", "-"), quick=True)
+    _encode(ffmpeg, np.zeros((2, 64, 64, 3), np.uint8), 8, suffix, ("-f", "null", "-"), QUALITY, None, quick=True)
 
 
 def check_quality(path: Path, quality: float | None) -> None:
@@ -159,14 +145,9 @@ def whole_output(path: Path) -> Iterator[Path]:
 
 
 def write_media(
-    path: Path,
-    frames: Frames,
-    *,
-    fps: float,
-    sound: Sound | None = None,
-    quality: float | None = None,
+    path: Path, frames: Frames, *, fps: float, sound: Sound | None = None, quality: float | None = None,
     seeking: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write frames by the path's suffix, with what it can hold of their sound.
 
     .mp4 (H.264, AAC), .webm (VP9, Opus), .gif, .png (one frame, or a contact sheet of several), or without suffix a
@@ -179,8 +160,7 @@ def write_media(
     suffix = path.suffix.lower()
     if suffix in CODECS:
         check_even(path, *frames.shape[1:3])
-        sink = (f"file:{path}",)
-        _encode(_ffmpeg(), frames, fps, suffix, sink, quick=seeking, quality=quality or QUALITY, sound=sound)
+        _encode(_ffmpeg(), frames, fps, suffix, (f"file:{path}",), quality or QUALITY, sound, quick=seeking)
     elif suffix == ".gif":
         first, *pictures = map(_to_image, frames)
         first.save(path, save_all=True, append_images=pictures, duration=max(20, round(1000 / fps)), loop=0)
@@ -205,10 +185,13 @@ def to_uint8(video: np.ndarray) -> Frames:
     return (np.clip(video, 0.0, 1.0) * 255).round().astype(np.uint8)
 
 
-def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, columns: int = SHEET_COLUMNS) -> "Image":
+def contact_sheet(
+    videos: Sequence[Frames], labels: Sequence[str] = (), *, columns: int = SHEET_COLUMNS, heads: Sequence[str] = ()
+) -> "Image":
     """Lay out videos one below the other, evenly spaced frames of each side by side, a label before each row.
 
-    ``videos``: uint8 [F, height, width, 3] each, all of the same height and width.
+    ``videos``: uint8 [F, height, width, 3] each, all of the same height and width. ``heads``: what stands above
+    the columns.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -220,14 +203,20 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
     frames = [np.linspace(0, len(video) - 1, min(len(video), columns)).round().astype(int) for video in videos]
     rows = [upscale(video[np.unique(evenly)], enlarged) for video, evenly in zip(videos, frames, strict=True)]
     count, height, width = max(len(row) for row in rows), *rows[0].shape[1:3]
-    font, gap = ImageFont.load_default(size=max(11, min(height // 8, 28))), 4
+    letters, gap = max(11, min(height // 8, 28)), 4
+    font = ImageFont.load_default(size=letters)
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    margin = max((int(draw.textlength(label, font=font)) + 3 * gap for label in labels), default=gap)
-    size = margin + count * (width + gap), gap + len(rows) * (height + gap)
+    lines = [line for label in labels for line in label.splitlines()]
+    margin = max((int(draw.textlength(line, font=font)) + 3 * gap for line in lines), default=gap)
+    folded = [textwrap.fill(head, max(6, int(width / letters / 0.55))) for head in heads]
+    above = gap + max((int(draw.multiline_textbbox((0, 0), head, font=font)[3]) + gap for head in folded), default=0)
+    size = margin + count * (width + gap), above + len(rows) * (height + gap)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(folded):
+        draw.multiline_text((margin + column * (width + gap), gap), head, fill="black", font=font)
     for number, row in enumerate(rows):
-        top = gap + number * (height + gap)
+        top = above + number * (height + gap)
         if labels:
             draw.text((gap, top + height // 2), labels[number], fill="black", font=font, anchor="lm")
         for column, frame in enumerate(row):
@@ -241,32 +230,28 @@ def _encode(
     fps: float,
     suffix: str,
     sink: Sequence[str],
+    quality: float,
+    sound: Sound | None,
     *,
     quick: bool,
-    quality: float = QUALITY,
-    sound: Sound | None = None,
 ) -> None:
     """Run ffmpeg on frames and their sound; ``sink``: where its output goes."""
-    codec, (height, width) = CODECS[suffix], frames.shape[1:3]
-    rate_factor = max(1, round(codec.coarsest * (1 - quality / 10)))  # 0 is lossless, which few players show
+    encoder, coarsest, *words = CODECS[suffix]
+    rate_factor = max(1, round(coarsest * (1 - quality / 10)))  # 0 is lossless, which few players show
+    height, width = frames.shape[1:3]
     command = [ffmpeg, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", str(fps), "-i", "-"]
-    pictures = ["-c:v", codec.pictures, "-pix_fmt", "yuv420p", "-crf", str(rate_factor), "-threads", "1"]
-    with tempfile.TemporaryDirectory() if sound is not None else contextlib.nullcontext() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         if sound is not None:
-            heard = Path(str(folder)) / "sound.wav"
-            write_wav(heard, sound)
-            command += ["-i", str(heard), "-c:a", codec.sound[0], "-b:a", codec.sound[1]]
-        command += [*pictures, *(codec.quick if quick else codec.slow), *sink]
-        _run(command, np.ascontiguousarray(frames).reshape(-1).data)
-
-
-def _run(command: Sequence[str], pixels: memoryview) -> None:
-    """Run ffmpeg; `RuntimeError` with the last of what it said if it fails."""
-    try:
-        done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-    except OSError as error:
-        raise RuntimeError(f"{command[0]}: {error.strerror}") from None
+            write_wav(Path(folder) / "sound.wav", sound)
+            command += ["-i", f"{folder}/sound.wav"]
+        command += ["-c:v", encoder, "-pix_fmt", "yuv420p", "-crf", str(rate_factor), "-threads", "1"]
+        command += [*words[quick].split(), *sink]
+        pixels = np.ascontiguousarray(frames).reshape(-1).data
+        try:
+            done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        except OSError as error:
+            raise RuntimeError(f"{ffmpeg}: {error.strerror}") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"ffmpeg ended with exit code {done.returncode} and wrote no video: {said or 'no reason'}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dit_accel.adapters.model_files import ModelFiles
+from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.methods.toml import parse_value
 
@@ -64,13 +64,14 @@ NOT_TEXT = re.compile(
 )
 """Arguments of the call that no text can hold, or that decide what comes back."""
 
-NEEDED: Mapping[str, re.Pattern[str]] = {
-    "image": re.compile(r"Img2Img|Inpaint|Fill|ImageEdit|Image(To|2)Video|(?<!T)I2[IV]"),
-    "video": re.compile("VideoToVideo"),
-    "mask": re.compile("Inpaint|Fill"),
-    "control": re.compile("Control"),
-}
-"""What pipeline classes of such names start from, although their signature makes it optional."""
+NEEDED: Sequence[tuple[re.Pattern[str], Sequence[str]]] = (
+    (re.compile(r"Img2Img|Inpaint|Fill|ImageEdit|Image(To|2)Video|(?<!T)I2[IV]"), PLAIN["image"][:3]),
+    (re.compile("VideoToVideo"), ("video",)),
+    (re.compile("VideoToWorld"), ("image", "video")),
+    (re.compile("Inpaint|Fill"), SHORT["mask"]),
+    (re.compile("Control"), SHORT["control"]),
+)
+"""Names of pipeline classes, and the arguments of which they need one although their signature makes it optional."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +104,19 @@ class CallSignature:
         names = PLAIN[option] if name is None else SHORT.get(name, (name,))
         frames = self.takes("video")  # without which a mask is one picture
         known = PICTURES[option] if option == "image" or frames else set(PICTURES[option]) - {"mask"}
-        return next((argument for argument in names if argument in known and self.takes(argument)), None)
+        argument = next((argument for argument in names if argument in known and self.takes(argument)), None)
+        return "conditions" if argument in PICTURES and self.takes("conditions") else argument
 
-    def names_of(self, option: str) -> list[str]:
-        """Return what files of an option may be named."""
-        return [name for name in SHORT if self.argument_of(option, name)]
+    def files(self) -> dict[str, str]:
+        """Return the arguments that files are for, with the option for each, such as ``--image last=FILE``."""
+        options: dict[str, str] = {}
+        for option in ("video", "image"):
+            for name in (None, *SHORT):
+                if argument := self.argument_of(option, name):
+                    options.setdefault(argument, f"--{option} {name}=FILE" if name else f"--{option} FILE")
+        if "conditions" in options:
+            options["conditions"] = "--image [first|last|NUMBER=]FILE, --video [NUMBER=]FILE"
+        return options
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Refuse arguments that the pipeline does not take, and a call that lacks what it needs."""
@@ -125,31 +134,16 @@ class CallSignature:
         beyond = [name for name in missing if not _option_of(name)]
         if beyond:
             raise ConfigError(f"{self.name} needs {', '.join(beyond)}, which generate can't give; call it from Python")
-        for name in self._unstated():
-            if name not in {*missing, *arguments}:
-                missing.append(name)
-        if not missing and "VideoToWorld" in self.name and not {"image", "video"} & {*arguments}:
-            raise ConfigError(
-                f"{self.name} starts from an image or a video, got none; give generate --image FILE or --video FILE"
-            )
-        if missing:
-            options = " and ".join(f"--{_option_of(name)} {self._name_of(name)}FILE" for name in missing)
-            pictures = " and ".join({"image": "an image", "video": "a video"}.get(name, name) for name in missing)
+        groups = [[name] for name in missing] + [
+            [name for name in needed if self.takes(name)]
+            for names, needed in NEEDED
+            if names.search(self.name) and not TENSORS.search(self.name) and not {*needed} & {*missing, *arguments}
+        ]
+        if groups := [names for names in groups if names]:
+            options = " and ".join(" or ".join(self.files()[name] for name in names) for names in groups)
+            words = {"image": "an image", "video": "a video"}
+            pictures = " and ".join(" or ".join(words.get(name, name) for name in names) for names in groups)
             raise ConfigError(f"{self.name} starts from {pictures}, got none; give generate {options}")
-
-    def _name_of(self, argument: str) -> str:
-        """Return what a file for an argument is named, with the equals sign; empty for what needs no name."""
-        if any(self.argument_of(option, None) == argument for option in PICTURES):
-            return ""
-        return next((f"{short}=" for short, names in SHORT.items() if argument in names), f"{argument}=")
-
-    def _unstated(self) -> list[str]:
-        """Return the arguments that the pipeline needs although its signature makes them optional."""
-        if TENSORS.search(self.name):
-            return []
-        roles = [role for role, names in NEEDED.items() if names.search(self.name)]
-        found = [self.argument_of(kind, role if role in SHORT else None) for role in roles for kind in _kinds(role)]
-        return [name for name in dict.fromkeys(found) if name is not None]
 
     def free_arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         """Return arguments of the call that no option is for, from texts such as ``max_sequence_length=256``."""
@@ -182,9 +176,9 @@ class CallSignature:
     def _instead(self, argument: str) -> str:
         """Say what to do about an argument that is not taken."""
         if argument == "guidance_scale":
-            scales = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
-            guidance = " and ".join(scales) or "a guider"
-            return f"leave it out, or call the pipeline from Python: its guidance is set by {guidance}"
+            names = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
+            scales = " and ".join(OPTIONS.get(name, f"--arg {name}=VALUE") for name in names)
+            return f"its guidance is set by {scales}" if scales else "leave it out: its guidance is set by a guider"
         return "leave it out"
 
 
@@ -203,6 +197,14 @@ def pipeline_class(files: ModelFiles) -> type:
     return cls
 
 
+def files_taken(source: str) -> list[str]:
+    """Return the files that a model's pipeline takes, as options; none for a class that diffusers does not have."""
+    try:
+        return list(CallSignature.of(pipeline_class(read_model_files(source))).files().values())
+    except UnsupportedModel:
+        return []
+
+
 def _shown(value: Any) -> str:
     """Return a value as errors show it: pictures are too long to print."""
     return repr(value) if isinstance(value, (str, int, float)) else str(value)[:80]
@@ -213,10 +215,6 @@ def _option_for(argument: str) -> str | None:
     if option := _option_of(argument):
         return f"--{option} NAME=FILE"
     return OPTIONS.get(argument)
-
-
-def _kinds(role: str) -> Sequence[str]:
-    return (role,) if role in PICTURES else tuple(PICTURES)
 
 
 def _option_of(argument: str) -> str | None:

@@ -1,5 +1,8 @@
 """Progress, notes and warnings on stderr; the bars show on a terminal only."""
 
+import time
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +25,7 @@ class Stages:
             disable=self.quiet or not TALK.is_terminal,
         )
         self._task: Any = None
+        self._made, self._outputs, self._started = 0, 1, 0.0
 
     def __enter__(self) -> "Stages":
         self._progress.__enter__()
@@ -43,6 +47,19 @@ class Stages:
         """Count one part of the stage."""
         self._progress.advance(self._task)
 
+    def outputs(self, count: int) -> None:
+        """Begin so many outputs, of which each is told when it is made, with the time that the others take."""
+        self._made, self._outputs, self._started = 0, count, time.monotonic()
+
+    def output_made(self, output: Path) -> None:
+        """Say which of the outputs is made now, and how long the rest takes if each takes as long as those so far."""
+        self._made += 1
+        if self.quiet or self._outputs == 1:
+            return
+        left = (time.monotonic() - self._started) / self._made * (self._outputs - self._made)
+        rest = f", about {timedelta(seconds=round(left))} to go" if self._made < self._outputs else ""
+        TALK.print(f"{output.name}, {self._made} of {self._outputs}{rest}", markup=False, soft_wrap=True)
+
     def note(self, text: str) -> None:
         """Say what the user may want to know, unless quiet was requested."""
         if not self.quiet:
@@ -58,4 +75,4 @@ class Stages:
             return
         done = next(task for task in self._progress.tasks if task.id == self._task)
         total = done.total if done.total is not None else max(done.completed, 1)
-        self._progress.update(self._task, total=total, completed=total)
+        self._progress.update(self._task, total=total, completed=total, visible=self._outputs == 1)

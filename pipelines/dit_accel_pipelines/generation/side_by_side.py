@@ -135,9 +135,10 @@ class Comparing:
         check = check_of(dense, accelerated)
         difference = np.clip(TIMES * np.abs(check.accelerated - check.dense), 0, 1)
         clips = {
-            "dense": (check.dense, dense.sound), "accelerated": (check.accelerated, accelerated.sound),
+            "dense": (check.dense, dense.sound),
+            "accelerated": (check.accelerated, accelerated.sound),
             "difference": (difference, None),
-        }  # fmt: skip
+        }
         files = {name: _written(request, name, *clip) for name, clip in clips.items()}
         report = "\n".join(str(accelerated.report).splitlines()[:REPORT_LINES])
         return SideBySide(**files, check=check, report=report, notes=tuple(stages.notes))

@@ -1,5 +1,6 @@
 """The JSON side-car of a generated file: all that is needed to repeat the run, and what ran."""
 
+import dataclasses
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import dit_accel
 from .inputs import inputs_of
 from .media import Frames
 from .memory import peak_memory
+from .options import RunOptions
 from .pipeline_call import PICTURES
 from .request import EMBEDDED, Request
 from .sound import Sound
@@ -23,7 +25,8 @@ LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
 
 AS_ASKED = (
     "solver", "flow_shift", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "strength", "seed", "dtype",
-    "device", "offload", "compile", "scale", "lora", "backend", "attention_backend", "dense", "preset",
+    "device", "offload", "vae", "max_memory", "compile", "scale", "lora", "fuse_lora", "transformer", "variant",
+    "revision", "quantize", "quantize_text_encoder", "backend", "attention_backend", "dense", "preset",
 )  # fmt: skip
 """What a side-car says as the resolved request does."""
 
@@ -39,6 +42,18 @@ class Generation:
     sound: Sound | None = None  # what is heard with it
     # the frames before they were rounded, floats in [0, 1], where they are to be compared; else None
     pictures: np.ndarray | None = None
+
+
+def repeating(request: Request) -> dict[str, Any]:
+    """Return the options that repeat a request on any device, beside its methods: what ``--config`` reads as [run]."""
+    run: dict[str, Any] = {"prompt": request.prompt, "model": EMBEDDED}
+    for field in dataclasses.fields(RunOptions):
+        value = getattr(request, field.name)
+        if field.default == () and value:
+            run[field.name] = [str(text) for text in value]
+        elif field.name != "device" and field.default != () and value != field.default:
+            run[field.name] = value
+    return run
 
 
 def side_car(

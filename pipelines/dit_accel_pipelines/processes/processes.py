@@ -63,8 +63,8 @@ class Process:
         there = torch.get_device_module(kind).device_count()
         if self.local_count > there:
             raise ConfigError(
-                f"{self.local_count} processes were started on this machine, which has {there} {kind} devices; start "
-                "at most as many"
+                f"{self.local_count} processes of this machine take a device each, and it has {there} {kind} devices; "
+                "start at most as many"
             )
         return f"{kind}:{self.local_rank}"
 
