@@ -23,7 +23,7 @@ from ..runs.conditions import processor_name
 from ..runs.encodings import LOSSLESS, Encoder, encoder_like
 from ..runs.pairing import Folder, Key, PairedClip
 from ..runs.results import ITSELF, KEPT, Line, append_line, frames_hash, keep_beside, result_lines, write_lines
-from .measuring import ALWAYS, measured
+from .measuring import ALWAYS, measured_line
 
 UNKNOWN = "unknown"
 
@@ -107,7 +107,7 @@ def _encoder(folder: Folder, reference: Folder) -> Encoder | None:
 
 def _measured(sample: Sample, metrics: Sequence[str], encoder: Encoder | None) -> Line:
     """Return the metrics of a clip, and how near its reference stays to itself once it is encoded as the clip is."""
-    line, (_, reference) = measured(sample, metrics), sample.pair()
+    line, (_, reference) = measured_line(sample, metrics), sample.pair()
     if encoder:
         encoded = _floats(encoder(np.rint(255 * reference).astype(np.uint8)))
         floor = scores(["psnr"], Sample(frames=encoded, reference=reference)).values()["psnr"]

@@ -131,13 +131,13 @@ def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
     unjudged = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
-    line = measured(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
+    line = measured_line(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
     if held_out:
         line["score"] = assets().model_score(suite.model, clip, run.frames)
     return line | {"frames_hash": frames_hash(run.frames), "reference_hash": frames_hash(reference.frames)}
 
 
-def measured(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
+def measured_line(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
     """Return what a line says of a clip held against its reference: values, by frame, and why some are missing."""
     results = scores(dict.fromkeys((*ALWAYS, *metrics)), sample)
     results.skipped.update(skipped)
