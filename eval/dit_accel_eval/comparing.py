@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import SETTINGS, NamedSetting
+from dit_accel.cli.method_options import PANEL, NamedSetting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
@@ -56,7 +56,7 @@ class CompareOptions(shared.SharedOptions):
     frames: KeepFrames = True
     preset: Annotated[
         list[str] | None,
-        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=SETTINGS)
+        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL)
     ] = None  # fmt: skip
     timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
         False
@@ -98,7 +98,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from .suites.reference import default_cache
     from .suites.running import run_job
 
-    lines, first = check_output(options.output), Ranks().first
+    lines, first = check_page(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
     extra = {line.arm for line in result_lines(lines) if not line.is_rival} - names
@@ -127,7 +127,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         OUT.print(str(options.output), markup=False, soft_wrap=True)
 
 
-def check_output(page: Path, beside: Sequence[str] = ()) -> Path:
+def check_page(page: Path, beside: Sequence[str] = ()) -> Path:
     """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
     from dit_accel.files import check_writable
 

@@ -10,7 +10,7 @@ from dit_accel_pipelines.generation.options import Quiet, option
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, print_error
 
-from .comparing import FurtherMetrics, KeepFrames, arms_table, check_output
+from .comparing import FurtherMetrics, KeepFrames, arms_table, check_page
 
 Folders = Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")]
 
@@ -61,7 +61,7 @@ def compare_folders(
     from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
-    lines, rivals, arms = check_output(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
+    lines, rivals, arms = check_page(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
     twice = [name for name in rivals if name in arms] + [name for name in (*rivals, *arms) if name == REFERENCE]
     if twice:
         raise ConfigError(f"{twice[0]!r} names two folders; give each a name of its own")
