@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import SETTINGS, NamedSetting
+from dit_accel.cli.method_options import PANEL, NamedSetting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
@@ -56,7 +56,7 @@ class CompareOptions(shared.SharedOptions):
     frames: KeepFrames = True
     preset: Annotated[
         list[str] | None,
-        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=SETTINGS)
+        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL)
     ] = None  # fmt: skip
     timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
         False

@@ -57,6 +57,7 @@ class Suite:
         judge: Python file, from the suite's folder, that judges clips by themselves; empty: converged runs do.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
+        timed: whether seconds count; None: as the command says, and those of a processor on a CPU.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
     """
 
@@ -75,7 +76,7 @@ class Suite:
     dtype: Dtype | None = None
     warmup: int = 0
     repeats: int = 1
-    timed: bool = False
+    timed: bool | None = None
     ladder: Ladder | None = None
     chosen_on: tuple[int, int] | None = None
     pairs: tuple[Pair, ...] = ()
