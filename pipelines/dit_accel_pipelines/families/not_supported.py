@@ -23,7 +23,9 @@ REASONS = {
     ),
     "it predicts an embedding of an image: there are no visual tokens": "PriorTransformer",
     "it makes proteins: there is no grid of frames, rows and columns": "RFD4ProteinaTransformer",
-    "its self-attention is linear: there is no softmax over tiles": "SanaTransformer2DModel SanaVideoTransformer3DModel",
+    "its self-attention is linear: there is no softmax over tiles": (
+        "SanaTransformer2DModel SanaVideoTransformer3DModel"
+    ),
     "it refines chunk by chunk: a chunk's queries meet keys of earlier chunks out of a key-value cache": (
         "SanaWMLTX2RefinerTransformer3DModel"
     ),
