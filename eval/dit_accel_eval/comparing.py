@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import SETTINGS, NamedSetting
+from dit_accel.cli.method_options import PANEL, NamedSetting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
@@ -56,7 +56,7 @@ class CompareOptions(shared.SharedOptions):
     frames: KeepFrames = True
     preset: Annotated[
         list[str] | None,
-        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=SETTINGS)
+        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL)
     ] = None  # fmt: skip
     timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
         False
@@ -288,7 +288,8 @@ def arms_table(report: "SuiteReport") -> "Table":
         lead, steps = arm.ahead.get(main), arm.means.get(main)
         cells = [f"{steps:.2f}", f"{whole / steps:.2f}"] if steps else []
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
-        cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
+        means = {name: f"{value.mean:.{decimals_of(name)}f}" for name, value in arm.metrics.items()}
+        cells += [means.get(name, "") for name in further]
         dynamics = (f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)
         cells += [", ".join(dynamics)] if moved else []
         stands = [f"{lead:+}", lead.verdict] if lead else ["", NOTHING * arm.saved_nothing]

@@ -13,6 +13,7 @@ from dit_accel.adapters.embedded import embedded_names
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
+from ..protocol import USES, prompts_in_order
 from ..runs.conditions import OwnClips
 from ..runs.model import OWN
 from ..runs.results import TUNED
@@ -26,8 +27,8 @@ MANY = 10  # arms of a suite beyond which it says that their number makes verdic
 KINDS = {
     **dict.fromkeys(("name", "model", "prompt_file", "dtype", "judge", "rivals", "reference_solver"), str),
     **dict.fromkeys(("clips", "first_clip", "reference_steps", "warmup", "repeats"), int),
-    **dict.fromkeys(("prompts", "seeds", "metrics", "chosen_on", "compare", "arm"), list),
-    **{"call": dict, "timed": bool},
+    **dict.fromkeys(("seeds", "metrics", "chosen_on", "compare", "arm"), list),
+    **{"call": dict, "timed": bool, "prompts": (list, str)},
 }
 """Key of a suite -> what it must be."""
 
@@ -57,6 +58,7 @@ class Suite:
         judge: Python file, from the suite's folder, that judges clips by themselves; empty: converged runs do.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
+        timed: whether seconds count; None: as the command says, and those of a processor on a CPU.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
     """
 
@@ -75,7 +77,7 @@ class Suite:
     dtype: Dtype | None = None
     warmup: int = 0
     repeats: int = 1
-    timed: bool = False
+    timed: bool | None = None
     ladder: Ladder | None = None
     chosen_on: tuple[int, int] | None = None
     pairs: tuple[Pair, ...] = ()
@@ -214,6 +216,10 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
             f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts; leave them out: all run"
         )
     try:
+        if isinstance(prompts, str):
+            if prompts not in USES:
+                raise ConfigError(f"the protocol has no prompts {prompts!r}; {did_you_mean(prompts, USES)}")
+            prompts = prompts_in_order(prompts)
         listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file, "prompt_file")
         return OwnClips(prompts=listed, seeds=tuple(seeds or ()))
     except ConfigError as error:
