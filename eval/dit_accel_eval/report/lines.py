@@ -12,12 +12,17 @@ from dit_accel import ConfigError
 
 from ..metrics.registered import metric_about
 from ..runs.results import KEPT, ResultLine, last_lines
+from ..runs.rivals import SERVERS
 
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
 NUMBERS = ("clip", "num_inference_steps", "psnr", "ssim", "reference_agreement", "reference_steps")
-COSTS = ("work", "work_real", "attended")  # numbers of what ran besides, which nobody knows of clips in folders
+COSTS = (
+    "work",
+    "work_real",
+    "attended",
+)  # numbers of what ran besides, not known of folders and servers
 
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 4
@@ -98,7 +103,8 @@ def _line(where: str, text: str) -> ResultLine:
         raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
     if not isinstance(line, dict):
         raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
-    numbers = NUMBERS if "role" in line else (*NUMBERS, *COSTS)
+    unknown = "role" in line or not {*line.get("rival", ())}.isdisjoint(SERVERS)
+    numbers = NUMBERS if unknown else (*NUMBERS, *COSTS)
     missing = [key for key in (*numbers, *TEXTS, "call", "methods", "reference", "flow_shift") if key not in line]
     if missing:
         raise ConfigError(
