@@ -104,8 +104,8 @@ def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
 
 
 # The history stands before the frames that are made, at three resolutions, coarsest first; behind them stand the
-# image's tokens and the prompt's; with one row, only the valid ones. History and text stay exact. Each section of frames
-# is a run of its own, for the methods' warm-up and in the report, which shows the last one.
+# image's tokens and the prompt's; with one row, only the valid ones. History and text stay exact. Each section of
+# frames is a run of its own, for the methods' warm-up and in the report, which shows the last one.
 FRAMEPACK = Adapter(
     name="framepack",
     transformers=("HunyuanVideoFramepackTransformer3DModel",),
