@@ -25,7 +25,7 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .few_steps import proposals
-from .fit import check_vae, fitted, vae_ways
+from .fit import check_vae, fitted, sizes_of, vae_ways
 from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
 from .lora import Lora, check_lora, check_loras
 from .media import check_even, check_output, check_quality
@@ -202,9 +202,9 @@ def resolve(request: Request) -> Resolved:
         return Resolved(*fitted(request, files, None, notes, warnings))
     request, rounded = _resolve_sizes(request, family, call)
     warnings += _check_methods(files, family, request)
-    height, width = request.height or family.height, request.width or family.width
-    check_fits(height=height, width=width, num_frames=request.num_frames or 1)
-    check_even(request.output, height * request.scale, width * request.scale)
+    sizes = sizes_of(request, family)
+    check_fits(**sizes)
+    check_even(request.output, sizes["height"] * request.scale, sizes["width"] * request.scale)
     return Resolved(*fitted(request, files, family, notes + rounded, warnings))
 
 
@@ -291,10 +291,7 @@ def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
 
 def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[str]:
     """Refuse methods, and a backend, that can't be attached; returns warnings of a size beyond the trained one."""
-    frames = family.num_frames if request.num_frames is None else request.num_frames
-    layout = token_layout(
-        family, height=request.height or family.height, width=request.width or family.width, num_frames=frames
-    )
+    layout = token_layout(family, **sizes_of(request, family))
     adapter = adapter_for(str(files.transformer.get("_class_name")))
     check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer)
