@@ -10,7 +10,7 @@ from dit_accel_pipelines.generation.options import Quiet, option
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, print_error
 
-from .comparing import FurtherMetrics, KeepFrames, check_output
+from .comparing import FurtherMetrics, KeepFrames
 
 Folders = Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")]
 
@@ -58,6 +58,7 @@ def compare_folders(
     from .report.report import suite_report
     from .report.writing import markdown_text, write_reports
     from .runs.pairing import REFERENCE, pair, read_rows
+    from .suites.compare import check_output
     from .suites.folders import measure_folders
 
     lines, rivals, arms = check_output(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)

@@ -61,7 +61,7 @@ BAD = [
     (HEAD + BARE + "scheduler = { EDMEulerScheduler = {} }", r"arm 'a': EDMEulerScheduler.*noise schedule"),
     (HEAD + BARE + "scheduler = { UniPCMultistepScheduler = { order = 3 } }", r"UniPCMultistepScheduler.*'order'; "),
     (HEAD + BARE + "scheduler = { A = {}, B = {} }", r"one class; write scheduler = "),
-    (HEAD + ARM + "scheduler = { UniPCMultistepScheduler = {} }", r"scheduler.*beside solver; leave"),
+    (HEAD + ARM + "scheduler = { UniPCMultistepScheduler = {} }", r"scheduler.*beside solver"),
     (HEAD + BARE + "guider = { Guidance = {} }", r"guider 'Guidance'; "),
     (HEAD + BARE + "guider = { AutoGuidance = { scale = 3 } }", r"AutoGuidance.*'scale'; did"),
     (HEAD + BARE + "rival = { cachedit = {} }", r"rival.*'cachedit'.*'cache-dit'"),

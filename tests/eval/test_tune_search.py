@@ -101,7 +101,7 @@ def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch):
     for arguments, text in (
         (["radial"], "tune has no command 'radial'; known: heads, lite"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
-        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some with --prompt"),
+        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give --prompt"),
         (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),
         (["schedule", *SMALL, "--num-inference-steps", "5", "--computed", "9"], "computed = 9"),
         (["lite", "--rounds", "2"], "No such option: --rounds"),

@@ -1,8 +1,4 @@
-"""Times forwards of real shapes with random weights: dense by every backend, and methods; a step and its layers.
-
-Random weights say nothing of quality, nor of what a cache or a method that looks at values would decide on a real
-model; the work that ran stands beside each time.
-"""
+"""Times forwards of real shapes with random weights: dense by every backend, and methods; a step and its layers."""
 
 import contextlib
 import dataclasses
@@ -56,9 +52,8 @@ class Plan:
         requested = {"layers": options.layers, "heads": options.heads or family.heads}
         for name, number in requested.items():
             if number > most[name]:
-                raise ConfigError(
-                    f"{family.name} has {most[name]} {name}, got --{name} {number}; ask for 1 to {most[name]}"
-                )
+                has = f"{family.name} has {most[name]} {name}"
+                raise ConfigError(f"{has}, got --{name} {number}; ask for 1 to {most[name]}")
         part = dataclasses.replace(family, **requested, ffn_dim=family.ffn_dim * requested["heads"] // family.heads)
         sizes: dict[str, Any] = shape.sizes
         dense = estimate(adapter, part, num_inference_steps=options.num_inference_steps, **sizes)

@@ -48,10 +48,8 @@ def named_shapes(text: str) -> list[Shape]:
 def _shape_of(name: str) -> Shape:
     match = _SIZES.fullmatch(SHAPES.get(name, name))
     if match is None:
-        raise ConfigError(
-            f"no shape is called {name!r}; {did_you_mean(name, [*SHAPES, 'all'])}, or give one as "
-            "FAMILY:HEIGHTxWIDTHxFRAMES, such as wan2.1-1.3b:480x832x81"
-        )
+        spelled = "give one as FAMILY:HEIGHTxWIDTHxFRAMES, such as wan2.1-1.3b:480x832x81"
+        raise ConfigError(f"no shape is called {name!r}; {did_you_mean(name, [*SHAPES, 'all'])}, or {spelled}")
     family, height, width, frames = match.groups(default="1")
     return Shape(name=name, family=family, height=int(height), width=int(width), num_frames=int(frames))
 

@@ -1,8 +1,4 @@
-"""Transformers of released models' shapes with random weights and few layers, and the inputs of their forwards.
-
-Nothing is downloaded: sizes come from the families, the rest are diffusers' defaults, which are the released models'.
-What the layout of a forward must be is what `dit-accel plan` computes for the same size, and is checked.
-"""
+"""Transformers of released models' shapes, by the families' sizes, with random weights and few layers; their inputs."""
 
 import inspect
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""A generation's report drawn: kept share of every step, layer and head, and which steps ran; a PNG or HTML.
-
-`Report.plot` and notebooks find it by the entry points of ``dit_accel.drawings``. It loads matplotlib when called.
-"""
+"""A generation's report drawn: kept share of every step, layer and head, and which steps ran; a PNG or HTML."""
 
 import base64
 import io
@@ -31,10 +28,8 @@ def write_heat_map(report: Report, path: Path) -> None:
     check_writable(path, "the picture of report().plot")
     figure = _draw(report)
     if figure is None:
-        raise ConfigError(
-            "report().plot has nothing to show: no attention call followed a plan, no cache decided on a step, and no "
-            "guidance acted; generate first"
-        )
+        nothing = "no attention call followed a plan, no cache decided on a step, and no guidance acted"
+        raise ConfigError(f"report().plot has nothing to show: {nothing}; generate first")
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

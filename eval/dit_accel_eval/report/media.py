@@ -42,15 +42,11 @@ class Media:
     def __init__(self, page: Path) -> None:
         self.folder = folder = folder_of(page)
         if page.suffix == folder.suffix or (folder.exists() and not folder.is_dir()):
-            raise ConfigError(
-                f"the page's clips need the folder {folder}, which is a file; choose another name, in .html"
-            )
+            raise ConfigError(f"the page's clips need a folder {folder}, which is a file; name another .html")
         extra = sorted(path.name for path in folder.glob("*") if not OURS.fullmatch(path.name))
         if extra:
-            raise ConfigError(
-                f"the page's clips need the folder {folder}, which holds {extra[0]!r} that no report wrote; move that "
-                "away, or choose another name for the page"
-            )
+            why = f"which holds {extra[0]!r} that no report wrote; move that away, or choose another name"
+            raise ConfigError(f"the page's clips need the folder {folder}, {why} for the page")
         self._used = set[str]()
 
     def add(self, label: str, key: Any, frames: Callable[[], Frames], *, fps: float, video: bool) -> str:
@@ -77,10 +73,9 @@ class Media:
         except (ConfigError, RuntimeError, OSError, ValueError) as error:
             if no_room(error):
                 raise no_space(self.folder, error) from None
-            raise ConfigError(
-                f"a clip of {count} frames of {width} x {height} can't be encoded ({error}); pip install "
-                "imageio-ffmpeg, or leave the clips out with --clips 0"
-            ) from None
+            clip = f"a clip of {count} frames of {width} x {height}"
+            remedy = "pip install imageio-ffmpeg, or leave the clips out with --clips 0"
+            raise ConfigError(f"{clip} can't be encoded ({error}); {remedy}") from None
 
     def tidy(self) -> None:
         """Delete what pages before showed and this one does not."""

@@ -48,20 +48,14 @@ class Times(Timings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRun:
-    """What one call of the pipeline made.
-
-    Attributes:
-        frames: [F, height, width, 3] in [0, 1].
-        attended: the share of the pairs that the attention calls computed; 1 is dense.
-        by_step: what ran in each step, and its share of the pairs; empty where that is not known.
-    """
+    """What one call of the pipeline made."""
 
     frames: Clip
     counts: Counts
-    attended: float
+    attended: float  # share of the pairs that the attention calls computed; 1 is dense
     seconds: float
     times: Times | None = None
-    by_step: tuple[tuple[Counts, float], ...] = ()
+    by_step: tuple[tuple[Counts, float], ...] = ()  # what ran in each step, and its share of the pairs, where known
     density: tuple[tuple[float | None, ...], ...] = ()
     memory: Mapping[str, int] | None = None
 
@@ -140,10 +134,9 @@ def guided(pipe: Any, guider: Tables) -> Iterator[None]:
 def check_guided(pipeline: type) -> None:
     """Refuse a class of pipelines that takes no guider."""
     if "guider" not in inspect.signature(pipeline).parameters:
-        raise ConfigError(
-            f"{pipeline.__name__} takes no guider; HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do: "
-            "leave it out, or set guidance_scale in the suite's call"
-        )
+        others = "HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do"
+        remedy = "leave it out, or set guidance_scale in the suite's call"
+        raise ConfigError(f"{pipeline.__name__} takes no guider; {others}: {remedy}")
 
 
 def _with_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
@@ -159,10 +152,8 @@ def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
     """Refuse what is none of diffusers' schedulers of another's noise schedule, or an option that it has not."""
     taken = check_options("scheduler", name, ())
     if not {"use_flow_sigmas", "shift", "trained_betas"} & {*taken}:
-        raise ConfigError(
-            f"{name} takes no noise schedule but its own; take, say, UniPCMultistepScheduler or "
-            "FlowMatchHeunDiscreteScheduler"
-        )
+        others = "UniPCMultistepScheduler or FlowMatchHeunDiscreteScheduler"
+        raise ConfigError(f"{name} takes no noise schedule but its own; take, say, {others}")
     check_options("scheduler", name, options)
 
 
@@ -198,7 +189,5 @@ def arm_scheduler(shipped: Any, solver: str, options: Mapping[str, Any], flow_sh
     if solver != OWN:
         return scheduler_like(shipped, solver, **options)
     if flow_shift is not None:
-        raise ConfigError(
-            f"the model's own scheduler keeps its noise schedule, got flow_shift {flow_shift}; leave it out"
-        )
+        raise ConfigError(f"the model's own scheduler keeps its noises, got flow_shift {flow_shift}; leave it out")
     return type(shipped).from_config(shipped.config)

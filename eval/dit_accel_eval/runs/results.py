@@ -17,7 +17,7 @@ from dit_accel_pipelines.generation.media import Frames, to_uint8
 from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import ConfigError
-from dit_accel.files import no_space, written_whole
+from dit_accel.files import no_space, write_text, written_whole
 
 from ..metrics.metric import Clip
 
@@ -91,8 +91,7 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Replace a file by these lines, atomically."""
-    with written_whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def markdown_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
@@ -101,23 +100,14 @@ def markdown_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([f"| {heads} |", "|---" * len(heads.split(" | ")) + "|", *lines])
 
 
-def last_by_clip(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
-    """Return (arm, clip) -> its last line."""
-    return {(line["arm"], line["clip"]): line for line in lines}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ResultLine:
-    """One arm's run of one clip; a number that was not measured is None, or not a number for PSNR and work.
-
-    Attributes:
-        raw: every key as the file holds it, also those that are only shown.
-    """
+    """One arm's run of one clip; a number that was not measured is None, or not a number for PSNR and work."""
 
     arm: str
     clip: int
     num_inference_steps: int
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)  # every key as the file holds it
     psnr: float = math.nan
     work: float = math.nan
     work_real: float | None = None

@@ -65,18 +65,13 @@ class ArmFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairFigures:
-    """What the clips of both arms of a pair say.
-
-    Attributes:
-        costs: of the arm and of the other, as shares of the dense run's.
-        by: what costs are: ``time``; ``processor time``, of runs on one thread beside other work; or counted ``work``.
-    """
+    """What the clips of both arms of a pair say."""
 
     pair: Pair
     ahead: Judged
     score: Judged | None
-    costs: tuple[float, float]
-    by: str
+    costs: tuple[float, float]  # of the arm and of the other, as shares of the dense run's
+    by: str  # what costs are: time; processor time, of runs on one thread beside other work; or counted work
 
     @property
     def verdict(self) -> str:

@@ -16,13 +16,9 @@ from .suite import Suite
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """How clips are judged by themselves, by functions of these names in a suite's file.
+    """How clips are judged by themselves, by functions of these names in a suite's file."""
 
-    Attributes:
-        measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
-    """
-
-    measures: Callable[[SuiteModel, int, ModelRun], Line]
+    measures: Callable[[SuiteModel, int, ModelRun], Line]  # of a clip's number and run; ``score`` is among what it says
     table: Callable[[Suite, Sequence[Line]], str]
 
 

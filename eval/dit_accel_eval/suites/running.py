@@ -1,8 +1,4 @@
-"""Runs a suite, as `dit-accel eval run` does: every arm on every clip, each a JSON line, written as it is made.
-
-Arms are compared with converged runs, or judged by themselves where the suite names a judge. A run that was stopped
-goes on where it stopped. The protocol is in eval/README.md.
-"""
+"""Runs a suite, as `dit-accel eval run` does: every arm on every clip, each a JSON line, written as it is made."""
 
 import contextlib
 import dataclasses

@@ -62,9 +62,7 @@ def _compared(
         raise ConfigError(f"{', '.join(comparing)} compares with a reference; name clips with --reference")
     prompted = [name for name in single if metric(name).prompt]
     if prompted and prompts is None and not prompt.strip():
-        raise ConfigError(
-            f"{', '.join(prompted)} compares with the prompt; give it with --prompt, or --prompts FILE.json"
-        )
+        raise ConfigError(f"{', '.join(prompted)} compares with the prompt; give --prompt, or --prompts FILE.json")
     return comparing
 
 

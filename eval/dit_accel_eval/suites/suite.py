@@ -51,14 +51,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """A comparison on prompts and seeds of a model.
-
-    Attributes:
-        judge: Python file, from the suite's folder, that judges clips by themselves; empty: converged runs do.
-        reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
-        ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
-        chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
-    """
+    """A comparison on prompts and seeds of a model."""
 
     name: str
     model: str
@@ -67,8 +60,8 @@ class Suite:
     call: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     first_clip: int = 0
-    judge: str = ""
-    reference_steps: int | None = None
+    judge: str = ""  # Python file, from the suite's folder, that judges clips by themselves; empty: converged runs do
+    reference_steps: int | None = None  # of the model's own dense run that is the reference; None: the converged run
     reference_solver: str = BEST
     folder: Path = Path()
     own: OwnClips | None = None
@@ -76,8 +69,8 @@ class Suite:
     warmup: int = 0
     repeats: int = 1
     timed: bool = False
-    ladder: Ladder | None = None
-    chosen_on: tuple[int, int] | None = None
+    ladder: Ladder | None = None  # dense runs that arms are held against; None: the best solver's, at the model's shift
+    chosen_on: tuple[int, int] | None = None  # first and last held-out clip on which the arms' options were chosen
     pairs: tuple[Pair, ...] = ()
 
     @property
@@ -105,10 +98,8 @@ class Suite:
         count = sum(not arm.is_dense for arm in self.arms)
         if count <= MANY:
             return None
-        return (
-            f"{self.name} has {count} arms, more than {MANY}: each must stand after Holm's correction over all of them,"
-            " so write down the few that matter before the run"
-        )
+        why = "each must stand after Holm's correction over all of them"
+        return f"{self.name} has {count} arms, more than {MANY}: {why}, so name the few that matter beforehand"
 
 
 def read_suite(path: Path) -> Suite:
@@ -179,22 +170,17 @@ def _check_judging(suite: Suite, path: Path) -> None:
     choosing |= {"its rivals": range(ladder.first_clip, ladder.first_clip + ladder.clips)} if ladder else {}
     for what, clips in choosing.items():
         if suite.own is None and {*clips} & {*judging}:
-            raise ConfigError(
-                f"{path} judges on clips {clip_words(suite.first_clip, suite.clips)}, and {what} were chosen on clips "
-                f"{clip_words(clips.start, len(clips))}; judge on others, by first_clip"
-            )
+            ours, others = clip_words(suite.first_clip, suite.clips), clip_words(clips.start, len(clips))
+            both = f"judges on clips {ours}, and {what} were chosen on clips {others}"
+            raise ConfigError(f"{path} {both}; judge on others, by first_clip")
     if suite.judge and (ladder or suite.pairs or suite.timed or suite.reference_steps):
-        raise ConfigError(
-            f"{path} has rivals, [[compare]], timed or reference_steps beside judge = {suite.judge!r}, which holds "
-            "clips against no reference; leave them out"
-        )
+        beside = f"rivals, [[compare]], timed or reference_steps beside judge = {suite.judge!r}"
+        raise ConfigError(f"{path} has {beside}, which holds clips against no reference; leave them out")
     for what in ("model", "reference_steps", "reference_solver", "call") if ladder else ():
         ours, other = getattr(suite, what), getattr(ladder, what, BEST)
         if ours != other:
-            raise ConfigError(
-                f"{path} has {what} {ours!r}, and its rivals were chosen with {other!r}; make rivals for it with "
-                "best_rival.py"
-            )
+            remedy = "make rivals for it with best_rival.py"
+            raise ConfigError(f"{path} has {what} {ours!r}, and its rivals were chosen with {other!r}; {remedy}")
 
 
 def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
@@ -202,17 +188,13 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
     file, prompts, seeds = (data.pop(key, None) for key in ("prompt_file", "prompts", "seeds"))
     if file is None and prompts is None:
         if seeds is not None:
-            raise ConfigError(
-                f"{path} has seeds but no prompts; add prompts = [...], or leave seeds out: held-out clips have theirs"
-            )
+            raise ConfigError(f"{path} has seeds but no prompts; add prompts = [...]: held-out clips have their seeds")
         return None
     if file is not None and prompts is not None:
         raise ConfigError(f"{path} has prompts and a prompt_file; give one of them")
     counted = [key for key in ("clips", "first_clip") if key in data]
     if counted:
-        raise ConfigError(
-            f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts; leave them out: all run"
-        )
+        raise ConfigError(f"{path} has {' and '.join(counted)} beside prompts, which all run; leave them out")
     try:
         listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file, "prompt_file")
         return OwnClips(prompts=listed, seeds=tuple(seeds or ()))
@@ -228,5 +210,5 @@ def _check_model(suite: Suite, path: Path) -> None:
         raise ConfigError(f"{path} has dtype {suite.dtype!r}, and {suite.model} runs in float32; leave it out")
     if suite.judge and (suite.own or not suite.embedded):
         raise ConfigError(
-            f"{path} has judge = {suite.judge!r}, which knows held-out clips of embedded models alone; leave it out"
+            f"{path} has judge = {suite.judge!r}, which knows embedded models' prompts alone; leave it out"
         )

@@ -2,8 +2,6 @@
 
 Source: HeadHunter (arXiv 2506.10978), its algorithm 1. Where we depart from it: heads that are selected are not
 evaluated again, nor is a set that was in another order; ties go to the head that comes first.
-
-What every set was worth is kept beside the output: a search that was stopped, or is to have more rounds, goes on.
 """
 
 import dataclasses
@@ -20,7 +18,7 @@ from dit_accel_pipelines.generation.request import embedded_name
 from dit_accel_pipelines.processes.ranks import Ranks
 
 from dit_accel import ConfigError
-from dit_accel.files import json_text, written_whole
+from dit_accel.files import write_json
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
 
@@ -63,10 +61,8 @@ def tune_heads(
     chosen = {"heads": [entry[1] for entry in ranking], "objective": objective, "model": known.name}
     chosen["scores"] = [entry[2] for entry in ranking]
     if ranks.first:
-        with written_whole(output) as temporary:
-            temporary.write_text(json_text(chosen) + "\n", encoding="utf-8")
+        write_json(output, chosen)
     return Tuned(
-        output=output,
         found={**chosen, "rounds": [entry[0] for entry in ranking], "clips": runs.scored},
         columns=("round", "head", objective),
         rows=[(str(number), head, f"{score:.4f}") for number, head, score in ranking],

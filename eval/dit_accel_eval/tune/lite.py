@@ -2,9 +2,8 @@
 
 Source: the calibration of LiteAttention (arXiv 2511.11062): at every attention call, on its own queries, keys and
 values, a threshold's votes, used on the same inputs, may change the output by a target error. Where we depart from it:
-the highest threshold found within the target is taken, and if there is none between the limits, nothing is dropped.
-Branches are tuned apart, several prompts count, the error to dense attention that has built up is reported, and a run
-can be stopped.
+the highest threshold found within the target is taken, and if there is none between the limits, nothing is dropped;
+branches are tuned apart, and several prompts count.
 """
 
 import contextlib
@@ -94,7 +93,6 @@ def tune_lite(
     by_step = _by_step(calls, table)
     about = {name: getattr(table, name) for name in ("model", "criterion", "num_inference_steps", "target_error")}
     return Tuned(
-        output=output,
         found={**about, "steps": by_step, "prompts": [{key: run[key] for key in ("prompt", "psnr")} for run in parts]},
         columns=("step", "threshold", "tiles kept", "error added", "error to dense"),
         rows=[
@@ -169,7 +167,7 @@ def _lite_of(request: TuningRequest) -> tuple[LiteAttention, tuple[MethodConfig,
             raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
     if config.criterion == "budget":
         raise ConfigError(
-            "tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error; use one"
+            "tune lite takes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its error; use one"
         )
     return config, rest
 

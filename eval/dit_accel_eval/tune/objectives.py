@@ -23,11 +23,7 @@ EXAMPLE = "clip-score@open_clip:ViT-L-14/openai"
 
 
 def objective_of(name: str, model: str | None) -> Objective:
-    """Return an objective by its name.
-
-    That is ``checker``, how near a clip of an embedded model comes to its prompt; a metric without a reference, turned
-    round where less is better; or ``module:function``, a function of a clip and its prompt.
-    """
+    """Return an objective: ``checker``, a metric's name, turned round where less is better, or a function."""
     if name == "checker":
         return _checker(model)
     if metric_about(name) is not None:
@@ -58,18 +54,14 @@ def _measured(name: str) -> Objective:
 
 def _checker(model: str | None) -> Objective:
     if model is None:
-        raise ConfigError(
-            f"the objective 'checker' knows the embedded models alone; take a metric, such as {EXAMPLE} or sharpness, "
-            "or give module:function"
-        )
+        others = f"take a metric, such as {EXAMPLE} or sharpness, or give module:function"
+        raise ConfigError(f"the objective 'checker' knows the embedded models alone; {others}")
     prompts = assets().held_out_prompts(model, FIRST_PROMPT + SEARCHED)
     numbers = {prompt: number for number, prompt in enumerate(prompts)}
 
     def checker(clip: Clip, prompt: str) -> float:
         if prompt not in numbers:
-            raise ConfigError(
-                f"the objective 'checker' has no scene for {prompt!r}; leave --prompt out, which takes held-out prompts"
-            )
+            raise ConfigError(f"the objective 'checker' has no scene for {prompt!r}; leave --prompt out")
         return float(np.clip(assets().model_closeness(model, numbers[prompt], clip), 0.0, 1.0))
 
     return checker

@@ -1,10 +1,9 @@
 """Tunes UltraViCo for a model: whether its attention over frames repeats, and after how many.
 
-Measured on the model's own generations, as it is: the mean logit of tokens at one place of two frames d apart is near
-sum_i a_i cos(f_i d) + C. It repeats where the frequencies that carry most of it are multiples of one. Source: UltraViCo
-(arXiv 2511.20123), section on periodic attention. Where we depart from it: amplitudes are a least-squares fit
-to the measured curve, none below 0, and 0 for a frequency too slow to differ from C; a fundamental is the frequency of
-the largest amplitude, and others belong to it by a tolerance.
+The mean logit of tokens at one place of two frames d apart is near sum_i a_i cos(f_i d) + C, which repeats where the
+frequencies that carry most of it are multiples of one. Source: UltraViCo (arXiv 2511.20123), section on periodic
+attention. Where we depart from it: amplitudes are fitted to the curve by least squares, none below 0, and 0 for a
+frequency too slow to differ from C; a fundamental has the largest amplitude, others belong to it by a tolerance.
 """
 
 import dataclasses
@@ -73,9 +72,7 @@ def tune_period(request: TuningRequest, output: Path, *, stages: Stages | None =
     by frame distance, and what that is made of, a `Spectrum`.
     """
     if request.methods:
-        raise ConfigError(
-            f"tune period measures the model as it is, got --{request.methods[0].name}; leave the methods out"
-        )
+        raise ConfigError(f"tune period measures the model as it is, got --{request.methods[0].name}; leave it out")
     family = resolve(request)[1]
     if family is not None and family.trained_frames is not None and request.num_frames is None:
         frames = extended_frames(family.trained_frames, 2, family.vae[0])
@@ -111,7 +108,6 @@ def tune_period(request: TuningRequest, output: Path, *, stages: Stages | None =
     write_config(output, config, [f"Measured by dit-accel tune period on {name}: {about}.", *remarks])
     runs.finish()
     return Tuned(
-        output=output,
         found={"model": name, "frames": len(curve), "curve": curve.tolist(), "found": dataclasses.asdict(peaks)},
         columns=("period in frames", "share", "in the family"),
         rows=rows,

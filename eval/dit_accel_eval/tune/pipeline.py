@@ -1,9 +1,6 @@
 """Tunes a whole pipeline: among solvers, steps, caches and sparse attention the cheapest setting that meets a target.
 
-At most half of the settings are run, those set by hand first, then what optuna proposes: all on two prompts, those that
-are not behind on more. What one costs and how near it comes to the converged run is measured as `eval run` does, into
-result lines from which a run that was stopped goes on and of which `eval report` makes a page. The choice is judged
-once, on prompts that the search never saw, beside the best setting by hand, and written where it meets the target.
+Settings are measured as `eval run` does. The choice is judged once, on prompts that the search never saw.
 """
 
 import dataclasses
@@ -16,7 +13,7 @@ from dit_accel_pipelines.generation.request import EMBEDDED
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.tuned import TunedResult, keep_tuned, model_key, tuned_text
-from dit_accel.files import check_writable, written_whole
+from dit_accel.files import check_writable, write_text
 from dit_accel.methods.caches.native import DiffusersCache
 
 from ..runs.conditions import Machine, OwnClips
@@ -46,7 +43,13 @@ def tune_pipeline(
     if target is None:
         raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")
     requested, model = read_target(target), request.model or EMBEDDED
-    _check(request, output)
+    if request.methods:
+        named = ", ".join(method.name for method in request.methods)
+        raise ConfigError(f"tune pipeline chooses the methods itself, got {named}; leave them out, or give --space")
+    if output.suffix != ".toml":
+        raise ConfigError(f"the config must be a .toml, got {output}")
+    for file, what in ((output, "the config"), (output.with_suffix(".runs.jsonl"), "the runs")):
+        check_writable(file, what)
     suite, prompts = _suite(request, model, requested)
     steps = _sizes(request, suite)["num_inference_steps"]
     arms = _space(space, suite, steps)
@@ -67,18 +70,15 @@ def tune_pipeline(
     )  # fmt: skip
     path = _write(output, chosen.arm, request.guidance_scale, requested, measured)
     ran = {line.arm for line in result_lines(job.out)} & {arm.name for arm in arms}
-    return _tuned(output, path, requested, chosen, best, (len(ran), len(arms)))
+    return _tuned(path, requested, chosen, best, (len(ran), len(arms)))
 
 
-def _tuned(
-    output: Path, path: Path, target: Target, chosen: Measurement, best: list[Measurement], tried: tuple[int, int]
-) -> Tuned:
+def _tuned(path: Path, target: Target, chosen: Measurement, best: list[Measurement], tried: tuple[int, int]) -> Tuned:
     """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"
     if chosen.interval is not None:
         interval = f"[{chosen.interval[0]:.4g}, {chosen.interval[1]:.4g}]"
     return Tuned(
-        output=output,
         found={
             "kept": str(path), "target": dataclasses.asdict(target), "chosen": chosen.to_dict(),
             "frontier": [point.to_dict() for point in best], "tried": list(tried),
@@ -94,16 +94,6 @@ def _tuned(
     )  # fmt: skip
 
 
-def _check(request: TuningRequest, output: Path) -> None:
-    if request.methods:
-        named = ", ".join(method.name for method in request.methods)
-        raise ConfigError(f"tune pipeline chooses the methods itself, got {named}; leave them out, or give --space")
-    if output.suffix != ".toml":
-        raise ConfigError(f"the config must be a .toml, got {output}")
-    for path, what in ((output, "the config"), (output.with_suffix(".runs.jsonl"), "the runs")):
-        check_writable(path, what)
-
-
 def _suite(request: TuningRequest, model: str, target: Target) -> tuple[Suite, Prompts]:
     """Return what is run, without arms, and which of its clips are searched and held out."""
     extra = () if target.quality in ("psnr", "ssim", "score") else (target.quality,)
@@ -116,10 +106,8 @@ def _suite(request: TuningRequest, model: str, target: Target) -> tuple[Suite, P
         check_given(suite.source)
         suite = dataclasses.replace(suite, dtype=request.dtype)
     if target.quality == "score":
-        raise ConfigError(
-            f"--target {target.name}: the judge knows held-out prompts of embedded models alone; ask for psnr, or name "
-            "a metric"
-        )
+        known = "the judge knows held-out prompts of embedded models alone"
+        raise ConfigError(f"--target {target.name}: {known}; ask for psnr, or name a metric")
     prompts = split(len(request.prompts))
     clips = OwnClips(prompts=request.prompts, seeds=(request.seed,) if request.seed else ())
     return dataclasses.replace(suite, own=clips, clips=len(clips)), prompts
@@ -133,16 +121,12 @@ def _space(path: Path | None, suite: Suite, steps: int) -> tuple[Arm, ...]:
         return space_of(steps, adapter, family, scheduler=shipped_scheduler(suite.source))
     requested = read_suite(path)
     if requested.model != suite.model:
-        raise ConfigError(
-            f"{path} is a suite of {requested.model}, and {suite.model} is tuned; name a suite of its own"
-        )
+        raise ConfigError(f"{path} is a suite of {requested.model}, and {suite.model} is tuned; name one of its own")
     for arm in requested.arms:
         native = any(isinstance(method, DiffusersCache) for method in arm.methods)
         if arm.call or arm.guider or arm.scheduler or arm.rival or native:
-            raise ConfigError(
-                f"{path}: arm {arm.name!r} can't be written as a config; leave out its call, guider, scheduler, rival "
-                "and diffusers"
-            )
+            unwritten = "its call, guider, scheduler, rival and diffusers"
+            raise ConfigError(f"{path}: arm {arm.name!r} can't be written as a config; leave out {unwritten}")
     return requested.arms
 
 
@@ -163,8 +147,7 @@ def _write(output: Path, arm: Arm, guidance_scale: float | None, target: Target,
     run = {"num_inference_steps": arm.num_inference_steps, "solver": solver, "flow_shift": arm.flow_shift}
     run = {key: value for key, value in {**run, "guidance_scale": guidance_scale}.items() if value is not None}
     text = tuned_text(arm.methods, run, measured, arm.name)
-    with written_whole(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(output, text)
     size = f"{measured.width}x{measured.height}x{measured.num_frames}"
     goal = re.sub(r"[^\w.=-]", "-", f"{target.name}={target.value:g}")
     return keep_tuned(f"{goal}-{size}-{measured.num_inference_steps}.toml", text, measured.model)

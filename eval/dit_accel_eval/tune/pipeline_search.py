@@ -57,10 +57,8 @@ HELD_OUT_PROMPTS = Prompts(
 def split(count: int) -> Prompts:
     """Return how `FEWEST_PROMPTS` or more of one's own are shared out: half is searched, the second half held out."""
     if count < FEWEST_PROMPTS:
-        raise ConfigError(
-            f"tune pipeline takes {FEWEST_PROMPTS} prompts at least, half of them held out, got {count}; give more "
-            "with --prompt or --prompt-file"
-        )
+        least = f"{FEWEST_PROMPTS} prompts at least, half of them held out"
+        raise ConfigError(f"tune pipeline takes {least}, got {count}; give more with --prompt or --prompt-file")
     half = min(ROUNDS[-1], count // 2)
     rounds = tuple(range(most) for most in dict.fromkeys(min(most, half) for most in ROUNDS))
     return Prompts(rounds=rounds, held=range(half, min(count, half + HELD_OUT)))
@@ -170,11 +168,7 @@ class Search:
         )  # fmt: skip
 
     def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Measurement]:
-        """Return the settings that were measured on all prompts of the search.
-
-        Settings by hand and some dense runs come first, the cheapest first, then what optuna's sampler proposes.
-        One whose work can't but be too much is not run; one that is behind after a round is not run on more prompts.
-        """
+        """Return what was measured on all prompts: by hand and some dense runs, then what optuna's sampler proposes."""
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
         optuna, kinds = _optuna(), defaultdict[str, dict[int, Arm]](dict)
@@ -207,9 +201,7 @@ class Search:
             objective, REPEATS * len(arms), callbacks=[lambda study, _: study.stop() if len(seen) == most else None]
         )
         if not whole:
-            raise ConfigError(
-                f"no setting can be {self.target.value:g} times as fast as {self.own} dense steps; ask for less"
-            )
+            raise ConfigError(f"no setting is {self.target.value:g} times as fast as {self.own} steps; ask for less")
         return whole
 
     def _rounds(self, arm: Arm, trial: Any, whole: bool) -> list[Measurement]:
@@ -281,12 +273,9 @@ class Search:
         self.stages.stage(f"judging {' and '.join(arms)} on {len(self.prompts.held)} held-out prompts")
         best = min(self.measured(list(arms.values()), self.prompts.held), key=self.target.rank)
         if self.target.missed(best):
-            message = f"{self.target.quality} {best.quality:.4g} and a speed-up of {best.speedup:.2f}"
-            raise ConfigError(
-                f"no setting reached {self.target.name} {self.target.value:g} on {len(self.prompts.held)} held-out "
-                f"prompts; nearest came {best.arm.name} with {message}; ask for less, or give more settings with "
-                "--space"
-            )
+            goal = f"{self.target.name} {self.target.value:g} on {len(self.prompts.held)} held-out prompts"
+            near = f"{best.arm.name} with {self.target.quality} {best.quality:.4g}, speed-up {best.speedup:.2f}"
+            raise ConfigError(f"no setting reached {goal}; nearest came {near}; ask for less, or more by --space")
         return best
 
 
@@ -294,8 +283,7 @@ def _optuna() -> Any:
     try:
         import optuna  # pyright: ignore[reportMissingImports]
     except ImportError:
-        missing = f"tune pipeline searches with optuna, which is not installed; {install('eval')}"
-        raise ConfigError(missing) from None
+        raise ConfigError(f"tune pipeline takes optuna, which is not installed; {install('eval')}") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -62,11 +62,6 @@ def tune_schedule(
 
     Found are the ``placements``, the best first, each with its ``lists`` by numbers of computed steps, the RMS
     ``error`` of the last latents that they are expected to leave and, where several are tried, its ``psnr``.
-
-    Args:
-        request: may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
-        placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
-            the prompts chooses. None: the request's steps of the model's own scheduler.
     """
     config, rest = _config(request)
     tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
@@ -91,21 +86,17 @@ def tune_schedule(
     quality = np.mean(judged, 0).tolist() if judged else [None]
     order = sorted(range(len(tried)), key=lambda place: -(quality[place] or 0))
     best, path = tried[order[0]], paths[order[0]]
-    about = f"{computed} of {best.steps} steps, {half} prompts."
-    _write(output, config, best, path, f"Searched by dit-accel tune schedule on {tuner.model}: {about}")
-    runs.finish()
-    return _tuned(output, tuner.model, computed, [_found(tried[at], quality[at], lists[at]) for at in order])
-
-
-def _write(output: Path, config: StaticCache, best: Placement, path: Sequence[int], about: str) -> None:
-    """Write the best placement and its list, as shares of the run."""
+    about = f"{tuner.model}: {computed} of {best.steps} steps, {half} prompts."
     run = {"num_inference_steps": best.steps, "solver": BEST if best.text else None, "flow_shift": best.shift}
     shares = tuple(round(step / (best.steps - 1), 6) for step in path)
-    run = {key: value for key, value in run.items() if value is not None}
-    write_config(output, dataclasses.replace(config, compute_at=shares), [about], run)
+    set_by_run = {key: value for key, value in run.items() if value is not None}
+    config = dataclasses.replace(config, compute_at=shares)
+    write_config(output, config, [f"Searched by dit-accel tune schedule on {about}"], set_by_run)
+    runs.finish()
+    return _tuned(tuner.model, computed, [_found(tried[at], quality[at], lists[at]) for at in order])
 
 
-def _tuned(output: Path, model: str, computed: int, placements: Sequence[dict[str, Any]]) -> Tuned:
+def _tuned(model: str, computed: int, placements: Sequence[dict[str, Any]]) -> Tuned:
     """Return what was found, with the lists as a table: all of them where one placement was tried."""
     rows = [
         (row["steps"], row["flow_shift"] or "own", count, row["error"][count], row["psnr"] or "", spell_numbers(path))
@@ -114,7 +105,6 @@ def _tuned(output: Path, model: str, computed: int, placements: Sequence[dict[st
         if count == computed or len(placements) == 1 < count
     ]
     return Tuned(
-        output=output,
         found={"model": model, "computed": computed, "placements": placements},
         columns=("of", "noise shift", "computed", "error", "PSNR", "steps"),
         rows=[tuple(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows],

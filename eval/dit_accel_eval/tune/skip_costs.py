@@ -29,16 +29,11 @@ class SkipCosts:
 
     The cost is the mean square, over prompts, of what the forecasts of the gap add to the latents: the errors of its
     steps, each times its weight, summed before they are squared, since those of one gap point the same way.
-
-    Attributes:
-        products: float64 [P, N, N]: by prompt the mean product of what steps i and j store.
-        weights: float64 [P, N]: how far the solver moves in a step, times how much of its error is left at the end.
-        times: of each step and of the run's end, N + 1: what the polynomial is one of.
     """
 
-    products: np.ndarray
-    weights: np.ndarray
-    times: Sequence[float]
+    products: np.ndarray  # float64 [P, N, N]: by prompt the mean product of what steps i and j store
+    weights: np.ndarray  # float64 [P, N]: how far the solver moves in a step, times how much of its error is left
+    times: Sequence[float]  # of each step and of the run's end, N + 1: what the polynomial is one of
     predictor: Predictor
     order: int = 1
     _known: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict, init=False, repr=False)
@@ -70,7 +65,9 @@ class SkipCosts:
     def forecasts(self, path: Sequence[int], upto: int) -> np.ndarray:
         """Return the weights of the computed steps in each forecast from a list's last step to ``upto``, [gap, N]."""
         units = np.eye(len(self.times) - 1)
-        before = self._given_before(path)
+        before: tuple[float, np.ndarray] | None = None  # the forecast right before the last step, which Heun's reads
+        if self.predictor == "heun" and len(path) > 1 and path[-1] - path[-2] > 1:
+            before = self.times[path[-1] - 1], self.forecasts(path[:-1], path[-1])[-1]
         steps = [*path[-self.reads :]] if self.predictor != "heun" else [*path[-2:]]
         values, times = [units[step] for step in steps], [self.times[step] for step in steps]
         if before is not None:
@@ -80,12 +77,6 @@ class SkipCosts:
         for row, step in enumerate(range(path[-1] + 1, upto)):
             rows[row] = np.array(self._weights(times, path[-1], step, before)) @ np.array(values)
         return rows
-
-    def _given_before(self, path: Sequence[int]) -> tuple[float, np.ndarray] | None:
-        """Return the time and weights of the forecast right before a list's last step, where Heun's reads it."""
-        if self.predictor != "heun" or len(path) < 2 or path[-1] - path[-2] == 1:
-            return None
-        return self.times[path[-1] - 1], self.forecasts(path[:-1], path[-1])[-1]
 
     def _weights(
         self, times: Sequence[float], last: int, step: int, before: tuple[float, np.ndarray] | None

@@ -60,9 +60,7 @@ def space_of(
         return all(known) and not any(config.name in refused for config in arm.methods)
 
     arms = [dense_arm(steps) for steps in usual]
-    arms += [
-        dataclasses.replace(arm, methods=tuple(_tiled(arm.methods, tile))) for arm in _arms(usual) if taken(arm)
-    ]  # fmt: skip
+    arms += [dataclasses.replace(arm, methods=tuple(_tiled(arm.methods, tile))) for arm in _arms(usual) if taken(arm)]
     return tuple(sorted(arms, key=lambda arm: arm.num_inference_steps))
 
 

@@ -72,10 +72,8 @@ def totals(raw: Mapping[str, Any]) -> Totals:
     scores = _checked(raw)
     missing = [name for name in DIMENSIONS if name not in scores]
     if missing:
-        raise ConfigError(
-            f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {len(missing)} are missing: "
-            f"{', '.join(missing)}; measure those, too, no total stands for a part"
-        )
+        listed = f"{len(missing)} are missing: {', '.join(missing)}"
+        raise ConfigError(f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {listed}; measure those, too")
     normalized = {name: (scores[name] - bounds.low) / (bounds.high - bounds.low) for name, bounds in DIMENSIONS.items()}
     groups = {}
     for group in GROUP_WEIGHTS:
@@ -103,15 +101,20 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
 
 def read_scores(path: Path) -> dict[str, Any]:
     """Return dimension -> raw score of a JSON file: an object of numbers, or of an official result's lists."""
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
-    except OSError as error:
-        raise ConfigError(f"scores {path} can't be read: {error.strerror}; name a JSON file") from None
-    except ValueError as error:
-        raise ConfigError(f"scores {path} are not JSON ({error}); write an object dimension -> raw score") from None
+    held = read_json(path, "scores")
     if not isinstance(held, dict):
         raise ConfigError(f"scores {path} must be a JSON object dimension -> raw score, got {type(held).__name__}")
     return {name: score[0] if isinstance(score, list) and score else score for name, score in held.items()}
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return what a JSON file holds, in which no key may stand twice."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+    except OSError as error:
+        raise ConfigError(f"{what} {path} can't be read: {error.strerror}; name a JSON file") from None
+    except ValueError as error:
+        raise ConfigError(f"{what} {path} are not JSON ({error}); name a JSON file") from None
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

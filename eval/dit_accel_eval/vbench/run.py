@@ -1,7 +1,4 @@
-"""Measures dimensions of videos: a line each as it is measured, then the official result files.
-
-A run that was stopped goes on where it stopped; a video is measured again if its file, or a network's, has changed.
-"""
+"""Measures dimensions of videos: a line each as it is measured, then the official result files."""
 
 import json
 from collections.abc import Sequence
