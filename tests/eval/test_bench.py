@@ -104,8 +104,10 @@ def test_the_dense_arm_that_the_others_are_held_against_is_the_one_of_the_least_
     """One slow step makes a backend's mean the worse one, however quick most of its steps are."""
     took = {"native": [0.1, 0.1, 0.1, 1.0], "_native_math": [0.2] * 4}
     made = narrow(steps=4)
-    ran = forwards._run(made, BenchArm(name="dense"), 4)
-    monkeypatch.setattr(forwards, "_run", lambda bench, arm, steps: replace(ran, steps=took[arm.backend][:steps]))
+    ran = made(BenchArm(name="dense"), 4)
+    monkeypatch.setattr(
+        forwards.Bench, "__call__", lambda bench, arm, steps: replace(ran, steps=took[arm.backend][:steps])
+    )
     arms = [BenchArm(name=name, backend=name) for name in took]
     lines = run_bench(made, arms, rounds=2)
     assert [line["step_seconds"]["median"] for line in lines] == pytest.approx([0.325, 0.2])
@@ -144,14 +146,14 @@ def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(mo
 
 def test_an_arm_that_runs_out_of_memory_in_a_later_round_leaves_the_others(monkeypatch):
     made, count = narrow(steps=1), itertools.count()
-    ran = forwards._run(made, BenchArm(name="dense"), 1)
+    ran = made(BenchArm(name="dense"), 1)
 
     def run(bench, arm, steps):
         if arm.name == "large" and next(count) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB")
         return ran
 
-    monkeypatch.setattr(forwards, "_run", run)
+    monkeypatch.setattr(forwards.Bench, "__call__", run)
     dense, large = run_bench(made, [BenchArm(name="dense"), BenchArm(name="large")], rounds=3)
     assert (dense["rounds"], large["reason"], large["out_of_memory"]) == (3, "ran out of memory", True)
 

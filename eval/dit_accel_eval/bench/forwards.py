@@ -88,7 +88,17 @@ class Bench:
 
     def __call__(self, arm: "BenchArm", steps: int) -> "ArmRun":
         """Run an arm, after which the model is as before."""
-        return _run(self, arm, steps)
+        from diffusers.models.attention_dispatch import attention_backend
+
+        self.counter.take()
+        nothing, methods = contextlib.nullcontext(), arm.methods
+        backend = attention_backend(arm.backend) if arm.backend else nothing  # set_attention_backend would last
+        attached = dit_accel.attach(self.transformer, *methods, preset="none") if methods else nothing
+        with _silent(), backend, attached as attachment:
+            seconds = list(_denoise(self, steps))
+            report = attachment.report() if attachment is not None else None
+        share = attended_share(report, self.plan.adapter, self.plan.family, self.plan.sizes, methods)[0]
+        return ArmRun(steps=seconds, **self.counter.seconds, counts=self.counter.take(), attended=share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,23 +220,6 @@ def run_bench(
 def _rounds(runs: Sequence[ArmRun]) -> np.ndarray:
     """Return the mean seconds of a step in each round; their median is what a line tells."""
     return np.array([np.mean(ran.steps) for ran in runs])
-
-
-def _run(bench: Bench, arm: BenchArm, steps: int) -> ArmRun:
-    from diffusers.models.attention_dispatch import attention_backend
-
-    bench.counter.take()
-    nothing = contextlib.nullcontext()
-    backend = attention_backend(arm.backend) if arm.backend else nothing  # not set_attention_backend, which would last
-    with (
-        _silent(),
-        backend,
-        dit_accel.attach(bench.transformer, *arm.methods, preset="none") if arm.methods else nothing as attachment,
-    ):
-        seconds = list(_denoise(bench, steps))
-        report = attachment.report() if attachment is not None else None
-    share = attended_share(report, bench.plan.adapter, bench.plan.family, bench.plan.sizes, arm.methods)[0]
-    return ArmRun(steps=seconds, **bench.counter.seconds, counts=bench.counter.take(), attended=share)
 
 
 @torch.no_grad()

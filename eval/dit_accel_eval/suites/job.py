@@ -14,7 +14,6 @@ from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
-from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_room, check_writable, held, make_folder
 from dit_accel.methods.base import Model
@@ -135,16 +134,15 @@ def _check_fits(job: Job, clips: Sequence[int], known: Sequence[ResultLine], fam
 def _check_model(suite: Suite) -> Family:
     """Refuse a model that suites can't run, and what it does not take of a suite; returns the model's sizes."""
     if suite.embedded:
+        files = read_model_files(suite.source)
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
-        source = str(assets().model_path(suite.model))
-        files = read_model_files(source)
     else:
-        source, (files, _) = suite.source, check_given(suite.source)
+        files, _ = check_given(suite.source)
         if suite.own is None:
             remedy = f"add prompts = [...] or a prompt_file for {suite.model}"
             raise ConfigError(f"{suite.name} has no prompts, and only embedded models have held-out ones; {remedy}")
-    shipped = shipped_scheduler(source)
+    shipped = shipped_scheduler(suite.source)
     adapter, family = files.identify()
     sizes = {"heads": family.heads, "layers": family.layers}
     taken = Model(adapter=adapter, family=family, **sizes, config=files.transformer)

@@ -9,7 +9,7 @@ from dit_accel_pipelines.generation.request import DTYPES, Dtype, read_prompts
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS
 
 from dit_accel import ConfigError
-from dit_accel.adapters.embedded import embedded_names
+from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
@@ -80,7 +80,9 @@ class Suite:
 
     @property
     def source(self) -> str:
-        """Return what diffusers loads of a model that is not embedded: a folder, beside the file if it is there."""
+        """Return what diffusers loads of a model: a folder, beside the file if it is there, or a hub id."""
+        if self.embedded:
+            return str(assets().model_path(self.model))
         beside = self.folder / Path(self.model).expanduser()
         return str(beside) if beside.is_dir() else self.model
 

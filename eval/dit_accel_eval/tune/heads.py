@@ -43,7 +43,11 @@ def tune_heads(
             raise ConfigError(f"tune heads needs {name} >= 1, got {value}")
     selection = HeadSelection.of(objective)
     judges = [objective_of(part, embedded_name(request.model)) for part in selection.objectives]
-    ranks, (request, config) = ranks or Ranks(), _split(request)
+    config, rest = replaced_method(request, SoftPAG, SoftPAG(u=1.0))
+    if config.heads is not None:
+        raise ConfigError(f"tune heads finds the heads itself, got softpag.heads = {config.heads!r}; leave them out")
+    scale = 1.0 if request.guidance_scale is None else request.guidance_scale  # 1: without guidance
+    ranks, request = ranks or Ranks(), dataclasses.replace(request, methods=rest, guidance_scale=scale)
     softpag = {**config.to_dict(), "heads": None}
     runs = TuningRun(request, output, ".json", stages, ranks, objective=objective, softpag=softpag)
     transformers = find_transformers(runs.pipe)
@@ -80,15 +84,6 @@ def _judged(runs: TuningRun, config: SoftPAG, judges: Sequence[Objective], trial
     if not all(map(math.isfinite, score)):
         raise ConfigError(f"the objective gave {score} for {chosen}; it must give a finite number")
     return score
-
-
-def _split(request: TuningRequest) -> tuple[TuningRequest, SoftPAG]:
-    """Return the request without SoftPAG and, where it has no scale, without guidance; and the SoftPAG searched."""
-    config, rest = replaced_method(request, SoftPAG, SoftPAG(u=1.0))
-    if config.heads is not None:
-        raise ConfigError(f"tune heads finds the heads itself, got softpag.heads = {config.heads!r}; leave them out")
-    scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-    return dataclasses.replace(request, methods=rest, guidance_scale=scale), config
 
 
 def cost(heads: int, rounds: int, per_round: int, prompts: int) -> int:

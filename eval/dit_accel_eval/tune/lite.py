@@ -26,7 +26,6 @@ from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.base import Model
-from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext, Key
 from dit_accel.plan.exact_rows import dense_rows
@@ -63,7 +62,12 @@ def tune_lite(
     One vote may add a relative L1 error of ``target_error`` to the next call. Found are of each of the ``steps`` the
     median threshold and the means of `Found`'s figures, and each prompt's PSNR to its dense run.
     """
-    config, rest = _lite_of(request)
+    config, rest = replaced_method(request, LiteAttention)
+    for name in ("threshold", "target_density", "thresholds_file"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
+    if config.criterion == "budget":
+        raise ConfigError("tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', bounded by itself; use one")
     if not 0 < target_error < 1:
         raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
     request = dataclasses.replace(request, methods=(config, *rest))
@@ -156,20 +160,6 @@ def _check_something_votes(settings: SparseConfig, steps: int | None, layers: in
         return
     if all(sum(not settings.is_dense(step, steps, layer) for step in range(steps)) < 2 for layer in range(layers)):
         raise ConfigError(NOTHING_VOTES.format(steps=steps))
-
-
-def _lite_of(request: TuningRequest) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:
-    """Return the LiteAttention config to tune, and the other methods."""
-    config, rest = replaced_method(request, LiteAttention)
-    for name in ("threshold", "target_density", "thresholds_file"):
-        value = getattr(config, name)
-        if value is not None:
-            raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
-    if config.criterion == "budget":
-        raise ConfigError(
-            "tune lite takes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its error; use one"
-        )
-    return config, rest
 
 
 def error_of(out: Tensor, reference: Tensor) -> float:

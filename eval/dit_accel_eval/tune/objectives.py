@@ -27,7 +27,14 @@ def objective_of(name: str, model: str | None) -> Objective:
     if name == "checker":
         return _checker(model)
     if metric_about(name) is not None:
-        return _measured(name)
+        quality = metric(name)
+        if quality.reference or quality.better == "neither":
+            lack = "compares with a reference" if quality.reference else "says neither more nor less is better"
+            raise ConfigError(f"the objective {name!r} {lack}; take a metric of a clip alone, such as {EXAMPLE}")
+        if (reason := quality.missing()) is not None:
+            raise ConfigError(f"the objective {name!r} can't be measured: {reason}")
+        sign = -1 if quality.better == "less" else 1
+        return lambda clip, prompt: sign * quality(Sample(frames=clip, prompt=prompt)).value
     module, colon, function = name.partition(":")
     if not colon:
         hint = did_you_mean(name, ("checker", *metrics())).replace("dit-accel models", "dit-accel eval metrics")
@@ -39,17 +46,6 @@ def objective_of(name: str, model: str | None) -> Objective:
     if not callable(value):
         raise ConfigError(f"the objective {name} is {value!r}; it must be a function of a clip and its prompt")
     return cast(Objective, value)
-
-
-def _measured(name: str) -> Objective:
-    quality = metric(name)
-    if quality.reference or quality.better == "neither":
-        lack = "compares with a reference" if quality.reference else "says neither more nor less is better"
-        raise ConfigError(f"the objective {name!r} {lack}; take a metric of a clip alone, such as {EXAMPLE}")
-    if (reason := quality.missing()) is not None:
-        raise ConfigError(f"the objective {name!r} can't be measured: {reason}")
-    sign = -1 if quality.better == "less" else 1
-    return lambda clip, prompt: sign * quality(Sample(frames=clip, prompt=prompt)).value
 
 
 def _checker(model: str | None) -> Objective:

@@ -26,7 +26,7 @@ from ..suites.job import Job
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
-from .pipeline_search import HELD_OUT_PROMPTS, Measurement, Prompts, Search, Target, read_target, split
+from .pipeline_search import HELD_OUT_PROMPTS, Prompts, Search, Target, read_target, split
 from .space import BY_HAND, default_space, space_of
 
 
@@ -70,26 +70,22 @@ def tune_pipeline(
     )  # fmt: skip
     path = _write(output, chosen.arm, request.guidance_scale, requested, measured)
     ran = {line.arm for line in result_lines(job.out)} & {arm.name for arm in arms}
-    return _tuned(path, requested, chosen, best, (len(ran), len(arms)))
-
-
-def _tuned(path: Path, target: Target, chosen: Measurement, best: list[Measurement], tried: tuple[int, int]) -> Tuned:
-    """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"
     if chosen.interval is not None:
         interval = f"[{chosen.interval[0]:.4g}, {chosen.interval[1]:.4g}]"
     return Tuned(
         found={
-            "kept": str(path), "target": dataclasses.asdict(target), "chosen": chosen.to_dict(),
-            "frontier": [point.to_dict() for point in best], "tried": list(tried),
+            "kept": str(path), "target": dataclasses.asdict(requested), "chosen": chosen.to_dict(),
+            "frontier": [point.to_dict() for point in best], "tried": [len(ran), len(arms)],
         },
-        columns=("setting", target.quality, "work in dense steps", "speed-up"),
+        columns=("setting", requested.quality, "work in dense steps", "speed-up"),
         rows=[(point.arm.name, f"{point.quality:.4g}", f"{point.work:.2f}", f"{point.speedup:.2f}") for point in best],
         remarks=[
-            f"{chosen.arm.name}: {target.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} over "
-            f"{chosen.prompts} prompts that the search never saw; requested was {target.name} {target.value:g}",
+            f"{chosen.arm.name}: {requested.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} "
+            f"over {chosen.prompts} prompts that the search never saw; requested was {requested.name} "
+            f"{requested.value:g}",
             f"`dit-accel recommend` lists it first for this model, from {path}",
-            f"tried {tried[0]} of {tried[1]} settings",
+            f"tried {len(ran)} of {len(arms)} settings",
         ],
     )  # fmt: skip
 

@@ -171,7 +171,12 @@ class Search:
         """Return what was measured on all prompts: by hand and some dense runs, then what optuna's sampler proposes."""
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
-        optuna, kinds = _optuna(), defaultdict[str, dict[int, Arm]](dict)
+        try:
+            import optuna  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(f"tune pipeline takes optuna, which is not installed; {install('eval')}") from None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        kinds = defaultdict[str, dict[int, Arm]](dict)
         for arm in arms:
             kinds[_kind(arm)][arm.num_inference_steps] = arm
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=KEPT)
@@ -277,15 +282,6 @@ class Search:
             near = f"{best.arm.name} with {self.target.quality} {best.quality:.4g}, speed-up {best.speedup:.2f}"
             raise ConfigError(f"no setting reached {goal}; nearest came {near}; ask for less, or more by --space")
         return best
-
-
-def _optuna() -> Any:
-    try:
-        import optuna  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(f"tune pipeline takes optuna, which is not installed; {install('eval')}") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
 
 
 def _kind(arm: Arm) -> str:

@@ -49,7 +49,14 @@ def tune_profile(
         def profiled(prompt: str) -> dict[str, Any]:
             with profiler.watching():
                 runs.run(prompt)
-            return _part(prompt, profiler)
+            blocks = {name: range(len(listed)) for name, listed in profiler.names.items()}
+            return {
+                "prompt": prompt, "foreground": [share for _, share in sorted(profiler.foreground.items())],
+                "transformers": {
+                    name: {criterion: _matrix(scores[criterion], blocks[name]) for criterion in CRITERIA}
+                    for name, scores in profiler.scores.items()
+                },
+            }  # fmt: skip
 
         parts = runs.over_prompts(profiled)
     transformers = find_transformers(runs.pipe)
@@ -71,22 +78,10 @@ def tune_profile(
     return _tuned(content)
 
 
-def _part(prompt: str, profiler: Profiler) -> dict[str, Any]:
-    """Return what a run gave."""
-    return {
-        "prompt": prompt,
-        "foreground": [share for _, share in sorted(profiler.foreground.items())],
-        "transformers": {
-            name: {criterion: _matrix(scores[criterion], len(profiler.names[name])) for criterion in CRITERIA}
-            for name, scores in profiler.scores.items()
-        },
-    }
-
-
-def _matrix(values: Mapping[tuple[int, int], float], blocks: int) -> list[list[float | None]]:
+def _matrix(values: Mapping[tuple[int, int], float], blocks: range) -> list[list[float | None]]:
     """Return the values by block and step, None where there is none."""
     steps = 1 + max((step for _, step in values), default=-1)
-    return [[values.get((block, step)) for step in range(steps)] for block in range(blocks)]
+    return [[values.get((block, step)) for step in range(steps)] for block in blocks]
 
 
 def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached: int | None) -> dict[str, Any]:

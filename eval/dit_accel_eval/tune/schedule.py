@@ -93,7 +93,13 @@ def tune_schedule(
     config = dataclasses.replace(config, compute_at=shares)
     write_config(output, config, [f"Searched by dit-accel tune schedule on {about}"], set_by_run)
     runs.finish()
-    return _tuned(tuner.model, computed, [_found(tried[at], quality[at], lists[at]) for at in order])
+    placements = [
+        {"steps": tried[at].steps, "flow_shift": tried[at].shift, "psnr": quality[at],
+         "lists": {count: list(path) for count, (_, path) in lists[at].items()},
+         "error": {count: error for count, (error, _) in lists[at].items()}}
+        for at in order
+    ]  # fmt: skip
+    return _tuned(tuner.model, computed, placements)
 
 
 def _tuned(model: str, computed: int, placements: Sequence[dict[str, Any]]) -> Tuned:
@@ -110,15 +116,6 @@ def _tuned(model: str, computed: int, placements: Sequence[dict[str, Any]]) -> T
         rows=[tuple(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows],
         remarks=["error: RMS that the forecasts are expected to leave in the latents at the end"],
     )
-
-
-def _found(placement: Placement, quality: float | None, lists: Lists) -> dict[str, Any]:
-    """Return what was found for a placement: its lists and their errors by numbers of computed steps."""
-    return {
-        "steps": placement.steps, "flow_shift": placement.shift, "psnr": quality,
-        "lists": {count: list(path) for count, (_, path) in lists.items()},
-        "error": {count: error for count, (error, _) in lists.items()},
-    }  # fmt: skip
 
 
 def _config(request: TuningRequest) -> tuple[StaticCache, tuple[Any, ...]]:
