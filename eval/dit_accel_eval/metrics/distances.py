@@ -10,9 +10,7 @@ from dit_accel.errors import install
 
 from .metric import Clip
 
-SETS = ("fid@inception", "kid@inception")
-"""Distances of two folders' frames, by torchmetrics and torch-fidelity's network."""
-
+SETS = ("fid@inception", "kid@inception")  # of two folders' frames, by torchmetrics and torch-fidelity's network
 ENOUGH = 2048  # frames below which FID is well above that of many: it estimates 2048 x 2048 covariances
 TOGETHER = 32  # frames that go through the network at once
 

@@ -23,9 +23,7 @@ from dit_accel.errors import did_you_mean
 from .metric import Clip, NotMeasured, no_module
 
 TOGETHER = 32  # frames that go through a model at once
-
-USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Files of a hub repository that open_clip takes where a tag names none, the first of which it prefers."""
+USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # where a tag names no file
 
 JUDGES = {
     ("ViT-H-14", "hpsv2.1"): {"hf_hub": "xswu/HPSv2/HPS_v2.1_compressed.pt", "resize_mode": "longest"},

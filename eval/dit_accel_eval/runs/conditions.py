@@ -15,8 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import did_you_mean
 
-CARD = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")
-"""What is kept of a card, by nvidia-smi's names: without its clocks two cards' times can't be compared."""
+CARD = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")  # by nvidia-smi's names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,15 +26,11 @@ Line = dict[str, Any]
 TUNED = "dense"  # name of the best dense runs of a ladder of rivals, with their steps behind; see `ladder`
 AGREE = 45.0  # PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged
 ITSELF = 120.0  # the agreement in dB of a reference for which nothing was searched: `psnr` of a clip with itself
-
-WORKS = {"work": "own work", "work_real": "work at a = .72"}
-"""Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
+WORKS = {"work": "own work", "work_real": "work at a = .72"}  # by which arms and dense runs are made equal
 
 TIMED = {"steps_in_time": "time"}
 
-NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")
-"""Fields of a line that are figures; others are metrics of the suite."""
-
+NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")  # fields that are figures
 REFERENCE = "reference"  # what stands for the arm's name in the file of a converged run
 KEPT = ("kept", "kept_reference")  # keys of a line that tell where its frames and its reference's were kept
 

@@ -24,15 +24,9 @@ from .ladder import setting_words
 from .suite import Pair, Suite
 
 NEGLIGIBLE = 1e-3  # share of the steps' work by which a run may differ from them and still save nothing
-
-SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)
-"""Phases of the methods that are there to leave something out."""
-
+SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)  # of methods that leave something out
 MEANS = (*WORKS, *TIMED, "ssim", "score", "seconds", "dense_seconds")  # fields of a line of which there are means
-
-NOTHING = "saved nothing"
-"""What stands in place of a lead of an arm whose methods left nothing out: it is the dense run, at its cost."""
-
+NOTHING = "saved nothing"  # in place of a lead of an arm whose methods left nothing out, at the dense run's cost
 EQUAL = 1.02  # time or work, of the other arm's, up to which an arm's counts as no more
 
 

@@ -29,9 +29,7 @@ from .judges import Judge, judge_of
 from .suite import Suite
 
 LINE = 1 << 13  # bytes that a result line takes, about
-
-SCALES = ("guidance_scale", "true_cfg_scale")
-"""What an arm's call may change where all are held against one converged run, which has the suite's own."""
+SCALES = ("guidance_scale", "true_cfg_scale")  # what an arm's call may change beside one converged run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,9 +31,7 @@ KINDS = {
 }
 """Key of a suite -> what it must be."""
 
-LEAST = {"clips": 1, "first_clip": 0, "reference_steps": 1, "warmup": 0, "repeats": 1}
-"""Key of a suite -> the least number that it may be."""
-
+LEAST = {"clips": 1, "first_clip": 0, "reference_steps": 1, "warmup": 0, "repeats": 1}  # of a suite's keys
 PAIR_KINDS = {"arm": str, "against": str, "margin": (int, float)}  # key of a pair -> what it must be
 
 

@@ -30,9 +30,7 @@ DEGREE = 4  # of TeaCache's polynomial
 Config = TypeVar("Config", bound=CalibratedConfig)
 
 Note = dict[str, Any]  # what was noted of one forward, as plain values; with ``transformer`` and ``step``
-
-Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]
-"""(handler, context, output) -> a note of a forward of the branch that decides."""
+Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]  # of an output of the branch that decides
 
 
 def tune_magcache(request: TuningRequest, output: Path, *, stages: Stages | None = None) -> Tuned:

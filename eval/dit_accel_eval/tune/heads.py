@@ -26,8 +26,7 @@ from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method
 from .objectives import HeadSelection, Objective, objective_of
 
-Trial = tuple[tuple[str, ...], int]
-"""What is judged: heads, such as ``L3H1``, in their usual order, and the number of a prompt."""
+Trial = tuple[tuple[str, ...], int]  # heads, such as ``L3H1``, in their usual order, and a prompt's number
 
 
 def tune_heads(

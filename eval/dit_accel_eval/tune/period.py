@@ -26,9 +26,7 @@ from dit_accel.rules.ultravico import extended_frames
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, watched_attention, write_config
 
-TOLERANCE = 0.06
-"""How far a ratio of two frequencies may be from a whole number, as a share of it: CogVideoX's 3.16 counts as 3."""
-
+TOLERANCE = 0.06  # how far a ratio of frequencies may be from a whole number: CogVideoX's 3.16 counts as 3
 APART = 0.2  # how far it may be at most, in turns: a share alone would let any ratio above 8 pass
 
 SEPARATE = 4.0
@@ -37,11 +35,8 @@ SEPARATE = 4.0
 The waves of slower frequencies are alike but for rounding, so that amplitudes of any size would fit the curve.
 """
 
-PERIODIC = 0.5
-"""Share of the amplitude above which a family of frequencies makes attention repeat: ours, between Wan and others."""
-
-BAND = 0.08
-"""Half the width of a band over its period, rounded down: HunyuanVideo's 4 frames of 50, CogVideoX's 1 of 20."""
+PERIODIC = 0.5  # share of the amplitude above which a family of frequencies repeats: ours, between Wan and others
+BAND = 0.08  # half a band over its period, rounded down: HunyuanVideo's 4 frames of 50, CogVideoX's 1 of 20
 
 
 class Logits:

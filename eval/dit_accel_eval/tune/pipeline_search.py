@@ -21,18 +21,13 @@ from ..suites.arms import Arm, dense_arm
 from ..suites.job import Job
 from ..suites.running import run_arms
 
-ROUNDS = (2, 4, 6)
-"""Prompts on which a setting is measured before it may be pruned, and then all; those before are among them."""
-
+ROUNDS = (2, 4, 6)  # prompts before a setting may be pruned, and then all; those before are among them
 TRIED, FEW = 0.5, 24  # share of the settings that are run at most, those set by hand among them; of so few all may be
 KEPT = 3  # of so many settings one goes on to more prompts
 REPEATS = 8  # times the number of settings that the sampler may propose: it proposes some again
 LADDER = 5  # dense runs of the space that are among the first, to tell what a quality is worth
 SPARE = 1.5  # times the work of the cheapest setting that meets the target on few prompts which others may need
-
-CACHED_LEAST = 0.25
-"""Share of its steps that a setting with a cache computes at least: its cost is not known beforehand."""
-
+CACHED_LEAST = 0.25  # share of its steps that a cache computes at least: its cost is not known beforehand
 HELD_OUT, HELD_OUT_FIRST = 6, FIRST_PROMPT + 32  # prompts on which the choice is verified, and the first of them
 FEWEST_PROMPTS = 4  # prompts of one's own that a search takes at least: half of them are held out
 

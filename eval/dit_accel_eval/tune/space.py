@@ -22,10 +22,7 @@ from ..suites.arms import Arm, dense_arm, read_arms
 SPACE = Path(__file__).with_name("space.toml")
 
 STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20)  # denoising steps that are tried; a model's own number is added
-
-LARGER = (0.5, 0.6, 0.8)
-"""Shares of a model's own number that are tried too, for models whose own is far beyond `STEPS`."""
-
+LARGER = (0.5, 0.6, 0.8)  # shares of a model's own number that are tried too, where that is far beyond `STEPS`
 CALIBRATED = (TeaCache, MagCache)  # caches that are tried where their numbers are known for the model
 EMBEDDED_TILES = 16  # tokens of a tile on embedded models; others have what the methods choose by themselves
 

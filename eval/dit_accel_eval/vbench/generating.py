@@ -20,9 +20,7 @@ from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 SIZES = ("num_frames", "height", "width", "num_inference_steps")
 
 LONGEST_NAME = 249  # bytes that a video's name may have, so that its side-car and its lock have names, too
-
-REQUESTED = (*SIZES, "guidance_scale", "solver")
-"""What of a request an earlier video must have been made with, where it is requested."""
+REQUESTED = (*SIZES, "guidance_scale", "solver")  # what an earlier video must have been made with, where requested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
