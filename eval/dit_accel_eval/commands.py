@@ -1,7 +1,7 @@
 """The commands of `dit-accel eval`; what they need is loaded when they run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload, option, with_option_fields
@@ -17,10 +17,6 @@ from .folders import compare_folders
 from .judging.command import ask_judge
 from .sharing import merge_results, show_board
 from .vbench.command import evaluate
-
-if TYPE_CHECKING:
-    from .runs.results import ResultLine
-    from .suites.job import Job
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("folders")(compare_folders)
@@ -98,7 +94,8 @@ def run_suite(
     from dit_accel_pipelines.processes.ranks import Ranks
 
     from .runs.conditions import Machine
-    from .runs.results import result_lines
+    from .runs.results import AGREE, result_lines
+    from .suites.figures import suite_table
     from .suites.job import Job, clips_of
     from .suites.reference import default_cache
     from .suites.running import run_job
@@ -116,22 +113,15 @@ def run_suite(
         warn(read.many)
     if not only_table:
         run_job(job, clips_of(read, clips), workers, quiet=quiet)
-    if not quiet and (only_table or Ranks().first):
-        _show_run(job, result_lines(job.out), written=not only_table)
-
-
-def _show_run(job: "Job", lines: "list[ResultLine]", *, written: bool) -> None:
-    """Print a suite's table, and what to know of it."""
-    from .runs.results import AGREE
-    from .suites.figures import suite_table
-
-    print(suite_table(job.suite, lines))
-    unconverged = {line.clip: line for line in lines if line.reference_agreement < AGREE}
-    for clip, line in sorted(unconverged.items()):
+    if quiet or not (only_table or Ranks().first):
+        return
+    lines = result_lines(job.out)
+    print(suite_table(read, lines))
+    for clip, line in sorted({line.clip: line for line in lines if line.reference_agreement < AGREE}.items()):
         agreement = f"{line.reference_steps} steps agree with half as many to {line.reference_agreement:.1f} dB only"
         warn(f"the reference of clip {clip} did not converge: {agreement}")
-    if written:
-        page = "" if job.suite.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
+    if not only_table:
+        page = "" if read.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
         TALK.print(f"written to {job.out}{page}", markup=False)
 
 

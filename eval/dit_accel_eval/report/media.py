@@ -6,9 +6,8 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from dit_accel_pipelines.generation.media import Frames, upscale, write_media
@@ -108,24 +107,13 @@ def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLin
     return pairs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kept:
+class _Kept(NamedTuple):
     """Kept frames that are read when they are needed."""
 
-    path: Path
-    made_by: str
+    label: str
+    key: list[Any]
     shape: tuple[int, int, int]
-
-    @property
-    def label(self) -> str:
-        return f"{self.path.parent.name}-{self.path.stem}"
-
-    @property
-    def key(self) -> list[Any]:
-        return [self.made_by, self.path.stat().st_size, self.path.stat().st_mtime_ns]
-
-    def frames(self) -> Frames:
-        return _read(self.path, self.made_by)
+    frames: Callable[[], Frames]
 
 
 @functools.lru_cache(maxsize=2)  # an arm's and its reference's
@@ -134,7 +122,9 @@ def _read(path: Path, made_by: str) -> Frames:
 
 
 def _kept(path: Path, made_by: Entry) -> _Kept:
-    return _Kept(path=path, made_by=json.dumps(made_by, sort_keys=True), shape=kept_shape(path, made_by))
+    shape, text = kept_shape(path, made_by), json.dumps(made_by, sort_keys=True)
+    key = [text, path.stat().st_size, path.stat().st_mtime_ns]
+    return _Kept(f"{path.parent.name}-{path.stem}", key, shape, functools.partial(_read, path, text))
 
 
 def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], None]) -> tuple[Entry, list[str]]:

@@ -63,8 +63,17 @@ def run_comparison(options: CompareOptions, settings: Sequence[NamedSetting]) ->
         machine=Machine(device=started_process().device(options.device), offload=options.offload),
     )  # fmt: skip
     clips = clips_of(suite, options.clips)
-    if first and not options.quiet:
-        _say_rules(suite, len(clips))
+    if first and not options.quiet:  # before anything runs
+        count = "1 setting" if len(suite.arms) == 1 else f"{len(suite.arms)} settings"
+        whose = f"the model's own {suite.reference_steps} steps" if suite.reference_steps else "the converged run"
+        note(f"PSNR of {count} to {whose} of the same prompt and seed, against that of dense runs of as much work")
+        note(f"ahead or behind is what differs from 0 over the clips, by Student's t widened for skew and Holm's "
+             f"correction over all settings ({WRONG:.0%}); else open")  # fmt: skip
+        if len(clips) < FEWEST:
+            more = "add prompts, or seeds: --seed 0 --seed 1"
+            warn(f"too few clips for a verdict: {len(clips)}, and it takes {FEWEST}; {more}")
+        if suite.many:
+            warn(suite.many)
     run_job(job, clips, 1, quiet=options.quiet)
     if first:
         report = suite_report(read_results(lines))
@@ -164,19 +173,6 @@ def _arm(setting: NamedSetting, request: Request) -> dict[str, Any]:
     methods = (with_negative(method, request.negative_prompt) for method in setting.methods)
     tables = {method.name: method.to_dict() for method in methods}
     return {"name": setting.name, **{key: value for key, value in run.items() if value is not None}, **tables}
-
-
-def _say_rules(suite: Suite, clips: int) -> None:
-    """Say before anything runs what settings are held against, and by what rule they are judged."""
-    count = "1 setting" if len(suite.arms) == 1 else f"{len(suite.arms)} settings"
-    whose = f"the model's own {steps} steps" if (steps := suite.reference_steps) else "the converged run"
-    note(f"PSNR of {count} to {whose} of the same prompt and seed, against that of dense runs of as much work")
-    note(f"ahead or behind is what differs from 0 over the clips, by Student's t widened for skew and Holm's "
-         f"correction over all settings ({WRONG:.0%}); else open")  # fmt: skip
-    if clips < FEWEST:
-        warn(f"too few clips for a verdict: {clips}, and it takes {FEWEST}; add prompts, or seeds: --seed 0 --seed 1")
-    if suite.many:
-        warn(suite.many)
 
 
 def arms_table(report: SuiteReport) -> Table:

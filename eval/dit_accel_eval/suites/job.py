@@ -142,8 +142,8 @@ def _check_model(suite: Suite) -> Family:
             raise ConfigError(f"{suite.name} has no prompts, and only embedded models have held-out ones; {remedy}")
     shipped = shipped_scheduler(suite.source)
     adapter, family = files.identify()
-    sizes = {"heads": family.heads, "layers": family.layers}
-    taken = Model(adapter=adapter, family=family, **sizes, config=files.transformer)
+    heads, layers = family.heads, family.layers
+    taken = Model(adapter=adapter, family=family, heads=heads, layers=layers, config=files.transformer)
     ladder = suite.ladder
     rungs = [ladder.arm(rung.num_inference_steps) for rung in ladder.rungs] if ladder else []
     for arm in (*suite.arms, *rungs):

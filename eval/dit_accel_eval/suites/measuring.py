@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +70,10 @@ def line_of(sampled: Sampled) -> Line:
         if job.frames is not None:
             line |= keep_beside(job.frames, job.out.parent, line, run.frames, reference.frames)
     if len(sampled.runs) > 1:
-        line["repeated"] = repeat_figures(sampled.runs)
+        taken = [run.seconds for run in sampled.runs]
+        low, middle, high = (round(float(value), DIGITS) for value in np.percentile(taken, [25, 50, 75]))
+        every = [round(value, DIGITS) for value in taken]
+        line["repeated"] = {"seconds": every, "median": middle, "quartiles": [low, high]}
     if sampled.beside:
         seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
@@ -79,13 +81,6 @@ def line_of(sampled: Sampled) -> Line:
     if (len(sampled.runs) > 1 or sampled.beside) and (card := card_state(sampled.model.device)):
         line["card"] = card
     return line
-
-
-def repeat_figures(runs: Sequence[ModelRun]) -> dict[str, Any]:
-    """Return the seconds of the denoising loop of repeated runs, in order, with their median and quartiles."""
-    seconds = [run.seconds for run in runs]
-    low, middle, high = (round(float(value), DIGITS) for value in np.percentile(seconds, [25, 50, 75]))
-    return {"seconds": [round(value, DIGITS) for value in seconds], "median": middle, "quartiles": [low, high]}
 
 
 def _about(sampled: Sampled) -> Line:

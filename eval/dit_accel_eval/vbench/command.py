@@ -43,7 +43,12 @@ def evaluate(job: VideoJob, *, methods: MethodList) -> None:
     _refuse(job, methods)
     if job.videos is None:
         assert job.totals is not None
-        return _print_totals(job.totals, job.json)
+        sums = totals(read_scores(job.totals))
+        if job.json:
+            return print_json(asdict(sums))
+        rows = [(name, DIMENSIONS[name].group, f"{100 * value:.2f}") for name, value in sums.normalized.items()]
+        print_table(("dimension", "group", "in its range"), rows, right=("in its range",))
+        return _print_sums(asdict(sums))
     if job.generate:
         return _generate(job, methods)
     if job.official is not None:
@@ -119,18 +124,12 @@ def _print_scores(by_name: dict[str, list[Any]], results: Path, *, whole: bool, 
     rows = [(name, f"{score:.4f}", str(len(entries))) for name, (score, entries) in by_name.items()]
     print_table(("dimension", "score", "videos"), rows, right=("score", "videos"))
     if sums is not None:
-        OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
+        _print_sums(sums)
     tell(f"written to {results}")
 
 
-def _print_totals(path: Path, json: bool) -> None:
-    sums = totals(read_scores(path))
-    if json:
-        print_json(asdict(sums))
-        return
-    rows = [(name, DIMENSIONS[name].group, f"{100 * value:.2f}") for name, value in sums.normalized.items()]
-    print_table(("dimension", "group", "in its range"), rows, right=("in its range",))
-    OUT.print(f"Quality {100 * sums.quality:.2f}  Semantic {100 * sums.semantic:.2f}  Total {100 * sums.total:.2f}")
+def _print_sums(sums: dict[str, Any]) -> None:
+    OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
 
 
 def set_up_prompts(archives: Path | None, json: bool) -> None:
