@@ -76,7 +76,7 @@ BAD = [
     (own("prompts = []\n"), r"prompts.*empty list"),
     (own('prompts = ["a", "a"]\n'), r"prompts.*'a' twice"),
     (own('prompts = ["a"]\nseeds = [-1]\n'), r"seeds.*-1"),
-    (top('prompts = ["a"]\n'), r"clips.*held-out clips.*prompts"),
+    (top('prompts = ["a"]\n'), r"clips.*beside prompts"),
     (own('prompts = ["a"]\nprompt_file = "p.txt"\n'), r"prompts and.*prompt_file"),
     (own('prompt_file = "p.txt"\n'), r"prompt_file.*p.txt"),
     (own('prompts = ["a"]\njudge = "j.py"\n'), r"judge = 'j.py', which.*held-out"),
