@@ -73,28 +73,31 @@ class ModelFiles:
         return replace(base, repo=self.name, vae=vae, **sizes)
 
 
-def read_model_files(model: str) -> ModelFiles:
+def read_model_files(model: str, revision: str | None = None) -> ModelFiles:
     """Read the configs of a pipeline, a folder or a hub id, no weights; `UnsupportedModel` without a transformer."""
-    index = read_config(model, INDEX)
+    index = read_config(model, INDEX, revision)
     if not isinstance(index.get("transformer"), list):
         parts = ", ".join(name for name, entry in index.items() if isinstance(entry, list)) or "no component"
         raise UnsupportedModel(f"{model} holds {parts} but no transformer; give a diffusers pipeline that has one")
     return ModelFiles(
         name=model,
         index=index,
-        transformer=read_config(model, "transformer/config.json"),
-        vae=read_config(model, "vae/config.json") if "vae" in index else {},
+        transformer=read_config(model, "transformer/config.json", revision),
+        vae=read_config(model, "vae/config.json", revision) if "vae" in index else {},
     )
 
 
-def read_config(model: str, file: str) -> dict[str, Any]:
-    """Read one JSON file of a model, such as ``transformer/config.json``; `UnsupportedModel` if it is not there."""
+def read_config(model: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    """Read one JSON file of a model, such as ``transformer/config.json``; `UnsupportedModel` if it is not there.
+
+    ``revision``: branch, tag or commit of a hub id; None: the main branch.
+    """
     path = Path(model) / file
     if not path.is_file():
         if Path(model).exists() or not _is_hub_id(model):
             state = f"has no {file}" if Path(model).exists() else "is neither a folder nor a hub id (owner/name)"
             raise UnsupportedModel(f"model {model!r} {state}; give a folder saved by a diffusers pipeline, or a hub id")
-        path = _download(model, file)
+        path = _download(model, file, revision)
     try:
         return json.loads(read_text(path))
     except (OSError, ValueError) as error:
@@ -106,15 +109,16 @@ def _is_hub_id(model: str) -> bool:
     return bool(owner and slash and name) and "/" not in name and not model.startswith((".", "~"))
 
 
-def _download(model: str, file: str) -> Path:
+def _download(model: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
-        cached = try_to_load_from_cache(model, file)
+        cached = try_to_load_from_cache(model, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
-        get_hf_file_metadata(hf_hub_url(model, file))  # a download would try for half a minute without a network
-        return Path(hf_hub_download(model, file))
+        # a download would try for half a minute without a network
+        get_hf_file_metadata(hf_hub_url(model, file, revision=revision))
+        return Path(hf_hub_download(model, file, revision=revision))
     except Exception as error:  # the errors of the hub client's transport change from release to release
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(

@@ -56,9 +56,10 @@ def compare_folders(
     from .metrics.registered import check_names
     from .report.lines import read_results
     from .report.report import suite_report
-    from .report.writing import markdown_text, write_reports
+    from .report.writing import write_reports
     from .runs.pairing import REFERENCE, pair, read_rows
-    from .suites.compare import check_output
+    from .suites.compare import arms_table, check_output
+    from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
     lines, rivals, arms = check_output(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
@@ -77,8 +78,11 @@ def compare_folders(
     report = suite_report(read_results(lines))
     write_reports([report], {"html": output, "json": output.with_suffix(".json")})
     if not quiet:
-        print(markdown_text(report))
-        TALK.print(f"written: {lines}, and to share {output.with_suffix('.json')}", markup=False, soft_wrap=True)
+        OUT.print(arms_table(report))
+        if report.pairs:
+            print(pairs_markdown(report.pairs))
+        texts = (*report.warnings, f"written: {lines}, and to share {output.with_suffix('.json')}")
+        TALK.print("\n".join(texts), markup=False, soft_wrap=True)
     OUT.print(str(output), markup=False, soft_wrap=True)
 
 

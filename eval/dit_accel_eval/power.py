@@ -65,9 +65,8 @@ def clips_for(leads: Sequence[float], lead: float, *, arms: int = 1) -> int | No
 def power_table(spreads: Sequence[Spread], leads: Sequence[float] = LEADS, arms: int = 1) -> str:
     """Return the Markdown table of the clips that it takes to see true leads."""
     heads = ["results, arm of median spread", "spread, dB", *(f"{lead:g} dB" for lead in leads)]
-    rows = [
-        [f"{spread.results}, {spread.arm}", f"{spread.deviation:.1f}",
-         *(clips_for(spread.leads, lead, arms=arms) or f"over {COUNTS[-1]}" for lead in leads)]
-        for spread in spreads
-    ]  # fmt: skip
+    rows = []
+    for spread in spreads:
+        counts = [clips_for(spread.leads, lead, arms=arms) or f"over {COUNTS[-1]}" for lead in leads]
+        rows.append([f"{spread.results}, {spread.arm}", f"{spread.deviation:.1f}", *counts])
     return markdown_table(" | ".join(heads), rows)

@@ -1,10 +1,9 @@
 """Queries and keys in eight bits, as torch computes them: what the reference simulates and kernels are tested against.
 
 A query row has a scale of its own, a key tile one for its tokens, a pooled tile's mean key likewise: the largest
-magnitude becomes the largest number of the format, and a logit is the product of the small numbers times both scales.
-Before that the mean of a head's valid keys is subtracted from them (`centre_of`), which takes away what all keys share
-and so makes the scales finer; it changes a row's logits by one constant and the softmax not at all. The LSE gets it
-back. With frame decay keys stay where they are, since it compares logits with 0. Routing reads q and k as they are.
+magnitude becomes the largest number of the format. Before that the mean of a head's valid keys is subtracted from them
+(`centre_of`), which makes the scales finer and changes a row's logits by one constant, which the LSE gets back. With
+frame decay keys stay where they are, since it compares logits with 0. Routing reads q and k as they are.
 Source: SageAttention, arXiv 2410.02367, 4.2; there a scale is for a block of queries.
 """
 

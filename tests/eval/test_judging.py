@@ -39,10 +39,9 @@ def results(tmp_path_factory) -> Path:
     for line in lines:
         line |= {"kept": f"{line['arm']}-{line['clip']}.png", "kept_reference": f"{line['clip']}.png"}
         line["metrics"] = {"lpips@alex": 1 - line["psnr"] / 100, "motion": 0.5}
-        for name, level, made_by in (
-            (line["kept"], line["psnr"] / 100, run_of(line)), (line["kept_reference"], 1.0, reference_of(line))
-        ):  # fmt: skip
-            keep(folder / name, np.full((5, 16, 16, 3), level, np.float32), made_by)
+        white = np.ones((5, 16, 16, 3), np.float32)
+        keep(folder / line["kept"], white * line["psnr"] / 100, run_of(line))
+        keep(folder / line["kept_reference"], white, reference_of(line))
     (folder / "judge.py").write_text(BY_BRIGHTNESS)
     return written(folder / "r.jsonl", lines)
 
@@ -90,7 +89,7 @@ def test_a_class_in_a_file_is_a_judge(results, tmp_path):
         "class Mine:\n    name, questions = 'mine', ('first?',)\n"
         "    def answers(self, asked):\n        return [(len(q.first.frames()), 0) for q in asked]\n"
     )
-    pairs = pairs_of(read_results(results).lines, results.parent, ARM, OTHER, 3)
+    pairs = pairs_of(read_results(results).lines, results.parent, ARM, OTHER, 3, 16)
     figures = answers_of(ask(judge_named(f"{path}:Mine"), pairs, ("first?",)), pairs)["first?"]
     assert (figures.preference.mean, figures.bias.mean, figures.turned) == (0, 3, 1)
     assert figures.agreement == {"psnr": None, "ssim": None, "lpips@alex": None}  # it prefers nothing
@@ -143,7 +142,7 @@ def clips(tmp_path) -> list[ShownClip]:
     paths = [tmp_path / f"{seed}.png" for seed in range(2)]
     for seed, path in enumerate(paths):
         keep(path, np.random.default_rng(seed).random((5, 16, 16, 3), dtype=np.float32), {})
-    return [ShownClip(path, 4) for path in paths]
+    return [ShownClip(path, 4, 2.0) for path in paths]
 
 
 def asked(question: str, clips: list[ShownClip]) -> list[Question]:
@@ -169,6 +168,9 @@ def test_a_likert_judge_sees_every_frame_of_both_clips(model, clips, monkeypatch
 def test_videoscore2_scores_a_clip_alike_in_both_orders(model, clips, monkeypatch):
     monkeypatch.setattr(vision, "THINKING", 4)
     judge = judge_named(f"videoscore2={model}", "cpu")
+    about = {"total_num_frames": 4, "frames_indices": [0, 1, 2, 3], "fps": 2.0}
+    seen = {"videos": [clips[0].frames()], "do_sample_frames": False, "video_metadata": [about]}
+    assert list(judge.model.inputs([{"type": "video"}], "", **seen)["second_per_grid_ts"]) == [2 / 2.0]
     for question in judge.questions:
         there, back = judge.answers(asked(question, clips))
         assert there == back[::-1]

@@ -16,7 +16,7 @@ from dit_accel_kernels import torch_way
 from dit_accel_kernels.backends.torch import compiled, shipped
 from kernel_cases import attend, qkv, random_lists
 
-needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+needs_compiler = pytest.mark.skipif(compiled.compiled_loop().library is None, reason="no C++ compiler is here")
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes of files are Unix's")
 SOURCE = """
 #include <cstdint>
@@ -79,7 +79,7 @@ def written(path: Path, text: str) -> Path:
 def test_without_a_compiler_or_by_the_switch_torch_computes_and_says_so(fresh, monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     monkeypatch.setenv(compiled.SWITCH, "0")
-    assert compiled.library() is None
+    assert compiled.compiled_loop().library is None
     assert torch_way(cpu, torch.float32) == "gathered tiles, since DIT_ACCEL_CPU_LOOP is 0"
     assert attends()
     monkeypatch.delenv(compiled.SWITCH)
@@ -121,7 +121,7 @@ def test_a_named_compiler_that_does_not_work_is_warned_of_and_no_other_tried(fre
     broken = written(tmp_path / "broken", '[ "$1" = --version ] && exit 0\necho "fatal: no such" >&2\nexit 1')
     monkeypatch.setenv("CXX", str(broken) if named == "broken" else named)
     with pytest.warns(UserWarning, match=rf"loop.*torch backend {why}") as warned:
-        assert (compiled.library(), compiled.library()) == (None, None)
+        assert (compiled.compiled_loop().library, compiled.compiled_loop().library) == (None, None)
     assert len(warned) == 1
     assert compiled.compiled_loop().why.startswith("it could not be built (")
     assert attends()
@@ -293,7 +293,7 @@ def test_a_file_of_another_machine_is_left_alone(quick):
 
 @needs_compiler
 def test_no_memory_is_an_error_and_not_the_end():
-    loop = compiled.library()
+    loop = compiled.compiled_loop().library
     sizes = dict(columns=64, num_q=9, num_k=9, batch=1, heads=1, key_heads=1, groups=1, threads=3, end=9)
     for name, rows, dim in (("attend", 1 << 40, 64), ("pack", 64, 1 << 40)):
         call = compiled.LoopCall(rows=rows, dim=dim, value_dim=dim, **sizes)
@@ -323,7 +323,7 @@ def test_it_is_built_once_whoever_asks_at_the_same_time(quick, monkeypatch):
 @pytest.mark.slow
 @needs_compiler
 def test_processes_find_one_whole_file(fresh):
-    code = "from dit_accel_kernels.backends.torch import compiled; print(compiled.library()._name)"
+    code = "from dit_accel_kernels.backends.torch import compiled; print(compiled.compiled_loop().library._name)"
 
     def ask(_: int) -> str:
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

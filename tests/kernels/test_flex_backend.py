@@ -63,7 +63,7 @@ def eager(monkeypatch) -> list:
         return flex_backend.flex_call(q, columns, blocks, made_for)
 
     monkeypatch.setattr(flex_backend, "_compiled", lambda: run)
-    monkeypatch.setattr(flex_backend, "check", lambda problem, need_lse: None)
+    monkeypatch.setattr(flex_backend, "check", lambda problem: None)
     return calls
 
 

@@ -15,7 +15,7 @@ from dit_accel_kernels.features import product_dtype
 from kernel_cases import Call, attend, check_against_reference, frame_decay, full, lists_of, qkv, random_lists
 from torch.nn.functional import scaled_dot_product_attention
 
-pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+pytestmark = pytest.mark.skipif(compiled.compiled_loop().library is None, reason="no C++ compiler is here")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 CRITERIA = [Vote(), Vote(criterion="mass", threshold=0.02), Vote(criterion="budget", threshold=0.1)]
 
@@ -102,7 +102,7 @@ def test_votes_over_several_chunks_are_those_of_the_operations(vote, monkeypatch
     by_loop = [attend(*call, **options)]
     monkeypatch.setattr(fused, "VOTE_BYTES", 4 * 64 * 20)
     by_loop.append(attend(*call, **options))
-    monkeypatch.setattr(fused, "library", lambda: None)
+    monkeypatch.setattr(fused, "compiled_loop", lambda: compiled.Loop(None, "left out"))
     by_operations = attend(*call, **options)
     for results in by_loop:
         torch.testing.assert_close(results[:2], by_operations[:2], rtol=1e-5, atol=1e-6)
@@ -182,7 +182,7 @@ def test_without_pairs_bfloat16_is_multiplied_in_float32(monkeypatch):
     for name, has in (("_is_avx512_bf16_supported", True), ("_is_amx_fp16_supported", False)):
         monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
     product_dtype.cache_clear()
-    monkeypatch.setattr(compiled.library(), "has_pairs", lambda: 0)
+    monkeypatch.setattr(compiled.compiled_loop().library, "has_pairs", lambda: 0)
     q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.bfloat16)
     out, wide = attend(q, k, v, tiles, backend="torch"), attend(q.float(), k.float(), v.float(), tiles, backend="torch")
     assert torch.equal(out, wide.bfloat16())

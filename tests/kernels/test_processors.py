@@ -56,7 +56,7 @@ def test_tiles_give_what_pairs_do_to_rounding(tmp_path, monkeypatch):
     for compiler in ("g++ -DNO_TILES", TILES):
         monkeypatch.setenv("CXX", compiler)
         compiled.compiled_loop.cache_clear()
-        built = compiled.library()
+        built = compiled.compiled_loop().library
         if built is None or not built.has_pairs():
             pytest.skip("no products of bfloat16 are here to compare with")
         results.append((built.tile_words(), *attend(*call, return_lse=True, backend="torch")))

@@ -292,4 +292,3 @@ def test_rows_that_move_in_pieces_of_16_bytes():
         tensor = memory.as_strided((2, 3, 4, 4), strides, start)
         assert rows.moves_in_pieces(tensor) == moves
         assert (rows.with_whole_rows(tensor) is tensor) == whole
-    assert rows.no_lse(half).shape == (0,)

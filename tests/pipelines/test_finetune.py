@@ -16,7 +16,7 @@ from dit_accel_pipelines.finetuning.models import TRAINABLE
 from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import Trainable
-from dit_accel_pipelines.generation.lora import FILE, load_lora
+from dit_accel_pipelines.generation.lora import FILE, load_loras
 from dit_accel_pipelines.generation.request import Request
 from dit_accel_pipelines.generation.resume import request_digest
 from finetunes import RADIAL, base_folder, model_folder, recipe, trained, video_folder
@@ -124,7 +124,7 @@ def test_the_command_and_its_lora_in_generate(tmp_path: Path):
         assert result.exit_code == 0, result.stderr
         files[name] = (tmp_path / f"{name}.png").read_bytes()
     assert files["plain"] != files["lora"]
-    assert json.loads((tmp_path / "lora.png.json").read_text())["lora"] == str(tmp_path / "lora")
+    assert json.loads((tmp_path / "lora.png.json").read_text())["lora"] == [str(tmp_path / "lora")]
     again = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "lora")])
     assert again.exit_code == 2
     assert "of an earlier training; go on with --resume, or choose another folder" in again.stderr
@@ -327,15 +327,15 @@ def test_a_lora_that_does_not_fit_is_refused_and_another_lora_is_another_request
 ):
     pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"LoRA .*WanPipeline: .*size mismatch"):
-        load_lora(pipe, str(one_step))
+        load_loras(pipe, [str(one_step)])
     for name, message in (("none.safetensors", "LoRA at .*none"), ("videos", "no pytorch_lora_weights.safetensors")):
         with pytest.raises(ConfigError, match=message):
-            Request(prompt="a red circle", output=tmp_path / "a.png", lora=str(base / name))
+            Request(prompt="a red circle", output=tmp_path / "a.png", lora=(str(base / name),))
     lora, digests = tmp_path / "a.safetensors", []
     for content in (None, b"one", b"other", b"one"):
         if content is not None:
             lora.write_bytes(content)
-        path = None if content is None else str(lora)
+        path = () if content is None else (str(lora),)
         digests.append(request_digest(Request(prompt="a", output=tmp_path / "a.png", lora=path)))
     assert digests[1] == digests[3]
     assert len(set(digests)) == 3

@@ -19,7 +19,7 @@ from dit_accel_pipelines.finetuning.models import TRAINABLE
 from dit_accel_pipelines.finetuning.recipe import resolve_recipe
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import shift_at
-from dit_accel_pipelines.generation.lora import FILE, load_lora
+from dit_accel_pipelines.generation.lora import FILE, load_loras
 from finetunes import base_folder, processes, recipe, trained, video_folder, weights
 from PIL import Image
 from some_cases import some
@@ -163,7 +163,7 @@ def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: 
     assert len(layers) == CASES[name].modules * 4
     assert all(bool(layer.lora_B["default_0"].weight.any()) for layer in map(transformer.get_submodule, layers))
     alone = opened(bases[name])
-    load_lora(alone, str(tmp_path))
+    load_loras(alone, [str(tmp_path)])
     there = alone.transformer_2 if low else alone.transformer
     assert torch.equal(trainable.velocity(there, pipe, *inputs), trainable.velocity(transformer, pipe, *inputs))
 

@@ -84,7 +84,7 @@ def frames(name: str, folder: Path, options: dict[str, Any]) -> np.ndarray:
 
 FIRST_AND_LAST = dict(image=["first=@a.png", "last=@b.png"])
 INPAINTED = dict(image=["@a.png", "mask=@m.png"], strength=0.5)
-RUNS: list[tuple[str, dict[str, Any]]] = [
+RUNS: list[Any] = [
     ("WanImageToVideoPipeline, first and last frame", FIRST_AND_LAST),
     ("WanVACEPipeline", dict(video=["@17.gif", "mask=@17.gif"], image=["reference=@a.png", "@b.png"], num_frames=17)),
     ("WanVACEPipeline", dict(video=["@17.gif"], image=["mask=@m.png", "@b.png"], num_frames=17)),
@@ -130,8 +130,7 @@ LEFT_OUT = {"ip_adapter_image", "negative_ip_adapter_image", "masked_image_laten
 
 def test_all_pictures_that_pipelines_take_have_an_option():
     known = {*LEFT_OUT, *PICTURES["image"], *PICTURES["video"]}
-    classes = {getattr(diffusers, name.split(",")[0], None) for name in PIPELINES}
-    for cls in classes - {None}:
+    for cls in filter(None, {getattr(diffusers, name.split(",")[0], None) for name in PIPELINES}):
         parameters = inspect.signature(cls.__call__).parameters.values()
         pictures = {one.name for one in parameters if re.search("Image(Input|.Image)", str(one.annotation))}
         assert pictures <= known, (cls.__name__, pictures - known)
@@ -149,7 +148,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("LTX2ConditionPipeline", dict(image=["mask=@m.png"]), r"it takes --image \[first\|last\|NUMBER=\]FILE, --video"),
     ("WanImageToVideoPipeline", dict(image=["@a.png", "@b.png"]), r"one image, got 2: .*a\.png, .*b\.png"),
     ("WanImageToVideoPipeline", dict(image=["@a.png", "mask=@m.png"]), r"'mask', got .* --image last=FILE"),
-    ("WanImageToVideoPipeline", dict(image=["8=@a.png"]), r"no image of a frame, got 8=.*a\.png"),
+    ("WanImageToVideoPipeline", dict(image=["8=@a.png"]), r"no image '8', got 8=.*a\.png"),
     ("FluxInpaintPipeline", dict(image=["@a.png", "mask=@m.png", "mask=@b.png"]), "one mask_image, got 2"),
     ("EasyAnimateInpaintPipeline", dict(video=["@17.gif"]), r"takes no video, got .*17\.gif"),
     ("FluxPipeline", dict(arg=["max_sequence_lenght=8"]), r"'max_sequence_lenght'; did you mean 'max_sequence_length'"),
@@ -220,6 +219,16 @@ def test_a_video_that_is_followed_gives_the_length(folder: Path, tmp_path: Path)
     ):
         with pytest.raises(ConfigError, match=message):
             resolve(request(folder, model=model, **options))
+
+
+def test_a_frame_beyond_the_output_and_pictures_side_by_side(folder: Path):
+    call = CallSignature.of(diffusers.LTXConditionPipeline)
+    held = inputs.read_pictures(request(folder, image=["last=@a.png", "8=@b.png"], num_frames=17, strength=0.5), call)
+    assert [(one.frame_index, one.strength) for one in held["conditions"]] == [(16, 0.5), (8, 0.5)]
+    with pytest.raises(ConfigError, match=r"17=.*a\.png .* 0 to 16"):
+        inputs.read_pictures(request(folder, image=["17=@a.png"], num_frames=17), call)
+    wide = inputs.side_by_side([Image.new("RGB", (40, 20), "red"), Image.new("RGB", (20, 40), "blue")])
+    assert (wide.size, wide.getpixel((39, 0)), wide.getpixel((40, 19))) == ((50, 20), (255, 0, 0), (0, 0, 255))
 
 
 def test_the_digest_of_a_request_is_of_what_its_files_hold(folder: Path, tmp_path: Path):

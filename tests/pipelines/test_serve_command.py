@@ -27,8 +27,8 @@ def here(tmp_path: Path, monkeypatch) -> Path:
 
 LINES = [
     ([], "vllm serve {model} --omni --diffusion-load-format diffusers", "balanced", "attaches easycache"),
-    (["--engine", "sglang", "--preset", "fast"], "sglang serve --backend diffusers --model-path {model}", "fast", ""),
-    (["--engine", "sglang", "--config", "a.toml"], "sglang serve", "{here}/a.toml", "attaches easycache\n"),
+    (["--engine", "sglang", "--setting", "fast"], "sglang serve --model-path {model} --backend diffusers", "fast", ""),
+    (["--engine", "sglang", "--setting", "a.toml"], "sglang serve", "{here}/a.toml", "attaches easycache\n"),
 ]
 
 
@@ -61,10 +61,9 @@ def test_what_is_missing_is_a_line_each_and_the_exit_code(here: Path, monkeypatc
 
 REFUSED = [
     (["--engine", "tgi"], "there is no engine 'tgi'; known: sglang, vllm-omni"),
-    (["--preset", "swift"], "'swift' is no setting"),
-    (["--config", "none.toml"], "none.toml can't be read"),
-    (["--config", "a.toml", "--preset", "fast"], "--preset or --config, got fast and a.toml"),
-    (["--config", "b.toml"], "99"),
+    (["--setting", "swift"], "'swift' is no setting"),
+    (["--setting", "none.toml"], "none.toml can't be read"),
+    (["--setting", "b.toml"], "99"),
 ]
 
 

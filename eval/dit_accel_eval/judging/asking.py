@@ -66,12 +66,15 @@ def judge_named(text: str, device: str | None = None) -> ClipJudge:
     return CommandJudge(text)
 
 
-def pairs_of(lines: Sequence[ResultLine], folder: Path, arm: str, against: str | None, count: int) -> list[ClipPair]:
+def pairs_of(
+    lines: Sequence[ResultLine], folder: Path, arm: str, against: str | None, count: int, fps: float
+) -> list[ClipPair]:
     """Return an arm's clips beside another arm's of the same prompt and seed, None: beside their references.
 
     Args:
         folder: from which the lines name files.
         count: frames of each clip that are shown.
+        fps: frames per second of the clips.
     """
     names = {line.arm for line in lines}
     for name in (arm, against):
@@ -82,17 +85,20 @@ def pairs_of(lines: Sequence[ResultLine], folder: Path, arm: str, against: str |
     for line in (line for line in lines if line.arm == arm and (against is None or line.clip in others)):
         other = others.get(line.clip)
         beside = (other.kept, run_of(other.raw)) if other else (line.kept_reference, reference_of(line.raw))
+        shown = []
         for kept, made_by in ((line.kept, run_of(line.raw)), beside):
             try:
-                kept_shape(folder / str(kept), made_by)
+                frames = kept_shape(folder / str(kept), made_by)[0]
+                shown.append(ShownClip(folder / str(kept), count, fps * min(count, frames) / frames))
             except ConfigError as error:
                 missing.append(str(error))
-        ours, theirs = (ShownClip(path=folder / str(kept), count=count) for kept in (line.kept, beside[0]))
-        pairs.append(ClipPair(clip=line.clip, prompt=line.prompt, arm=ours, other=theirs, better=_better(line, other)))
-    if not pairs:
-        raise ConfigError(f"{arm!r} and {against!r} share no clip; name two arms of the same prompts")
+        if not missing:
+            better = _better(line, other)
+            pairs.append(ClipPair(clip=line.clip, prompt=line.prompt, arm=shown[0], other=shown[1], better=better))
     if missing:
         raise ConfigError(f"{len(missing)} clips can't be shown; run again with frames kept; first: {missing[0]}")
+    if not pairs:
+        raise ConfigError(f"{arm!r} and {against!r} share no clip; name two arms of the same prompts")
     return pairs
 
 

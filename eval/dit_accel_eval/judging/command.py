@@ -18,6 +18,7 @@ def ask_judge(
     against: Annotated[str | None, option("The arm beside it; default: its references.")] = None,
     question: Annotated[list[str] | None, option("Of both clips; may be repeated. Default: the judge's own.")] = None,
     frames_seen: Annotated[int, option("Frames of a clip that are shown, evenly over it.", min=1)] = 16,
+    fps: Annotated[float, typer.Option(help="Frames per second of the clips.", min=0.1)] = 16.0,
     output: Annotated[Path | None, option("Every answer, a JSON line each.", "--output", "-o", metavar="FILE")] = None,
     device: Device = None,
     json: Json = False,
@@ -44,7 +45,7 @@ def ask_judge(
 
     if output is not None:
         check_writable(output, "answers")
-    pairs = pairs_of(read_results(results).lines, results.parent, arm, against, frames_seen)
+    pairs = pairs_of(read_results(results).lines, results.parent, arm, against, frames_seen, fps)
     asked = judge_named(judge, device)
     if len(pairs) < FEWEST:
         warn(f"there are {len(pairs)} clips, and a verdict takes {FEWEST}")

@@ -21,10 +21,11 @@ from ..runs.clip_files import ClipFile
 
 @dataclass(frozen=True, slots=True)
 class ShownClip:
-    """A clip in a file, of which a judge is shown so many frames at most, evenly over it."""
+    """A clip in a file, of which a judge is shown so many frames at most, evenly over it, and these a second."""
 
     path: Path
     count: int
+    fps: float
 
     def frames(self) -> Frames:
         """Return the frames that are shown, uint8 [F, height, width, 3]."""
@@ -81,14 +82,12 @@ class CommandJudge:
         with tempfile.TemporaryDirectory(prefix="dit-accel-judge-") as folder:
             clips = dict.fromkeys(clip for question in asked for clip in (question.first, question.second))
             files = {clip: _written(clip, Path(folder) / str(number)) for number, clip in enumerate(clips)}
-            lines = [
-                json.dumps({"question": question.question, "prompt": question.prompt,
-                            "first": files[question.first], "second": files[question.second]}) + "\n"
-                for question in asked
-            ]  # fmt: skip
-            done = subprocess.run(
-                shlex.split(self.name), input="".join(lines), capture_output=True, text=True, check=False
-            )
+            lines = ""
+            for question in asked:
+                about = {"question": question.question, "prompt": question.prompt, "fps": question.first.fps}
+                shown = {"first": files[question.first], "second": files[question.second]}
+                lines += json.dumps(about | shown) + "\n"
+            done = subprocess.run(shlex.split(self.name), input=lines, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise ConfigError(f"the judge {self.name!r} ended with exit code {done.returncode}: {last}")

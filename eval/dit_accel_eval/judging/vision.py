@@ -129,7 +129,8 @@ class VideoScore2Judge:
     def _scored(self, clip: ShownClip, prompt: str) -> dict[str, float]:
         if (clip, prompt) not in self._known:
             model, frames = self.model, clip.frames()
-            seen = {"videos": [frames], "do_sample_frames": False}
+            about = {"total_num_frames": len(frames), "frames_indices": list(range(len(frames))), "fps": clip.fps}
+            seen = {"videos": [frames], "do_sample_frames": False, "video_metadata": [about]}
             heads = "\n".join(f"{name}: <score>" for name in self.questions)
             text = f"You judge videos that a model made. Score this one from 1 to 5 in three dimensions: {heads}\nIts "
             text += f"prompt: {prompt}\nThink first, and end with the three lines."

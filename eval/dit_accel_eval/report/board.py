@@ -11,7 +11,6 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from dit_accel import ConfigError
-from dit_accel.files import read_text
 
 from ..metrics.dynamics import DYNAMICS
 from ..protocol import PROTOCOL, protocol_rules
@@ -45,7 +44,7 @@ def read_board(folder: Path) -> Board:
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
         try:
-            data = json.loads(read_text(path))
+            data = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(data, dict) and data.get("schema") == SCHEMA:
                 board.rows.extend(_rows(name, path))
             elif scores := other_scores(data):

@@ -68,7 +68,7 @@ def _video(clip: ClipFile) -> tuple[int, int, int, str]:
     about = cast("dict[str, Any]", next(iter(read_frames(clip.path))))
     width, height = about["size"]
     encoding = f"{str(about['codec']).strip(',')} {re.sub(r'[(,].*', '', str(about['pix_fmt']))}"
-    return int(count_frames_and_secs(clip.path)[0]), height, width, encoding
+    return int(cast("Any", count_frames_and_secs(clip.path))[0]), height, width, encoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,10 +71,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for key, kind in (("seed", int), ("num_inference_steps", int), ("seconds", float)):
             try:
                 row |= {key: kind(row[key])} if key in row else {}
+                if key == "seconds" and kind(row.get(key, 1)) <= 0:
+                    raise ValueError
             except ValueError:
                 raise ConfigError(f"line {number} of {path} has {key} {row[key]!r}; write a number") from None
-        if row.get("seconds", 1) <= 0:
-            raise ConfigError(f"line {number} of {path} has seconds {row['seconds']}; they must be above 0")
     if not rows:
         raise ConfigError(f"the table {path} has no rows; its first line names columns: {', '.join(COLUMNS)}")
     return rows

@@ -176,32 +176,26 @@ def _arm(setting: NamedSetting, request: Request) -> dict[str, Any]:
 
 
 def arms_table(report: SuiteReport) -> Table:
-    """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
-    main, further = report.main, report.further
-    cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
-    moved = [name for name in DYNAMICS if any(name in arm.dynamics for arm in report.judged)]
-    heads = [", ".join(DYNAMICS[name].head for name in moved)] if moved else []
-    columns = (
-        "setting",
-        cost,
-        "speed-up",
-        "PSNR, dB (median)",
-        *further,
-        *heads,
-        "ahead of fewer steps, dB",
-        "verdict",
-    )
-    table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
-    for arm in report.judged:
-        lead, steps = arm.ahead.get(main), arm.means[main]
-        cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
+    """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead.
+
+    Of clips in folders their rivals stand below.
+    """
+    main, whole, further = report.main, report.full_steps, report.further
+    key = {arm.name: (report.is_dense(arm), -arm.ahead[main].mean if main in arm.ahead else 0.0) for arm in report.arms}
+    arms = sorted(report.arms if report.of_folders else report.judged, key=lambda arm: key[arm.name])
+    moved = [name for name in DYNAMICS if any(name in arm.dynamics for arm in arms)]
+    heads = ["PSNR, dB (median)", *further, *filter(None, [", ".join(DYNAMICS[name].head for name in moved)])]
+    if main in arms[0].means:
+        heads = [f"{'time' if main == 'steps_in_time' else 'work'}, of {whole} steps", "speed-up", *heads]
+        heads += ["ahead of fewer steps, dB", "verdict"]
+    table = plain_table("setting", *heads, right=tuple(heads[:-1]))
+    for arm in arms:
+        lead, steps = arm.ahead.get(main), arm.means.get(main)
+        cells = [f"{steps:.2f}", f"{whole / steps:.2f}"] if steps else []
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
-        cells += (
-            [", ".join(f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)] if moved else []
-        )
-        stands = (f"{lead:+}", lead.verdict) if lead else ("", NOTHING * arm.saved_nothing)
-        rows.append((-lead.mean if lead else 0.0, [*cells, *stands]))
-    for _, cells in sorted(rows, key=lambda row: row[0]):
-        table.add_row(*cells)
+        dynamics = (f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)
+        cells += [", ".join(dynamics)] if moved else []
+        stands = [f"{lead:+}", lead.verdict] if lead else ["", NOTHING * arm.saved_nothing]
+        table.add_row(arm.name, *cells, *(stands if steps else []))
     return table

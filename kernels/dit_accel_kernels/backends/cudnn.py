@@ -1,7 +1,6 @@
 """The cudnn backend: exact tiles as the block lists of NVIDIA's cuDNN front end, which needs no plan.
 
-Each head has lists of its own; tiles are square. Scales of heads are multiplied into the queries. What these kernels
-have no part in (pooled tiles, masks inside tiles, decay, votes, hidden keys) is refused.
+Each head has lists of its own; tiles are square. Scales of heads are multiplied into the queries.
 """
 
 import importlib

@@ -1,10 +1,9 @@
 """The fa4 backend: exact tiles as FlashAttention-4's block-sparse lists, all others on top by our Triton kernel.
 
-Tiles whose keys are all valid are its full blocks, which no mask touches; the ragged end is masked by its own count of
-keys. Tiles with invalid keys are partial blocks, and so are those that only one of two query tiles lists which it takes
-together: `mask_mod` reads the lists as bits and the valid keys. Scales of heads and frame decay are its `score_mod`.
-From its output and LSE the triton backend's forward kernel starts with pooled tiles and those with a mask inside, so
-that both parts are one softmax. Gradients are those of the triton backend, from this output and LSE.
+Tiles whose keys are all valid are its full blocks, which no mask touches. Tiles with invalid keys are partial blocks,
+and so are those that only one of two query tiles lists which it takes together: `mask_mod` reads the lists as bits and
+the valid keys. Scales of heads and frame decay are its `score_mod`. The triton backend's kernels go on from its output
+and LSE: with pooled tiles and those with a mask inside, as one softmax, and with gradients.
 """
 
 import importlib
@@ -22,7 +21,7 @@ from ..problem import Problem
 from ..sections import valid_tiles
 from ..states import list_states, resolved
 from .library import DTYPES, check_call, missing_package
-from .rows import moves_in_pieces, no_lse
+from .rows import moves_in_pieces
 from .triton.launch import architecture
 from .triton.support import missing_requirement as triton_requirement
 
@@ -98,7 +97,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, None]:
     out, lse = _exact_tiles(problem, need_lse=problem.return_lse or more)
     if more:
         out, lse = importlib.import_module(".triton.attend", __package__).add_rest(problem, out, lse)
-    return out, lse if problem.return_lse else no_lse(out), exact, None
+    return out, lse if problem.return_lse else out.new_empty(0, dtype=torch.float32), exact, None
 
 
 def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:

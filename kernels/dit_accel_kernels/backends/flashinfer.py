@@ -1,8 +1,7 @@
 """The flashinfer backend: exact tiles as the lists of FlashInfer's block wrapper, which plans them once.
 
-A plan names every listed key by itself, four bytes each, and is kept with the lists, so that only static ones gain by
-it: calls with a selection are refused. Its lists are those of key heads: the batch is folded into heads, and keys are
-repeated where heads that share them have lists of their own. Its LSE is in log2 units and is turned into natural ones.
+A plan, four bytes for every listed key, is kept with the lists: calls with a selection are refused. Its lists are those
+of key heads: the batch is folded into heads, keys are repeated where heads that share them have lists of their own.
 """
 
 import importlib

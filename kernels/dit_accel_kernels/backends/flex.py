@@ -25,7 +25,6 @@ from ..masks import seen_by_mask
 from ..problem import Problem, by_head, lists_of
 from ..sections import valid_tiles
 from ..states import list_states, resolved
-from .rows import no_lse
 
 
 class FlexBlocks(NamedTuple):
@@ -64,23 +63,20 @@ MadeFor = tuple[int, int, int, float, bool]
 _blocks_of_lists: StorageCache[FlexBlocks] = StorageCache()
 
 
-def check(problem: Problem, *, need_lse: bool) -> None:
+def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of FlexAttention's reach, saying why."""
     sides = f"block_q {problem.block_q} and block_k {problem.block_k}, which are not powers of 2 of at least 16"
     unsupported = {
         "votes": problem.votes,
-        "LSE on a CPU": need_lse and problem.q.device.type == "cpu",
+        "LSE on a CPU": problem.return_lse and problem.q.device.type == "cpu",
         "float64": problem.q.dtype == torch.float64,
         sides: any(side < 16 or side & (side - 1) for side in (problem.block_q, problem.block_k)),
     }
     reasons = [reason for reason, applies in unsupported.items() if applies]
     if reasons:
         raise BackendUnavailableError(f"backend 'flex' has no {' and no '.join(reasons)}: use 'torch' or 'auto'")
-    missing = missing_requirement(problem.q.device.type)
-    if missing:
-        raise BackendUnavailableError(
-            f"backend 'flex' compiles its kernel and needs {missing}: install it or use 'auto'"
-        )
+    if missing := missing_requirement(problem.q.device.type):
+        raise BackendUnavailableError(f"backend 'flex' compiles and needs {missing}: install it or use 'auto'")
 
 
 def missing_requirement(device_type: str) -> str | None:
@@ -94,9 +90,9 @@ def missing_requirement(device_type: str) -> str | None:
 
 
 @torch.no_grad()
-def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
+def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes."""
-    check(problem, need_lse=need_lse)
+    check(problem)
     pools = problem.may_pool  # one graph whether or not this call happens to
     problem, exact = resolved(problem)
     q = problem.q.detach()  # FlexAttention on a CPU refuses what requires a gradient
@@ -106,11 +102,11 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     key = (q.shape, *problem.sizes.values())
     make = partial(_blocks, problem, pooled)
     blocks = _blocks_of_lists.get(problem.parts.values(), key, make, loose=[problem.key_valid])
-    made_for = (problem.block_q, problem.block_k, pooled, problem.scale, need_lse)
+    made_for = (problem.block_q, problem.block_k, pooled, problem.scale, problem.return_lse)
     with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
         out, lse = _compiled()(q, _columns(problem, pooled), blocks, made_for)
     empty = (blocks.partial_counts + blocks.full_counts == 0).repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]
-    lse = no_lse(q) if lse is None else lse.masked_fill(empty, -torch.inf)
+    lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.masked_fill(empty, -torch.inf)
     return out.masked_fill(empty[..., None], 0), lse, exact, None
 
 

@@ -1,14 +1,8 @@
-"""The memory of a call's tensors: how rows, their last dimension, must lie for kernels, and what is not needed."""
+"""The memory of a call's tensors: how rows, their last dimension, must lie for kernels."""
 
-import torch
 from torch import Tensor
 
 PIECE = 16  # bytes that are moved at once
-
-
-def no_lse(q: Tensor) -> Tensor:
-    """What stands for the LSE of a call that needs none, float32 [0]."""
-    return q.new_empty(0, dtype=torch.float32)
 
 
 def with_whole_rows(x: Tensor) -> Tensor:

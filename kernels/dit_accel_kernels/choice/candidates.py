@@ -6,7 +6,7 @@ the self check, not by its version.
 
 import importlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -82,15 +82,10 @@ CANDIDATES: dict[str, Candidate] = {
     "cudnn": Candidate(_checked(cudnn.check), cudnn.attend, cudnn.PACKAGE, ("cuda",)),
     "fa4": Candidate(_checked(fa4.check), fa4.attend, fa4.PACKAGE, ("cuda",)),
     "flashinfer": Candidate(_checked(flashinfer.check), flashinfer.attend, flashinfer.PACKAGE, ("cuda",)),
-    "torch": Candidate(_loop_refusal, lambda x: torch_backend.attend(x, need_lse=x.return_lse)),
-    "gather": Candidate(
-        lambda x: None, lambda x: torch_backend.attend(x, need_lse=x.return_lse, by_loop=False), on=("cpu",)
-    ),  # what is left on other devices, where it is too slow to be raced
-    "flex": Candidate(
-        _checked(lambda x: flex.check(x, need_lse=x.return_lse)),
-        lambda x: flex.attend(x, need_lse=x.return_lse),
-        waits=True,
-    ),
+    "torch": Candidate(_loop_refusal, torch_backend.attend),
+    # what is left on other devices, where it is too slow to be raced
+    "gather": Candidate(lambda x: None, partial(torch_backend.attend, by_loop=False), on=("cpu",)),
+    "flex": Candidate(_checked(flex.check), flex.attend, waits=True),
     "reference": Candidate(lambda x: None, reference.attend),
 }  # fmt: skip
 """Name -> candidate, the likeliest to win first."""

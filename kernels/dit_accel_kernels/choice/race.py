@@ -56,7 +56,6 @@ _lock = threading.RLock()
 _said: dict[str, str] = {}
 _decided: dict[tuple, tuple[str, float | None]] = {}  # by what a class is made of, for the calls after the first
 
-
 _sample = lru_cache(maxsize=4)(sample)  # of all kernels that are asked about a kind
 
 
@@ -96,11 +95,11 @@ def choose(problem: Problem, least: float | None = None) -> Chosen:
 
 def _decide(problem: Problem, kind: Kind, least: float) -> tuple[str, float | None]:
     """The kernel of a class of calls by a race, kept or run now, and its share of the ideal; or the first of ours."""
-    key = class_of(problem, kind)
+    key, fixed = class_of(problem, kind), torch.are_deterministic_algorithms_enabled()
 
     def find() -> dict[str, Any] | None:
         kept = measured(kind.device)[key]
-        if kept is None and _may_race(problem):
+        if kept is None and problem.precision is None and not (fixed or capturing(kind.device)):
             kept = measured(kind.device)[key] = raced(problem, kind)
         return kept
 
@@ -165,12 +164,6 @@ def too_short(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
 
 def _dense_flops(q: Tensor, k: Tensor, v: Tensor, axis: int = 2) -> float:
     return 2.0 * q.numel() * k.shape[axis] * (1 + v.shape[3] / q.shape[3])
-
-
-def _may_race(problem: Problem) -> bool:
-    return not (
-        problem.precision is not None or torch.are_deterministic_algorithms_enabled() or capturing(problem.q.device)
-    )
 
 
 def _agreed(key: str, find: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:

@@ -138,7 +138,9 @@ def _csv_lines(text: str, path: Path) -> Iterator[Line]:
                 )
             yield Line(where, {name: cell for name, cell in row.items() if cell.strip()})
     except csv.Error as error:
-        raise ConfigError(f"--prompt-file {path}, line {reader.line_num} is no CSV ({error}); correct it") from None
+        raise ConfigError(
+            f"--prompt-file {path}, line {reader.reader.line_num} is no CSV ({error}); correct it"
+        ) from None
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Line]:

@@ -35,7 +35,8 @@ def check_attention_backend(name: str, files: ModelFiles, device: Any) -> None:
     cls = str(files.transformer.get("_class_name"))
     with quiet_diffusers(), init_empty_weights():
         transformer = getattr(diffusers, cls).from_config(files.transformer)
-    if not _dispatching(transformer):
+    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise ConfigError(f"{cls} calls torch's attention itself, got attention backend {name!r}; leave it out")
 
 
@@ -45,9 +46,3 @@ def use_attention_backend(transformer: Any, name: str) -> None:
 
     with quiet_diffusers(), attention_backend(name):  # diffusers sets it for all models, and this puts that back
         transformer.set_attention_backend(name)
-
-
-def _dispatching(transformer: Any) -> bool:
-    """Tell whether any layer asks for a backend of diffusers."""
-    processors = (getattr(module, "processor", None) for module in transformer.modules())
-    return any(hasattr(processor, "_attention_backend") for processor in processors)

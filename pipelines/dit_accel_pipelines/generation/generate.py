@@ -26,6 +26,7 @@ from dit_accel.methods.presets import NONE
 from ..processes.parallel import ALONE, Group, check_transformer, joined_group
 from ..processes.processes import Process
 from .dense_attention import check_attention_backend, use_attention_backend
+from .fit import memory_used
 from .inputs import other_sizes, read_pictures
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
@@ -222,7 +223,6 @@ class Loaded:
             started = time.perf_counter()
             self._pipe = load_pipeline(request)
             self._loading = time.perf_counter() - started
-            self._scheduler = self._pipe.scheduler
             with quiet_diffusers():
                 for transformer in transformers_of(self._pipe):
                     self._group.share(transformer)
@@ -238,7 +238,8 @@ class Loaded:
     def _prepare(self, request: Request, family: Family | None) -> None:
         """Attach a request's methods and its solver, until the stack is closed."""
         pipe, vae = self._pipe, getattr(self._pipe, "vae", None)
-        pipe.scheduler = copy.deepcopy(self._scheduler)
+        self._stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
         if request.solver is not None or request.flow_shift is not None:
             pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
         if vae is not None and getattr(vae, "use_tiling", None) is False:
@@ -272,6 +273,9 @@ class Loaded:
             check.save(check_path(request.output))
         record["check"] = check and {**check.to_dict(), "picture": str(check_path(request.output))}
         record["ulysses"] = self._group.size
+        if (memory := memory_used(resolved, record["peak_memory_bytes"])) is not None:
+            text, below = memory
+            (self._stages.note if below else self._stages.warn)(text)
         record["request_digest"] = request_digest(request)
         record["run"] = repeating(dataclasses.replace(request, dtype=resolved.dtype))
         if self._writes:

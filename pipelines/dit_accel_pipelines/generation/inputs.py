@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dit_accel.adapters import Family
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import ConfigError
@@ -33,9 +35,6 @@ CONDITIONS = ("conditions", "reference_conditions")
 
 FRAME_BY_FRAME = re.compile("WanVACE|LucyEdit|CogVideoXFunControl")
 """Pipeline classes whose output follows a video frame by frame."""
-
-FOLLOWED = ("video", "control_video", "mask")
-"""Their arguments that hold as many frames as the output."""
 
 SHAPING = ("image", "images", "cond_image", "conditions", "video", "control_image", "control_video", "pose_video")
 """Arguments whose first file gives the output its shape, the first of them that there is."""
@@ -96,7 +95,10 @@ def arguments_of(inputs: Sequence[Input], call: CallSignature) -> dict[str, list
     for file in inputs:
         argument = call.argument_of(file.option, file.name)
         if argument is None or (file.frame is not None and argument != "conditions"):
-            raise ConfigError(f"{call.name} takes no {_what(file)}, got {file}; {_instead(call)}")
+            taken = ", ".join(call.files().values())
+            what = f"{file.option} {file.name!r}" if file.name else file.option
+            instead = f"it takes {taken}" if taken else "leave it out"
+            raise ConfigError(f"{call.name} takes no {what}, got {file}; {instead}")
         arguments.setdefault(argument, []).append(file)
     for argument, files in arguments.items():
         if len(files) > 1 and not _takes_several(call, argument, files):
@@ -110,17 +112,6 @@ def arguments_of(inputs: Sequence[Input], call: CallSignature) -> dict[str, list
     return arguments
 
 
-def _what(file: Input) -> str:
-    if file.name is None:
-        return file.option
-    return f"{file.option} of a frame" if file.frame is not None else f"{file.option} {file.name!r}"
-
-
-def _instead(call: CallSignature) -> str:
-    taken = call.files().values()
-    return f"it takes {', '.join(taken)}" if taken else "leave it out"
-
-
 def _takes_several(call: CallSignature, argument: str, files: Sequence[Input]) -> bool:
     if argument in CONDITIONS:
         return True
@@ -131,25 +122,17 @@ def _takes_several(call: CallSignature, argument: str, files: Sequence[Input]) -
 def read_pictures(options: RunOptions, call: CallSignature) -> dict[str, Any]:
     """Read the files that a request starts from, as the arguments of a pipeline's call."""
     read: dict[str, Any] = {}
+    count = options.num_frames if FRAME_BY_FRAME.search(call.name) else None
     for argument, files in arguments_of(inputs_of(options), call).items():
-        values = [file.read() for file in files]
+        values = [file.read()[:count] if file.option == "video" else file.read() for file in files]
+        several = _takes_several(call, argument, files)
         if argument in CONDITIONS:
-            read[argument] = [
-                _condition(call, argument, file, value, options) for file, value in zip(files, values, strict=True)
-            ]
-        elif "mask" in argument:
-            read[argument] = _grey(values[0])
-        elif SIDE_BY_SIDE.search(call.name):
-            read[argument] = side_by_side(values)
-        elif SEVERAL.search(call.name) and files[0].option == "image" and argument not in ONE_A_CALL:
-            read[argument] = values
+            pairs = zip(files, values, strict=True)
+            read[argument] = [_condition(call, argument, file, value, options) for file, value in pairs]
+        elif several:
+            read[argument] = side_by_side(values) if SIDE_BY_SIDE.search(call.name) else values
         else:
-            read[argument] = values[0]
-    if FRAME_BY_FRAME.search(call.name):
-        read = {
-            name: value[: options.num_frames] if isinstance(value, list) and name in FOLLOWED else value
-            for name, value in read.items()
-        }
+            read[argument] = _grey(values[0]) if "mask" in argument else values[0]
     if isinstance(read.get("video"), list) and not isinstance(read.get("mask", []), list):
         read["mask"] = [read["mask"]] * len(read["video"])  # one picture for all frames
     return read
@@ -172,20 +155,12 @@ def follow_inputs(options: Any, call: CallSignature, files: ModelFiles, family: 
         if SIDE_BY_SIDE.search(call.name) and len(pictures) > 1
     ]
     read = {argument: [(file, file.read()) for file in inputs] for argument, inputs in arguments.items()}
-    _check_frames(arguments, options, call)
+    read_pictures(options, call)  # which refuses what can't go together
     if family is None:
         return options, notes
     options, length = _follow_length(options, call, family, read)
     options, shape = _follow_shape(options, call, family, read)
     return options, [*notes, *length, *shape]
-
-
-def _check_frames(arguments: Mapping[str, Sequence[Input]], options: RunOptions, call: CallSignature) -> None:
-    """Refuse a frame's number beyond the output."""
-    count = options.num_frames or call.default("num_frames")
-    for file in arguments.get("conditions", ()):
-        if count and file.frame is not None and file.frame >= count:
-            raise ConfigError(f"{file} is for a frame beyond the {count} of the output; count from 0 to {count - 1}")
 
 
 Read = Mapping[str, Sequence[tuple[Input, Any]]]
@@ -256,9 +231,11 @@ def _condition(call: CallSignature, argument: str, file: Input, value: Any, opti
     annotation = call.parameters[argument].annotation
     kind = next(part for part in typing.get_args(annotation) if dataclasses.is_dataclass(part))
     names = {field.name for field in dataclasses.fields(kind)}
+    count = options.num_frames or call.default("num_frames")
+    if count and (file.frame or 0) >= count:
+        raise ConfigError(f"{file} is for a frame beyond the {count} of the output; count from 0 to {count - 1}")
     fields: dict[str, Any] = {"frames" if "frames" in names else file.option: value}
     if "frame_index" in names:
-        count = options.num_frames or call.default("num_frames")
         fields["frame_index"] = count - 1 if file.name == "last" else file.frame or 0
     elif "index" in names:
         fields["index"] = -1 if file.name == "last" else -(-(file.frame or 0) // LATENT_FRAMES)  # counted in latents
@@ -277,9 +254,4 @@ def side_by_side(pictures: Sequence[Any]) -> Any:
 
     height = pictures[0].height
     scaled = [picture.resize((round(picture.width * height / picture.height), height)) for picture in pictures]
-    whole = Image.new("RGB", (sum(picture.width for picture in scaled), height))
-    left = 0
-    for picture in scaled:
-        whole.paste(picture, (left, 0))
-        left += picture.width
-    return whole
+    return Image.fromarray(np.hstack([np.asarray(picture) for picture in scaled]))

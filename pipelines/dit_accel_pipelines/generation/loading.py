@@ -5,29 +5,47 @@ from types import SimpleNamespace
 from typing import Any
 
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.adapters.model_files import model_source, read_config, read_model_files
+from dit_accel.adapters.model_files import INDEX, model_source, read_config, read_model_files
 from dit_accel.errors import ConfigError, UnsupportedModel
 
-from .lora import load_lora
+from .devices import pick_device
+from .fit import VAE_WAYS, vae_ways
+from .lora import load_loras
+from .pipeline_call import pipeline_class
 from .quiet import quiet_diffusers
 from .request import EMBEDDED, Request
-
-TRANSFORMERS = ("transformer", "transformer_2")
-"""The components of a pipeline that denoise."""
+from .weights import (
+    TRANSFORMERS,
+    check_quantized,
+    empty_model,
+    load_arguments,
+    load_single_files,
+    text_encoders,
+)
 
 
 def load_pipeline(request: Request) -> Any:
-    """Load the request's pipeline, with its LoRA, dtype, device and offload."""
+    """Load the request's pipeline, with its weights, LoRAs, dtype, device, offload and the autoencoder's tiles."""
+    import torch
+
     device = device_of(request)
-    pipe = open_pipeline(request.source, dtype=request.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    if request.lora is not None:
-        load_lora(pipe, request.lora)
+    dtype, index = _dtype(request, device), read_config(request.source, INDEX, request.revision)
+    parts = load_single_files(request, request.source, index, getattr(torch, dtype))
+    arguments = load_arguments(request, index, getattr(torch, dtype), device)
+    pipe = open_pipeline(request.source, dtype=dtype, **arguments, **parts)
+    load_loras(pipe, request.lora, fuse=request.fuse_lora)
+    for way in vae_ways(request.vae):
+        getattr(pipe.vae, VAE_WAYS[way][1])()
     _to_device(pipe, device, request.offload)
     return pipe
 
 
-def open_pipeline(source: str, *, dtype: str) -> Any:
-    """Load a pipeline into main memory.
+def _dtype(request: Request, device: Any) -> str:
+    return request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+
+
+def open_pipeline(source: str, *, dtype: str, **more: Any) -> Any:
+    """Load a pipeline into main memory; ``more`` goes to diffusers' `from_pretrained`.
 
     The autoencoder stays in float32, as Wan's own examples keep it, and takes what pipelines hand it in other formats.
     """
@@ -35,9 +53,12 @@ def open_pipeline(source: str, *, dtype: str) -> Any:
     from diffusers import DiffusionPipeline
 
     dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    cls = DiffusionPipeline
+    if {*TRANSFORMERS} & {*more}:  # which the base class does not take where they are optional, as Wan's are
+        cls = pipeline_class(read_model_files(source, more.get("revision")))
     try:
         with quiet_diffusers():
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtypes, use_safetensors=True)
+            pipe = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **more)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None
@@ -68,17 +89,9 @@ def empty_transformers(model: str | None) -> Any:
     for name in TRANSFORMERS:
         if files.has(name):
             config = read_config(source, f"{name}/config.json")
-            components[name] = _empty(str(config.get("_class_name")), config)
+            adapter_for(str(config.get("_class_name")))  # refuses what is not supported, by name
+            components[name] = empty_model(config)
     return SimpleNamespace(components=components, config={"_name_or_path": source})
-
-
-def _empty(class_name: str, config: dict[str, Any]) -> Any:
-    adapter_for(class_name)  # refuses what is not supported, by name
-    import diffusers
-    from accelerate import init_empty_weights
-
-    with quiet_diffusers(), init_empty_weights():
-        return getattr(diffusers, class_name).from_config(config)
 
 
 def compile_blocks(pipe: Any) -> None:
@@ -94,35 +107,12 @@ def transformers_of(pipe: Any) -> list[Any]:
 
 
 def device_of(request: Request) -> Any:
-    """Return the torch device of a request; `ConfigError` for one that is not there, or offload without accelerator."""
+    """Return the torch device of a request; `ConfigError` for one that is not there or can't do what is requested."""
     device = pick_device(request.device)
+    check_quantized(request, device, _dtype(request, device))
     if request.offload != "none" and device.type == "cpu":
         raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
     return device
-
-
-def pick_device(requested: str | None) -> Any:
-    """Return the torch device requested, or the accelerator, or the CPU."""
-    import torch
-
-    if requested is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(requested)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # whose words list all that torch was ever built for
-        raise ConfigError(f"device {requested!r} can't be used here; choose from {', '.join(devices())}") from None
-    return device
-
-
-def devices() -> list[str]:
-    """Return the torch devices of this machine, by the names under which they are requested."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    return ["cpu", *(f"{accelerator.type}:{place}" for place in range(count) if accelerator is not None)]
 
 
 def _to_device(pipe: Any, device: Any, offload: str) -> None:
@@ -130,6 +120,11 @@ def _to_device(pipe: Any, device: Any, offload: str) -> None:
         pipe.to(device)
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
+    elif offload == "text":
+        rest = [name for name in pipe.components if name not in text_encoders(pipe.config)]
+        pipe.enable_group_offload(
+            onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda", exclude_modules=rest
+        )
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:

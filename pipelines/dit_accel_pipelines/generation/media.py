@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -33,25 +32,12 @@ OF_A_FOLDER = re.compile(r"\d{5,}\.png|sound\.wav")
 """Names of the files in a folder of frames: what a run may replace."""
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How ffmpeg compresses the pictures and the sound of one kind of file."""
-
-    pictures: str  # its name of the encoder
-    sound: tuple[str, ...]  # the same, and its bits a second
-    coarsest: int  # the constant rate factor (CRF) of the least quality
-    slow: tuple[str, ...]  # how it encodes for a small file
-    quick: tuple[str, ...]  # for a player that jumps to any frame: sooner, with more key frames
-
-
 CODECS = {
-    ".mp4": Codec(
-        "libx264", ("aac", "192k"), 51, ("-preset", "slow", "-movflags", "+faststart"),
-        ("-preset", "veryfast", "-g", "8", "-movflags", "+faststart"),
-    ),
-    ".webm": Codec("libvpx-vp9", ("libopus", "128k"), 63, ("-b:v", "0", "-cpu-used", "2"), ("-b:v", "0", "-g", "8")),
-}  # fmt: skip
-"""Suffix -> how such a video is compressed."""
+    ".mp4": ("libx264", 51, "-movflags +faststart -preset slow", "-movflags +faststart -preset veryfast -g 8"),
+    ".webm": ("libvpx-vp9", 63, "-b:v 0 -cpu-used 2", "-b:v 0 -g 8"),
+}
+"""Suffix -> ffmpeg's encoder, the constant rate factor (CRF) of the least quality, and its words: for a small file, or
+for a player that jumps to any frame, sooner and with more key frames."""
 
 QUALITY = 7.25
 """The quality of a video unless another is requested: CRF 14 of H.264."""
@@ -83,11 +69,10 @@ def _check_folder(path: Path) -> None:
     if not path.exists():
         check_writable(path)
         return
-    if not path.is_dir():
-        raise ConfigError(f"output {path} is a file; name a folder for frames, or a file that ends in .mp4")
-    other = next((entry.name for entry in path.iterdir() if not OF_A_FOLDER.fullmatch(entry.name)), None)
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
+    other = next((name for name in names if not OF_A_FOLDER.fullmatch(name)), None)
     if other is not None:
-        raise ConfigError(f"the folder {path} holds {other}, which is no frame; name one that is new or holds frames")
+        raise ConfigError(f"output {path} would replace {other}, which is no frame; name a folder that is new")
 
 
 def check_encoder(what: str, instead: str, suffix: str = ".mp4") -> None:
@@ -96,14 +81,14 @@ def check_encoder(what: str, instead: str, suffix: str = ".mp4") -> None:
         _try_encoder(_ffmpeg(), suffix)
     except RuntimeError as error:
         raise ConfigError(
-            f"{what} ffmpeg with {CODECS[suffix].pictures} ({error}); pip install imageio-ffmpeg, correct "
+            f"{what} ffmpeg with {CODECS[suffix][0]} ({error}); pip install imageio-ffmpeg, correct "
             f"IMAGEIO_FFMPEG_EXE if that is set, or {instead}"
         ) from None
 
 
 @functools.cache
 def _try_encoder(ffmpeg: str, suffix: str) -> None:
-    _encode(ffmpeg, np.zeros((2, 64, 64, 3), np.uint8), 8, suffix, ("-f", "null", "-"), quick=True)
+    _encode(ffmpeg, np.zeros((2, 64, 64, 3), np.uint8), 8, suffix, ("-f", "null", "-"), QUALITY, None, quick=True)
 
 
 def check_quality(path: Path, quality: float | None) -> None:
@@ -160,14 +145,9 @@ def whole_output(path: Path) -> Iterator[Path]:
 
 
 def write_media(
-    path: Path,
-    frames: Frames,
-    *,
-    fps: float,
-    sound: Sound | None = None,
-    quality: float | None = None,
+    path: Path, frames: Frames, *, fps: float, sound: Sound | None = None, quality: float | None = None,
     seeking: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write frames by the path's suffix, with what it can hold of their sound.
 
     .mp4 (H.264, AAC), .webm (VP9, Opus), .gif, .png (one frame, or a contact sheet of several), or without suffix a
@@ -180,8 +160,7 @@ def write_media(
     suffix = path.suffix.lower()
     if suffix in CODECS:
         check_even(path, *frames.shape[1:3])
-        sink = (f"file:{path}",)
-        _encode(_ffmpeg(), frames, fps, suffix, sink, quick=seeking, quality=quality or QUALITY, sound=sound)
+        _encode(_ffmpeg(), frames, fps, suffix, (f"file:{path}",), quality or QUALITY, sound, quick=seeking)
     elif suffix == ".gif":
         first, *pictures = map(_to_image, frames)
         first.save(path, save_all=True, append_images=pictures, duration=max(20, round(1000 / fps)), loop=0)
@@ -251,32 +230,28 @@ def _encode(
     fps: float,
     suffix: str,
     sink: Sequence[str],
+    quality: float,
+    sound: Sound | None,
     *,
     quick: bool,
-    quality: float = QUALITY,
-    sound: Sound | None = None,
 ) -> None:
     """Run ffmpeg on frames and their sound; ``sink``: where its output goes."""
-    codec, (height, width) = CODECS[suffix], frames.shape[1:3]
-    rate_factor = max(1, round(codec.coarsest * (1 - quality / 10)))  # 0 is lossless, which few players show
+    encoder, coarsest, *words = CODECS[suffix]
+    rate_factor = max(1, round(coarsest * (1 - quality / 10)))  # 0 is lossless, which few players show
+    height, width = frames.shape[1:3]
     command = [ffmpeg, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", str(fps), "-i", "-"]
-    pictures = ["-c:v", codec.pictures, "-pix_fmt", "yuv420p", "-crf", str(rate_factor), "-threads", "1"]
-    with tempfile.TemporaryDirectory() if sound is not None else contextlib.nullcontext() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         if sound is not None:
-            heard = Path(str(folder)) / "sound.wav"
-            write_wav(heard, sound)
-            command += ["-i", str(heard), "-c:a", codec.sound[0], "-b:a", codec.sound[1]]
-        command += [*pictures, *(codec.quick if quick else codec.slow), *sink]
-        _run(command, np.ascontiguousarray(frames).reshape(-1).data)
-
-
-def _run(command: Sequence[str], pixels: memoryview) -> None:
-    """Run ffmpeg; `RuntimeError` with the last of what it said if it fails."""
-    try:
-        done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-    except OSError as error:
-        raise RuntimeError(f"{command[0]}: {error.strerror}") from None
+            write_wav(Path(folder) / "sound.wav", sound)
+            command += ["-i", f"{folder}/sound.wav"]
+        command += ["-c:v", encoder, "-pix_fmt", "yuv420p", "-crf", str(rate_factor), "-threads", "1"]
+        command += [*words[quick].split(), *sink]
+        pixels = np.ascontiguousarray(frames).reshape(-1).data
+        try:
+            done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        except OSError as error:
+            raise RuntimeError(f"{ffmpeg}: {error.strerror}") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"ffmpeg ended with exit code {done.returncode} and wrote no video: {said or 'no reason'}")

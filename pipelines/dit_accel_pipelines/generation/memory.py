@@ -35,14 +35,19 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def _resident() -> int:
-    """Return the peak of resident memory: since `begin_peak` on Linux, elsewhere of the process."""
+def resident_now() -> int:
+    """Return the resident memory of this process on Linux, elsewhere the most that it ever had."""
+    return _resident("VmRSS:")
+
+
+def _resident(entry: str = "VmHWM:") -> int:
+    """Return an entry of Linux's status of the process, by default the peak since `begin_peak`; elsewhere its peak."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
         lines = []
     for line in lines:
-        if line.startswith("VmHWM:"):
+        if line.startswith(entry):
             return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

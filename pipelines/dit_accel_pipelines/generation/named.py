@@ -90,6 +90,8 @@ def _value(command: Any, field: str, flag: str, value: Any, where: str) -> Any:
         return str(value).lower() == "true"
     try:
         return getattr(command.main([f"{flag}={text}" for text in listed], standalone_mode=False), field)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except Exception as error:
         if (text := getattr(error, "format_message", None)) is None:  # not Typer's own of usage
             raise

@@ -45,7 +45,10 @@ Device = Annotated[
     option("cpu, cuda, cuda:1, mps ...; default: the accelerator if there is one.", panel=RUN, metavar="DEVICE"),
 ]
 Offload = Annotated[
-    str, option("What waits in main memory: none, model, sequential or group.", panel=RUN, metavar="HOW")
+    str,
+    option(
+        "What waits in main memory: none, text (its encoders), model, group or sequential.", panel=RUN, metavar="HOW"
+    ),
 ]
 Backend = Annotated[str, option("Kernel backend of the methods.", panel=RUN, metavar="NAME")]
 Quiet = Annotated[bool, option("No progress, notes or report.", "--quiet", "-q", panel=RUN)]
@@ -105,7 +108,39 @@ class RunOptions(SharedOptions):
         option("How far an image or video to start from is changed; how firmly a frame of LTX is held.", panel=FILES),
         between(0, 1),
     ] = None
-    lora: Annotated[str | None, option("A LoRA: a file, its folder, or a hub id.", panel=FILES, metavar="LORA")] = None
+    lora: Annotated[
+        Sequence[str],
+        option(
+            "A LoRA: a file, its folder or a hub id, with a weight; transformer_2:FILE for the second expert.",
+            panel=FILES,
+            metavar="FILE[=WEIGHT]",
+        ),
+    ] = ()
+    fuse_lora: Annotated[bool, option("Add the LoRAs to the model's weights.", "--fuse-lora", panel=FILES)] = False
+    transformer: Annotated[
+        Sequence[str],
+        option("The transformer's weights, .safetensors or .gguf; transformer_2:FILE likewise.", panel=FILES,
+               metavar="FILE"),
+    ] = ()  # fmt: skip
+    variant: Annotated[str | None, option("Files of the model to load, such as fp16.", panel=FILES, metavar="NAME")] = (
+        None
+    )
+    revision: Annotated[str | None, option("Branch, tag or commit of a hub id.", panel=FILES, metavar="NAME")] = None
+    quantize: Annotated[
+        str | None,
+        option("Bits of the transformer's weights: fp8, int8 (activations too), fp8-weights, int8-weights, int4, nf4.",
+               panel=RUN, metavar="KIND"),
+    ] = None  # fmt: skip
+    quantize_text_encoder: Annotated[
+        str | None, option("The same of the text encoders' weights.", panel=RUN, metavar="KIND")
+    ] = None
+    vae: Annotated[str | None, option("Autoencoder in parts: tile, slice or tile,slice.", panel=RUN, metavar="HOW")] = (
+        None
+    )
+    max_memory: Annotated[
+        str | None,
+        option("Stay below it, such as 16GB: picks --offload and --vae tile as needed.", panel=RUN, metavar="SIZE"),
+    ] = None
     fps: Annotated[
         float | None,
         option(

@@ -67,6 +67,7 @@ NOT_TEXT = re.compile(
 NEEDED: Sequence[tuple[re.Pattern[str], Sequence[str]]] = (
     (re.compile(r"Img2Img|Inpaint|Fill|ImageEdit|Image(To|2)Video|(?<!T)I2[IV]"), PLAIN["image"][:3]),
     (re.compile("VideoToVideo"), ("video",)),
+    (re.compile("VideoToWorld"), ("image", "video")),
     (re.compile("Inpaint|Fill"), SHORT["mask"]),
     (re.compile("Control"), SHORT["control"]),
 )
@@ -109,7 +110,7 @@ class CallSignature:
     def files(self) -> dict[str, str]:
         """Return the arguments that files are for, with the option for each, such as ``--image last=FILE``."""
         options: dict[str, str] = {}
-        for option in reversed(PICTURES):
+        for option in ("video", "image"):
             for name in (None, *SHORT):
                 if argument := self.argument_of(option, name):
                     options.setdefault(argument, f"--{option} {name}=FILE" if name else f"--{option} FILE")
@@ -133,21 +134,16 @@ class CallSignature:
         beyond = [name for name in missing if not _option_of(name)]
         if beyond:
             raise ConfigError(f"{self.name} needs {', '.join(beyond)}, which generate can't give; call it from Python")
-        missing += [name for name in self._unstated() if name not in {*missing, *arguments}]
-        if not missing and "VideoToWorld" in self.name and not {"image", "video"} & {*arguments}:
-            raise ConfigError(
-                f"{self.name} starts from an image or a video, got none; give generate --image FILE or --video FILE"
-            )
-        if missing:
-            options = " and ".join(self.files()[name] for name in missing)
-            pictures = " and ".join({"image": "an image", "video": "a video"}.get(name, name) for name in missing)
+        groups = [[name] for name in missing] + [
+            [name for name in needed if self.takes(name)]
+            for names, needed in NEEDED
+            if names.search(self.name) and not TENSORS.search(self.name) and not {*needed} & {*missing, *arguments}
+        ]
+        if groups := [names for names in groups if names]:
+            options = " and ".join(" or ".join(self.files()[name] for name in names) for names in groups)
+            words = {"image": "an image", "video": "a video"}
+            pictures = " and ".join(" or ".join(words.get(name, name) for name in names) for names in groups)
             raise ConfigError(f"{self.name} starts from {pictures}, got none; give generate {options}")
-
-    def _unstated(self) -> list[str]:
-        """Return the arguments that the pipeline needs although its signature makes them optional."""
-        groups = [arguments for names, arguments in NEEDED if names.search(self.name) and not TENSORS.search(self.name)]
-        needed = [next((name for name in arguments if self.takes(name)), None) for arguments in groups]
-        return [name for name in needed if name is not None]
 
     def free_arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         """Return arguments of the call that no option is for, from texts such as ``max_sequence_length=256``."""

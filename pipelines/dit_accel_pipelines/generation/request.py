@@ -15,6 +15,7 @@ from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_
 from dit_accel.adapters.rotary import check_lengths
 from dit_accel.attachment.backends import Dense, check_backend
 from dit_accel.errors import ConfigError, UnsupportedModel
+from dit_accel.estimate.hardware import QUANTIZATIONS, find_hardware
 from dit_accel.estimate.sizes import advice, check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.base import Model
@@ -22,8 +23,10 @@ from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
+from .few_steps import proposals
+from .fit import check_vae, fitted, vae_ways
 from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
-from .lora import check_lora
+from .lora import Lora, check_lora, check_loras
 from .media import check_even, check_output, check_quality
 from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
@@ -33,6 +36,7 @@ from .ranges import check_choices, check_ranges
 from .rates import rate_arguments, with_rate
 from .solvers import SOLVERS, make_scheduler, read_scheduler
 from .sound import lost_sound
+from .weights import check_weight_files, check_weights, named_by_file, slow_products
 
 EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
@@ -50,10 +54,11 @@ SET_ALONE = ("guidance_scale_2", "true_cfg_scale", "strength")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
-OFFLOADS = ("none", "model", "sequential", "group")
+OFFLOADS = ("none", "text", "model", "group", "sequential")
 
 CHOICES: Mapping[str, Sequence[str]] = {
     "dtype": DTYPES, "offload": OFFLOADS, "solver": tuple(SOLVERS),
+    "quantize": tuple(QUANTIZATIONS), "quantize_text_encoder": tuple(QUANTIZATIONS),
     "backend": BACKENDS, "preset": (*LEVELS, NONE), "dense": get_args(Dense),
 }  # fmt: skip
 """Option -> the names that it takes."""
@@ -99,8 +104,12 @@ class Request(RunOptions, NamesModel):
                     f"{name} {getattr(self, name)!r} was requested, but no method is attached; switch one on, such as "
                     "--radial or --preset balanced"
                 )
-        if self.lora is not None:
-            check_lora(self.lora)
+        for text in self.lora:
+            check_lora(Lora.of(text).name)
+        check_weight_files(self)
+        vae_ways(self.vae)
+        if self.max_memory is not None:
+            find_hardware(self.max_memory)
         check_output(self.output)
         check_quality(self.output, self.quality)
         check_writable(side_car_path(self.output))
@@ -175,22 +184,24 @@ def resolve(request: Request) -> Resolved:
     if request.embedded:
         for prompt in (request.prompt, request.negative_prompt or ""):
             check_words(prompt, request.embedded, named=request.model is not None)
-    files = read_model_files(request.source)
+    request, opened = named_by_file(request)
+    files = read_model_files(request.source, request.revision)
     request, call, notes = _resolve_call(request, files)
+    warnings = [*slow_products(request), *proposals(request, call)]
     family = _family_of(files, request)
     request, rate = with_rate(request, call)
     notes += [*idle_negative(request, call), *rate, *lost_sound(request.output, call)]
     request, seen = follow_inputs(request, call, files, family)
-    notes += seen
+    notes = opened + notes + seen
     if family is None:
         check_even(request.output, *(request.scale * (value or 0) for value in (request.height, request.width)))
-        return Resolved(request, None, notes, [])
+        return Resolved(*fitted(request, files, None, notes, warnings))
     request, rounded = _resolve_sizes(request, family, call)
-    warnings = _check_methods(files, family, request)
+    warnings += _check_methods(files, family, request)
     height, width = request.height or family.height, request.width or family.width
     check_fits(height=height, width=width, num_frames=request.num_frames or 1)
     check_even(request.output, height * request.scale, width * request.scale)
-    return Resolved(request, family, notes + rounded, warnings)
+    return Resolved(*fitted(request, files, family, notes + rounded, warnings))
 
 
 def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, CallSignature, list[str]]:
@@ -206,8 +217,9 @@ def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, CallSig
         )
     if request.solver is not None or request.flow_shift is not None:
         make_scheduler(read_scheduler(files), request.solver, request.flow_shift)
-    if request.lora is not None and not hasattr(cls, "load_lora_weights"):
-        raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
+    check_weights(request, files)
+    check_vae(request, files)
+    check_loras(request, cls, files)
     if request.embedded:
         defaults = {"dtype": "float32", **assets().model_defaults(request.embedded)}
         names = ["dtype", *(name for name in CALL_ARGUMENTS if call.takes(name))]

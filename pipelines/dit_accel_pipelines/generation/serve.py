@@ -3,19 +3,17 @@
 import os
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from dit_accel.cli.console import TALK, warn
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, did_you_mean
 from dit_accel.serving.settings import VARIABLE, ServerSetting, read_setting
 
 from .options import option
-from .ranges import check_choices
 
 if TYPE_CHECKING:
     from dit_accel.methods.config import MethodConfig
@@ -24,57 +22,31 @@ PLUGIN = "dit_accel"
 """The name of our entry point among a server's plugins."""
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
+class Engine(NamedTuple):
     """A server whose diffusers backend our plugin acts on."""
 
-    package: str  # its distribution
     plugins: str  # the group of entry points that it loads
     allowed: str  # the variable that lists which plugins it loads; all where it is unset
-    command: tuple[str, ...]  # how it is started, the model's name behind
+    command: str  # how it is started
 
 
 ENGINES = {
     "vllm-omni": Engine(
-        "vllm-omni", "vllm_omni.general_plugins", "VLLM_PLUGINS",
-        ("vllm", "serve", "--omni", "--diffusion-load-format", "diffusers"),
+        "vllm_omni.general_plugins", "VLLM_PLUGINS", "vllm serve {} --omni --diffusion-load-format diffusers"
     ),
     "sglang": Engine(
-        "sglang", "sglang.multimodal_gen.plugins", "SGLANG_PLUGINS",
-        ("sglang", "serve", "--backend", "diffusers", "--model-path"),
+        "sglang.multimodal_gen.plugins", "SGLANG_PLUGINS", "sglang serve --model-path {} --backend diffusers"
     ),
-}  # fmt: skip
-"""Name of a server -> how it is started."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
-    """What `serve` is given."""
-
-    engine: str
-    preset: str | None = None
-    config: Path | None = None
-
-    def __post_init__(self) -> None:
-        check_choices(self, {"engine": tuple(ENGINES)})
-        if self.preset is not None and self.config is not None:
-            raise ConfigError(
-                f"serve takes --preset or --config, got {self.preset} and {self.config}; give one of them"
-            )
-
-    @property
-    def setting(self) -> str:
-        """Return what the plugin reads: a preset's name, or the path of a file from wherever the server starts."""
-        return str(self.config.expanduser().resolve()) if self.config else self.preset or "balanced"
+}
+"""Name of a server, which is its distribution's -> how it is started."""
 
 
 def print_server(
     model: Annotated[str, typer.Argument(help="A hub id or a folder.")],
     engine: Annotated[str, option("vllm-omni or sglang.", metavar="NAME")] = "vllm-omni",
-    preset: Annotated[
-        str | None, option("What is attached: careful, balanced (the default), fast or none.", metavar="LEVEL")
-    ] = None,
-    config: Annotated[Path | None, option("The same, as a TOML file of methods.", metavar="FILE")] = None,
+    setting: Annotated[
+        str, option("What is attached: careful, balanced, fast, none, or a TOML file of methods.", metavar="SETTING")
+    ] = "balanced",
 ) -> None:
     """Print the command that starts a server with these methods; it starts none.
 
@@ -86,24 +58,19 @@ def print_server(
 
     dit-accel serve Wan-AI/Wan2.1-T2V-14B-Diffusers --engine sglang
 
-    dit-accel serve ./my-wan --engine vllm-omni --config fast.toml
+    dit-accel serve ./my-wan --engine vllm-omni --setting fast.toml
     """
-    options = ServeOptions(engine=engine, preset=preset, config=config)
-    source, methods = _checked(model, read_setting(options.setting))
-    print(command_line(options, source))
+    if engine not in ENGINES:
+        raise ConfigError(f"there is no engine {engine!r}; {did_you_mean(engine, ENGINES)}")
+    source, methods = _checked(model, read_setting(setting))
+    found = str(Path(setting).expanduser().resolve()) if setting.endswith(".toml") else setting
+    print(f"{VARIABLE}={shlex.quote(found)} {ENGINES[engine].command.format(shlex.quote(source))}")
     names = ", ".join(method.name for method in methods) or "nothing, as no method of the preset is for this model"
     TALK.print(f"attaches {names}", markup=False, soft_wrap=True)
-    missing = list(_missing(ENGINES[engine], os.environ))
+    missing = list(_missing(engine, os.environ))
     for text in missing:
         warn(text)
     raise typer.Exit(1 if missing else 0)
-
-
-def command_line(options: ServeOptions, source: str) -> str:
-    """Return the line of a shell that starts the server on a model."""
-    words = list(ENGINES[options.engine].command)
-    words.insert(2 if options.engine == "vllm-omni" else len(words), source)
-    return shlex.join([f"{VARIABLE}={options.setting}", *words])
 
 
 def _checked(model: str, setting: ServerSetting) -> tuple[str, "list[MethodConfig]"]:
@@ -125,17 +92,15 @@ def _checked(model: str, setting: ServerSetting) -> tuple[str, "list[MethodConfi
     return files.name, methods
 
 
-def _missing(engine: Engine, environ: Mapping[str, str]) -> Iterator[str]:
+def _missing(name: str, environ: Mapping[str, str]) -> Iterator[str]:
     """Give a line for each thing without which the printed command would not do what it says."""
+    engine = ENGINES[name]
     try:
-        version(engine.package)
+        version(name)
     except PackageNotFoundError:
-        yield (
-            f"{engine.package} is not installed here; pip install {engine.package}, and dit-accel with --no-deps "
-            "beside it, since it pins an older diffusers"
-        )
+        yield f"{name} is not installed here; pip install it, and dit-accel with --no-deps, since it pins diffusers"
     if not entry_points(group=engine.plugins, name=PLUGIN):
-        yield f"the plugin {PLUGIN} is not registered for {engine.package}; pip install dit-accel beside it"
+        yield f"the plugin {PLUGIN} is not registered for {name}; pip install dit-accel beside it"
     allowed = environ.get(engine.allowed)
     if allowed is not None and PLUGIN not in allowed.split(","):
         yield f"{engine.allowed}={allowed} leaves the plugin out; add {PLUGIN} to it, or unset it"

@@ -25,7 +25,8 @@ LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
 
 AS_ASKED = (
     "solver", "flow_shift", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "strength", "seed", "dtype",
-    "device", "offload", "compile", "scale", "lora", "backend", "attention_backend", "dense", "preset",
+    "device", "offload", "vae", "max_memory", "compile", "scale", "lora", "fuse_lora", "transformer", "variant",
+    "revision", "quantize", "quantize_text_encoder", "backend", "attention_backend", "dense", "preset",
 )  # fmt: skip
 """What a side-car says as the resolved request does."""
 

@@ -76,7 +76,7 @@ def make_scheduler(shipped: Any, solver: str | None, flow_shift: float | None = 
         raise ConfigError(f"{type(shipped).__name__} has no noise shift, got flow_shift {flow_shift}; leave it out")
     shift = {} if flow_shift is None else {"flow_shift": flow_shift, "shift": flow_shift}
     if solver is None:
-        return _own(shipped, shift)
+        return _own(shipped, shift) if shift else type(shipped).from_config(shipped.config)
     if flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
         shift |= {"base_shift": math.log(flow_shift), "max_shift": math.log(flow_shift)}
     return scheduler_like(shipped, SOLVERS[solver][0 if flow else 1], **shift)
@@ -85,12 +85,12 @@ def make_scheduler(shipped: Any, solver: str | None, flow_shift: float | None = 
 def _own(shipped: Any, shift: dict[str, Any]) -> Any:
     """Return a scheduler like the one that a model ships with, at another shift."""
     taken = inspect.signature(type(shipped)).parameters
-    if shift and type(shipped).__name__.startswith("FlowMatch"):
-        shift = {**shift, "use_dynamic_shifting": False}  # which takes a mu then, and leaves it
-    elif shift and shipped.config.get("use_dynamic_shifting"):
-        shift = {**shift, **dict.fromkeys(("base_shift", "max_shift"), math.log(shift["shift"]))}
-    scheduler = type(shipped).from_config(shipped.config, **{k: v for k, v in shift.items() if k in taken})
-    scheduler.register_to_config(**{key: value for key, value in shift.items() if key in DYNAMIC and key not in taken})
+    if type(shipped).__name__.startswith("FlowMatch"):
+        shift["use_dynamic_shifting"] = False  # a mu is taken then, and left aside
+    elif shipped.config.get("use_dynamic_shifting"):
+        shift |= dict.fromkeys(("base_shift", "max_shift"), math.log(shift["shift"]))
+    scheduler = type(shipped).from_config(shipped.config, **{name: shift[name] for name in shift if name in taken})
+    scheduler.register_to_config(**{name: shift[name] for name in DYNAMIC if name in shift and name not in taken})
     return scheduler
 
 

@@ -24,9 +24,7 @@ CHUNK_BYTES = 2 << 20  # logits of one chunk, a thread: more would leave the cac
 GPU_CHUNKS = 256  # a GPU's chunks are this many times larger
 
 
-def attend(
-    problem: Problem, *, need_lse: bool, by_loop: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def attend(problem: Problem, *, by_loop: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits.
 
     `by_loop` False leaves the compiled loop out.
@@ -34,24 +32,23 @@ def attend(
     tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
     problem, exact = resolved(problem)
     if by_loop and fused.takes(problem.q.device, problem.q.dtype):
-        out, lse = fused.attend_by_loop(problem, tally, need_lse=need_lse)
+        out, lse = fused.attend_by_loop(problem, tally)
     else:
-        out, lse = _by_chunks(problem, in_tiles(problem), tally, need_lse=need_lse, remember=not selects)
+        out, lse = _by_chunks(problem, in_tiles(problem), tally, remember=not selects)
         batch, heads, tokens, _ = problem.q.shape
         out = cast(out.view(batch, heads, -1, out.shape[-1])[:, :, :tokens], problem.q.dtype)
-        lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
+        lse = lse.view(batch, heads, -1)[:, :, :tokens] if problem.return_lse else lse
     return out, lse, exact, None if tally is None else tally.kept()
 
 
-def _by_chunks(
-    problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool, remember: bool
-) -> tuple[Tensor, Tensor]:
+def _by_chunks(problem: Problem, tiled: Tiled, tally: Tally | None, *, remember: bool) -> tuple[Tensor, Tensor]:
     """Output and LSE of all query tiles, [B * H * NQ, block_q, Dv] and [B * H * NQ, block_q]."""
     out = tiled.q.new_zeros(*tiled.q.shape[:2], tiled.v.shape[2])  # query tiles that see nothing give 0
-    lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
+    shape = tiled.q.shape[:-1] if problem.return_lse else (0,)
+    lse = tiled.q.new_full(shape, -torch.inf, dtype=wide_dtype(out.dtype))
     with torch.no_grad():
         for chunk in chunks_of(problem, *chunk_sizes(problem), remember=remember):
-            _attend_chunk(tiled, out, lse if need_lse else None, tally, chunk)
+            _attend_chunk(tiled, out, lse if problem.return_lse else None, tally, chunk)
     return out, lse
 
 

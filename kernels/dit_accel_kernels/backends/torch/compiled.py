@@ -60,11 +60,6 @@ class Loop(NamedTuple):
     why: str
 
 
-def library() -> ctypes.CDLL | None:
-    """Return the compiled loop, or None; see `compiled_loop`."""
-    return compiled_loop().library
-
-
 @lru_cache(maxsize=1)
 def compiled_loop() -> Loop:
     """Return the compiled loop, built on first use; there is none without a compiler or if `SWITCH` says so.

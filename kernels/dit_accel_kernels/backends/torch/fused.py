@@ -14,7 +14,7 @@ from ...votes import VOTE_BYTES, Tally
 from ..rows import with_whole_rows
 from . import compiled
 from .chunks import Lists, beyond, flat_lists
-from .compiled import STRIDES, LoopCall, compiled_loop, library
+from .compiled import STRIDES, LoopCall, compiled_loop
 from .memory import LEAST_BYTES, buffer, cast, fresh
 from .tiled import decays, pools
 
@@ -25,7 +25,7 @@ SLICE = 0.5  # seconds after which the loop comes back to Python, which looks fo
 
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the loop takes calls: on a CPU, in products that it has, where it could be compiled."""
-    return device.type == "cpu" and library() is not None and _has_products(dtype)
+    return device.type == "cpu" and compiled_loop().library is not None and _has_products(dtype)
 
 
 def _has_products(dtype: torch.dtype) -> bool:
@@ -45,12 +45,12 @@ def way(device: torch.device, dtype: torch.dtype) -> str:
     return f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
 
 
-def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+def attend_by_loop(problem: Problem, tally: Tally | None) -> tuple[Tensor, Tensor]:
     """Output [B, H, S_q, D] as the call's layout has it and natural-log LSE, float32 [B, H, S_q] (empty: not needed).
 
     Queries, keys and values are read where they lie, in float32 or bfloat16; other dtypes are widened first.
     """
-    built = library()
+    built = compiled_loop().library
     assert built is not None
     narrow, even = problem.q.dtype == torch.bfloat16, problem.q.shape[3] % 2 == 0
     pairs = narrow and even and bool(built.has_pairs()) and product_dtype(problem.q.dtype, "cpu") != torch.float32
@@ -59,14 +59,14 @@ def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> 
     (batch, heads, num_q, dim), (_, key_heads, num_k, value_dim) = q.shape, v.shape
     axes = (heads, num_q) if problem.heads_first else (num_q, heads)
     out = problem.in_layout(fresh((batch, *axes, value_dim), q.dtype))
-    lse = torch.empty((batch, heads, num_q) if need_lse else (0,))
+    lse = torch.empty((batch, heads, num_q) if problem.return_lse else (0,))
     wide, wide_dim = (size + -size % built.panel() for size in (problem.block_k, value_dim))
     key_tiles, each, multiple = batch * key_heads * problem.key_tiles, *((2, built.tile_words()) if pairs else (1, 1))
     depth, value_depth = dim // each, wide // each if multiple > 1 else -(-problem.block_k // each)
     tiles = batch * heads / problem.exact_offsets.shape[0] * problem.exact_indices.numel()
     threads = _threads(2.0 * (dim + value_dim) * problem.block_q * problem.block_k * tiles)
     shared: dict[str, Any] = {
-        "q": q, "k": k, "v": v, "out": out, "lse": lse if need_lse else None,
+        "q": q, "k": k, "v": v, "out": out, "lse": lse if problem.return_lse else None,
         "keys": _panels("keys", (key_tiles, wide, depth + -depth % multiple)),
         "values": _panels("values", (key_tiles, wide_dim, value_depth)),
         "groups": problem.groups,
