@@ -13,9 +13,8 @@ from dit_accel.cli.console import OUT, TALK, print_error, print_json, print_tabl
 
 from .benchmarking import show_protocol
 from .comparing import CompareOptions
-from .folders import compare_folders
+from .folders import compare_folders, merge_results, show_board
 from .judging.command import ask_judge
-from .sharing import merge_results, show_board
 from .vbench.command import evaluate
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")

@@ -10,7 +10,7 @@ from dit_accel_eval.metrics import Sample, metric, openclip, scores
 from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
-from dit_accel_eval.tune.objectives import objective_of
+from dit_accel_eval.tune.heads import objective_of
 from fake_model import ARM, HEAD, command, told
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image

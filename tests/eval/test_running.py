@@ -13,9 +13,8 @@ from dit_accel_eval.runs.results import ResultLine, last_lines, read_kept, read_
 from dit_accel_eval.suites import reference, running
 from dit_accel_eval.suites.figures import Comparison, suite_figures, suite_table
 from dit_accel_eval.suites.job import Job, check_clips
-from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.running import run_arms
-from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.suites.suite import judge_of, read_suite
 from dit_accel_pipelines.processes.ranks import Ranks
 from fake_model import ARM, HEAD, THIN, FakeModel, command, faked, told, written
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs.loaded import embedded_prompts
-from dit_accel_eval.tune.heads import cost, search, tune_heads
+from dit_accel_eval.tune.heads import HeadSelection, cost, objective_of, search, tune_heads
 from dit_accel_eval.tune.lite import CLOSE, HIGHEST, LOWEST, NEAR, Tuner, combine, error_of, search_level, tune_lite
-from dit_accel_eval.tune.objectives import HeadSelection, objective_of
 from dit_accel_pipelines.generation.generate import run
 from hypothesis import given, settings
 from hypothesis import strategies as st

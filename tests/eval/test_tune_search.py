@@ -15,9 +15,9 @@ from dit_accel_eval.tune.caches import tune_magcache
 from dit_accel_eval.tune.heads import tune_heads
 from dit_accel_eval.tune.lite import tune_lite
 from dit_accel_eval.tune.period import tune_period
+from dit_accel_eval.tune.pipeline import BY_HAND, default_space, space_of
 from dit_accel_eval.tune.profile import tune_profile
 from dit_accel_eval.tune.schedule import tune_schedule
-from dit_accel_eval.tune.space import BY_HAND, default_space, space_of
 from tuning import PROMPTS, SMALL, request, tune
 
 from dit_accel import ConfigError, EasyCache, MagCache, RadialAttention, SoftPAG

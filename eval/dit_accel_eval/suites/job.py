@@ -25,8 +25,7 @@ from ..runs.model import arm_scheduler, check_guided, shipped_scheduler
 from ..runs.results import AGREE, Line, ResultLine, result_lines, write_lines
 from ..runs.rivals import require_rivals
 from .arms import Arm
-from .judges import Judge, judge_of
-from .suite import Suite
+from .suite import Judge, Suite, judge_of
 
 LINE = 1 << 13  # bytes that a result line takes, about
 SCALES = ("guidance_scale", "true_cfg_scale")  # what an arm's call may change beside one converged run

@@ -1,6 +1,8 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
-from collections.abc import Mapping, Sequence
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..runs.conditions import OwnClips
-from ..runs.model import OWN
-from ..runs.results import TUNED
+from ..runs.model import OWN, ModelRun, SuiteModel
+from ..runs.results import TUNED, Line
 from .arms import Arm, check_kinds, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
 
@@ -212,3 +214,30 @@ def _check_model(suite: Suite, path: Path) -> None:
         raise ConfigError(
             f"{path} has judge = {suite.judge!r}, which knows embedded models' prompts alone; leave it out"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """How clips are judged by themselves, by functions of these names in a suite's file."""
+
+    measures: Callable[[SuiteModel, int, ModelRun], Line]  # of a clip's number and run; ``score`` is among what it says
+    table: Callable[[Suite, Sequence[Line]], str]
+
+
+def judge_of(suite: Suite) -> Judge:
+    """Return the judge of a suite that has one."""
+    path = (suite.folder / suite.judge).resolve()
+    sys.path.insert(0, str(path.parent))
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:  # whatever a file of one's own raises
+        raise ConfigError(f"the judge {path} can't be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    if Path(module.__file__ or "").resolve() != path:
+        raise ConfigError(f"the judge {path} has the name of the module {module.__file__}; rename it")
+    functions: dict[str, Any] = {name: getattr(module, name, None) for name in Judge.__dataclass_fields__}
+    for name, function in functions.items():
+        if not callable(function):
+            raise ConfigError(f"the judge {path} has no function {name}; see Judge in {__name__}")
+    return Judge(**functions)
