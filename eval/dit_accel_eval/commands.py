@@ -12,7 +12,7 @@ from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, print_error, print_json, print_table, warn
 
 from .benchmarking import show_protocol
-from .comparing import CompareOptions
+from .compare_options import CompareOptions
 from .folders import compare_folders, merge_results, show_board
 from .judging.command import ask_judge
 from .vbench.command import evaluate
@@ -48,7 +48,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
 
     dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
     """
-    from .suites.compare import run_comparison
+    from .comparing import run_comparison
 
     run_comparison(options, settings)
 

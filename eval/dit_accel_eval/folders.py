@@ -10,7 +10,7 @@ from dit_accel_pipelines.generation.options import Quiet, option
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, print_error, warn
 
-from .comparing import FurtherMetrics, KeepFrames
+from .compare_options import FurtherMetrics, KeepFrames
 
 Folders = Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")]
 
@@ -53,12 +53,12 @@ def compare_folders(
 
     dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
     """
+    from .comparing import arms_table, check_output
     from .metrics.registered import check_names
     from .report.lines import read_results
     from .report.report import suite_report
     from .report.writing import write_reports
     from .runs.pairing import REFERENCE, pair, read_rows
-    from .suites.compare import arms_table, check_output
     from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 

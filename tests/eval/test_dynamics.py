@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dit_accel_eval.comparing import arms_table
 from dit_accel_eval.metrics.dynamics import dynamics
 from dit_accel_eval.metrics.metric import Clip, Sample
 from dit_accel_eval.metrics.psnr import psnr
@@ -12,7 +13,6 @@ from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites.compare import arms_table
 from fake_model import written
 
 LINES = Path(__file__).parents[2] / "eval" / "results" / "sparse-wan-tiny.jsonl"
