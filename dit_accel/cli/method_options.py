@@ -45,7 +45,7 @@ SettingList = Annotated[list[NamedSetting], "from the method switches and each c
 RunTable = Annotated[dict, "from the config's [run] table"]
 """Annotation of the parameter through which a command receives what the config file says of the run."""
 
-PANEL, SETTINGS = "Methods (dit-accel methods NAME: what each does, and its options)", "Which methods"
+PANEL = "Methods (dit-accel methods NAME: what each does, and its options)"
 
 Preset = Annotated[
     str | None,
@@ -53,12 +53,12 @@ Preset = Annotated[
         "--preset",
         help="careful, balanced, fast or none: methods chosen for the model; those that are named win.",
         metavar="LEVEL",
-        rich_help_panel=SETTINGS,
+        rich_help_panel=PANEL,
     ),
 ]
 """Annotation of a command's parameter for a preset; `dit_accel.methods.presets.choices` takes and checks its value."""
 
-CONFIG_HELP = "TOML file with one table per method, such as \\[radial]; \\[run] may set steps and solver."
+CONFIG_HELP = "TOML file with one table per method, such as \\[radial]; \\[run] may set what generate has options for."
 SET_HELP = "One option of a method, such as radial.decay_factor=0.5; may be repeated; switches the method on."
 
 
@@ -191,7 +191,7 @@ def _parameters(names: Sequence[str], several: bool = False) -> list[inspect.Par
     methods = registry.methods()
     config: Any = list[Path] | None if several else Path | None
     more = " A setting of its own; may be repeated." if several else ""
-    settings = {"rich_help_panel": SETTINGS}
+    settings = {"rich_help_panel": PANEL}
     return [
         option("method_config", config, None, "--config", help=CONFIG_HELP + more, metavar="FILE", **settings),
         option("method_set", list[str] | None, None, "--set", help=SET_HELP, metavar="NAME.OPTION=VALUE", **settings),

@@ -104,7 +104,7 @@ def run_suite(
     usual = (2 if timed or read.timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     folder = suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
     job = Job(
-        suite=read, out=out or folder / f"{read.name}.jsonl", timed=timed or read.timed,
+        suite=read, out=out or folder / f"{read.name}.jsonl", timed=timed or bool(read.timed),
         cache=cache or default_cache(), threads=threads or usual, frames=frames, talk=not quiet,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 from dit_accel_pipelines.generation import options as shared
 from dit_accel_pipelines.generation.options import option
 
-from dit_accel.cli.method_options import SETTINGS
+from dit_accel.cli.method_options import PANEL
 
 FurtherMetrics = Annotated[
     list[str] | None, option("Beside PSNR and SSIM; may be repeated. Default: lpips@alex.", "--metric", "-m")
@@ -39,7 +39,7 @@ class CompareOptions(shared.SharedOptions):
     frames: KeepFrames = True
     preset: Annotated[
         list[str] | None,
-        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=SETTINGS)
+        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL)
     ] = None  # fmt: skip
     timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
         False

@@ -46,7 +46,7 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16  # held-out prompts that chose no pres
 
 def run_comparison(options: CompareOptions, settings: Sequence[NamedSetting]) -> None:
     """Run settings on every prompt, and show how they stand."""
-    lines, first = check_output(options.output), Ranks().first
+    lines, first = check_page(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
     extra = {line.arm for line in result_lines(lines) if not line.is_rival} - names
@@ -84,7 +84,7 @@ def run_comparison(options: CompareOptions, settings: Sequence[NamedSetting]) ->
         OUT.print(str(options.output), markup=False, soft_wrap=True)
 
 
-def check_output(page: Path, beside: Sequence[str] = ()) -> Path:
+def check_page(page: Path, beside: Sequence[str] = ()) -> Path:
     """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
     lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media", *beside))
     if page.suffix != ".html":

@@ -53,7 +53,7 @@ def compare_folders(
 
     dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
     """
-    from .comparing import arms_table, check_output
+    from .comparing import arms_table, check_page
     from .metrics.registered import check_names
     from .report.lines import read_results
     from .report.report import suite_report
@@ -62,7 +62,7 @@ def compare_folders(
     from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
-    lines, rivals, arms = check_output(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
+    lines, rivals, arms = check_page(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
     twice = [name for name in rivals if name in arms] + [name for name in (*rivals, *arms) if name == REFERENCE]
     if twice:
         raise ConfigError(f"{twice[0]!r} names two folders; give each a name of its own")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -91,10 +92,10 @@ def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
     return {**data, "rung": rungs}
 
 
-def again(ladder: Ladder) -> tuple[Arm, ...]:
-    """Return what is tried again of a ladder: of each number of steps the best of what was tried."""
+def again(ladder: Ladder, steps: Sequence[int] = ()) -> tuple[Arm, ...]:
+    """Return what is tried again of a ladder: of each number of steps, or of these, the best of what was tried."""
     arms = []
-    for rung in ladder.rungs:
+    for rung in (rung for rung in ladder.rungs if not steps or rung.num_inference_steps in steps):
         for words in sorted(rung.tried, key=lambda words: -rung.tried[words])[:KEPT]:
             solver, _, shift = words.partition(" shift ")
             arms.append(_arm(solver, float(shift) if shift else None, rung.num_inference_steps))
@@ -130,24 +131,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shifts", nargs="*", type=float, help="besides the model's own")
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="(%(default)s)")
     parser.add_argument("--reference-steps", type=int, help="of the model's own run; default: the converged one")
+    parser.add_argument("--among", type=Path, help="ladder of which the best of each number of steps alone are tried")
     parser.add_argument("--confirm", action="store_true", help="try the rungs of a ladder again on other clips")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     parser.add_argument("--out", type=Path, help="default: eval/results/rivals-MODEL[-STEPS].toml")
     options = parser.parse_args(arguments)
     try:
-        print(_run(options))
+        print(_run(options, arguments if arguments is not None else sys.argv[1:]))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(options: argparse.Namespace) -> str:
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     """Make the runs and write the ladder beside them; returns it in words."""
     shipped = shipped_scheduler(str(model_path(options.model)))
     dynamic = bool(shipped.config.get("use_dynamic_shifting"))
     shifts = options.shifts if options.shifts is not None else FLUX_SHIFTS if dynamic else SHIFTS
     arms = grid(options.solvers, shifts, options.steps, None if dynamic else shift_of(shipped))
+    if options.among:
+        arms = again(read_ladder(options.among), options.steps)
+        arms += tuple(plain for count in options.steps if (plain := dense_arm(count)) not in arms)
     of = f"-{options.reference_steps}" if options.reference_steps else ""
     out = options.out or RESULTS / f"rivals-{options.model}{of}.toml"
     suite = Suite(
@@ -163,9 +168,7 @@ def _run(options: argparse.Namespace) -> str:
         lines = _ran(dataclasses.replace(suite, clips=min(FIRST, suite.clips)), out, options.workers)
         lines = _ran(dataclasses.replace(suite, arms=finalists(suite, lines)), out, options.workers)
         data = ladder_of(suite, lines)
-    command = f"python eval/studies/best_rival.py --model {options.model}"
-    command += f" --reference-steps {options.reference_steps}" if options.reference_steps else ""
-    write_ladder(data, out, command)
+    write_ladder(data, out, f"python eval/studies/best_rival.py {shlex.join(arguments)}")
     ladder = read_ladder(out)
     return f"{out}: {(ladder.loose or 'all rungs are confirmed') if options.confirm else ladder}"
 

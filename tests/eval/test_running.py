@@ -9,6 +9,7 @@ import pytest
 from dit_accel_eval.metrics import metrics
 from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.model import Times
 from dit_accel_eval.runs.results import ResultLine, last_lines, read_kept, read_lines, result_lines, run_of
 from dit_accel_eval.suites import reference, running
 from dit_accel_eval.suites.figures import Comparison, suite_figures, suite_table
@@ -62,6 +63,24 @@ def test_what_can_not_run_exits_with_2_and_runs_nothing(tmp_path, job, fake):
         result = command("run", nothing, "--out", tmp_path / "out.jsonl", *options)
         assert (result.exit_code, (tmp_path / "out.jsonl").exists(), fake.made) == (2, False, [])
         assert message in result.stderr
+
+
+class Timed(FakeModel):
+    """One whose runs tell their processor seconds."""
+
+    def run(self, clip, **options):
+        return dataclasses.replace(super().run(clip, **options), times=Times(threads=1, processor=1.0))
+
+
+def test_a_suite_may_leave_time_out_and_have_a_cache_that_is_told_the_timestep(tmp_path, monkeypatch):
+    arm = '[[arm]]\nname = "p"\nnum_inference_steps = 4\ndiffusers = { PyramidAttentionBroadcastConfig = {} }\n'
+    for _ in faked(monkeypatch, Timed):
+        for more, times in (("timed = false\n", [None]), ("", [16.0])):
+            (tmp_path / "s.toml").write_text(HEAD + "reference_steps = 16\n" + more + arm)
+            done = command("run", tmp_path / "s.toml", "--out", tmp_path / f"{len(more)}.jsonl", "--cache", tmp_path)
+            assert done.exit_code == 0, done.stderr
+            lines = result_lines(tmp_path / f"{len(more)}.jsonl")
+            assert [line.steps_in_time for line in lines if line.arm == "p"] == times
 
 
 def test_arms_are_compared_with_dense_runs_of_their_work(job):

@@ -194,11 +194,11 @@ def test_a_dry_run_says_what_would_run_and_loads_nothing(monkeypatch):
     result = cli(*arguments)
     assert (result.exit_code, list(Path().iterdir())) == (0, [])
     assert "10 frames are rounded to 11" in result.stderr
-    for words in ("out-02.mp4", "64 x 64, 11 frames", "easycache", "GiB for the transformer's weights", "time: not k"):
+    for words in ("out-02.mp4", "64 x 64, 11 frames", "easycache", "GiB, by an estimate of", "time: not k"):
         assert words in " ".join(result.stdout.split()), words
     rows = json.loads(cli(*arguments, "--json").stdout)
     assert [(row["output"], row["seed"], row["methods"]) for row in rows] == [
         ("out-01.mp4", 0, ["easycache"]), ("out-02.mp4", 1, ["easycache"]),
     ]  # fmt: skip
-    assert rows[0]["weight_bytes"] > 2**20
+    assert rows[0]["memory_bytes"] > 2**20
     assert cli("a circle", "--height", "33", "--dry-run").exit_code == 2

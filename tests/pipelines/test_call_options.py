@@ -77,6 +77,14 @@ def test_a_scheduler_without_a_shift_is_refused_before_weights_are_loaded(tmp_pa
         resolve(request(tmp_path, model=str(model), flow_shift=2.0))
 
 
+def test_a_shift_that_a_pipeline_would_overrule_is_refused(tmp_path: Path):
+    model = str(model_folder(tmp_path / "m", _class_name="Flux2Pipeline"))
+    asked = Request(prompt="a red circle", output=tmp_path / "a.png", model=model, solver="unipc", flow_shift=2.0)
+    with pytest.raises(ConfigError, match=r"Flux2Pipeline .*'unipc' .*flow_shift 2; .*'euler'"):
+        resolve(asked)
+    assert resolve(dataclasses.replace(asked, solver="euler")).request.flow_shift == 2.0
+
+
 def test_the_scale_of_a_negative_prompt_wins_over_that_of_guidance(tmp_path: Path):
     asked, *_ = resolve(Request(prompt="a red circle", output=tmp_path / "a.png", model="flux-tiny",
                                 guidance_scale=4.0, true_cfg_scale=2.0))  # fmt: skip

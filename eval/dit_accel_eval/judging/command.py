@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from dit_accel_pipelines.generation.options import Device, Json, option
-from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel.cli.console import OUT, note, print_json, warn
 
@@ -36,6 +35,8 @@ def ask_judge(
 
     dit-accel eval judge mine.jsonl --arm fast --against easycache --judge "python my.py"
     """
+    from dit_accel_pipelines.generation.progress import Stages
+
     from dit_accel.files import check_writable
 
     from ..report.lines import read_results

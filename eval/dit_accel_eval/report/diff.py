@@ -43,8 +43,8 @@ def _side(report: SuiteReport, arm: ArmFigures | None) -> dict[str, Any] | None:
         return None
     key = report.main if report.main in arm.means else next((key for key in report.works if key in arm.means), "")
     verdict = arm.ahead[key].verdict if key in arm.ahead else ""
-    return {"psnr": arm.psnr.mean, "steps": arm.means.get(key), "by": report.works.get(key, ""),
-            "verdict": verdict}  # fmt: skip
+    cost = {"steps": arm.means.get(key), "by": report.works.get(key, "")}
+    return {"psnr": arm.psnr.mean, **cost, "verdict": verdict}
 
 
 def others_of(before: SuiteReport, after: SuiteReport) -> list[str]:

@@ -32,8 +32,8 @@ def other_scores(data: Any) -> list[OtherScore]:
                 score = result.get("score") if isinstance(result, dict) else result
                 if isinstance(score, int | float) and math.isfinite(score):
                     values.setdefault(metric, []).append(float(score))
-        return [OtherScore(tool="FastVideo", metric=metric, mean=float(np.mean(each)), videos=len(each))
-                for metric, each in values.items()]  # fmt: skip
+        means = {metric: float(np.mean(each)) for metric, each in values.items()}
+        return [OtherScore(tool="FastVideo", metric=key, mean=means[key], videos=len(values[key])) for key in means]
     dimensions = data.items() if isinstance(data, dict) else ()
     return [
         OtherScore(tool="VBench", metric=name, mean=float(value[0]), videos=len(value[1]))

@@ -211,8 +211,10 @@ def _moved(arms: Sequence[ArmFigures]) -> Iterator[str]:
     """Name the arms that do not move as their references do."""
     changed = [
         f"{arm.name} {arm.dynamic_words(name)} ({DYNAMICS[name].head} {moved.mean:+.1f} points)"
-        for arm in arms for name, moved in arm.dynamics.items() if moved.verdict in ("ahead", "behind")
-    ]  # fmt: skip
+        for arm in arms
+        for name, moved in arm.dynamics.items()
+        if moved.verdict in ("ahead", "behind")
+    ]
     if changed:
         yield f"PSNR does not tell motion from stillness. Beside their references: {'; '.join(changed)}."
 

@@ -27,6 +27,7 @@ from dit_accel.methods.config import MethodConfig
 from ..metrics.metric import Clip
 from .conditions import HeldOutClips, OwnClips
 from .counting import Counter, Counts, attended_share, density_map, run_estimate
+from .encodings import Encoder
 from .rivals import cached_by
 
 DIGITS = 4  # digits behind the point of seconds
@@ -58,6 +59,7 @@ class ModelRun:
     by_step: tuple[tuple[Counts, float], ...] = ()  # what ran in each step, and its share of the pairs, where known
     density: tuple[tuple[float | None, ...], ...] = ()
     memory: Mapping[str, int] | None = None
+    encoder: Encoder | None = None  # encodes as the server did that made the frames; None: they came without loss
 
 
 class SuiteModel:
@@ -93,7 +95,7 @@ class SuiteModel:
         with (
             guided(self.pipe, guider or {}),
             cached_by(self.pipe, rival) if rival else contextlib.nullcontext(),
-            attached(self.pipe, [_with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
+            attached(self.pipe, [with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
             timed_steps(self.pipe, Stages(quiet=True), lambda: counts.append(self._counter.take())) as timings,
         ):
@@ -139,7 +141,7 @@ def check_guided(pipeline: type) -> None:
         raise ConfigError(f"{pipeline.__name__} takes no guider; {others}: {remedy}")
 
 
-def _with_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
+def with_timestep(method: MethodConfig, pipe: Any = None) -> MethodConfig:
     """Return one of diffusers' caches with the callback that tells it the timestep, which a file can't hold."""
     if not isinstance(method, DiffusersCache) or getattr(method.config, "current_timestep_callback", ()) is not None:
         return method

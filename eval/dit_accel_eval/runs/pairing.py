@@ -153,9 +153,8 @@ def _paired(file: ClipFile, known: Mapping[str, Any], names: Mapping[str, Key]) 
     name = NUMBERED.fullmatch(file.path.stem)
     read = (name["prompt"] or file.path.stem, int(name["seed"])) if name else (file.path.stem, None)
     key = (known["prompt"], known.get("seed")) if "prompt" in known else names.get(file.name, read)
-    return PairedClip(
-        file=file, form=form_of(file), key=key, seconds=known.get("seconds"), steps=known.get("num_inference_steps")
-    )  # fmt: skip
+    seconds, steps = (known.get(name) for name in ("seconds", "num_inference_steps"))
+    return PairedClip(file=file, form=form_of(file), key=key, seconds=seconds, steps=steps)
 
 
 def _differences(folders: Sequence[Folder]) -> list[str]:
@@ -169,22 +168,21 @@ def _differences(folders: Sequence[Folder]) -> list[str]:
         problems.extend([f"{what}: {listed}"] if listed else [])
 
     for folder in others:
-        name, pairs = folder.name, [(clip, reference.clips.get(key)) for key, clip in folder.clips.items()]
-        add(
-            f"{name} lacks clips of the reference",
-            (words(key) for key in reference.clips if key not in folder.clips),
-        )
-        add(f"{name} has clips that the reference lacks",
-            (f"{words(clip.key)} ({clip.label})" for clip, other in pairs if other is None))  # fmt: skip
-        add(f"{name} has clips of other sizes than the reference's (frames of height x width)",
-            (f"{clip.label} ({clip.form.size}, the reference's {other.form.size})"
-             for clip, other in pairs if other and other.form.size != clip.form.size))  # fmt: skip
-        add(f"{name} has clips that are not encoded as {others[0].name}'s first, {usual}",
-            (f"{clip.label} ({clip.form.encoding})" for clip, _ in pairs if clip.form.encoding != usual))  # fmt: skip
-    encodings = {clip.form.encoding for clip in reference.clips.values()}
-    add(f"{REFERENCE} has clips neither {LOSSLESS} nor all encoded as {usual}",
-        (f"{clip.label} ({clip.form.encoding})" for clip in reference.clips.values()
-         if encodings not in ({LOSSLESS}, {usual}) and clip.form.encoding != LOSSLESS))  # fmt: skip
+        name, clips = folder.name, folder.clips.values()
+        sizes = {key: clip.form.size for key, clip in reference.clips.items()}
+        missing = (words(key) for key in reference.clips if key not in folder.clips)
+        extra = (f"{words(clip.key)} ({clip.label})" for clip in clips if clip.key not in sizes)
+        resized = [clip for clip in clips if sizes.get(clip.key, clip.form.size) != clip.form.size]
+        other = (f"{clip.label} ({clip.form.encoding})" for clip in clips if clip.form.encoding != usual)
+        add(f"{name} lacks clips of the reference", missing)
+        add(f"{name} has clips that the reference lacks", extra)
+        sized = (f"{clip.label} ({clip.form.size}, the reference's {sizes[clip.key]})" for clip in resized)
+        add(f"{name} has clips of other sizes than the reference's (frames of height x width)", sized)
+        add(f"{name} has clips that are not encoded as {others[0].name}'s first, {usual}", other)
+    lossy = [clip for clip in reference.clips.values() if clip.form.encoding != LOSSLESS]
+    if {clip.form.encoding for clip in reference.clips.values()} not in ({LOSSLESS}, {usual}):
+        named = (f"{clip.label} ({clip.form.encoding})" for clip in lossy)
+        add(f"{REFERENCE} has clips neither {LOSSLESS} nor all encoded as {usual}", named)
     if any(clip.seconds for clip in every):
         untimed = (folder.name for folder in folders if not all(clip.seconds for clip in folder.clips.values()))
         add("seconds are known of some clips, not of all; add --times FILE for", untimed)

@@ -12,7 +12,8 @@ from dit_accel_pipelines.generation.loading import transformers_of
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean, install
 
-RIVALS = ("cache-dit",)
+RIVALS, SERVERS = ("cache-dit",), ("sglang", "vllm-omni")
+"""Caches of a pipeline that is loaded here; servers that make clips by HTTP (`servers`)."""
 
 CALIBRATOR = "taylorseer_order"  # option of cache-dit's Taylor calibrator; given, it is used
 
@@ -20,7 +21,7 @@ CALIBRATOR = "taylorseer_order"  # option of cache-dit's Taylor calibrator; give
 def check_rival(name: str, options: Mapping[str, Any]) -> None:
     """Refuse an unknown rival, and an option that it has not; its options are known where it is installed."""
     if name not in RIVALS:
-        raise ConfigError(f"no rival is called {name!r}; {did_you_mean(name, RIVALS)}")
+        raise ConfigError(f"no rival is called {name!r}; {did_you_mean(name, (*RIVALS, *SERVERS))}")
     if importlib.util.find_spec("cache_dit") is None:  # a suite's results can be read without it
         return
     from cache_dit import DBCacheConfig

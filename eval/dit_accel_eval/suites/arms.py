@@ -18,7 +18,8 @@ from dit_accel.methods.registry import method
 
 from ..runs.model import OWN, check_options, check_scheduler
 from ..runs.results import TUNED
-from ..runs.rivals import check_rival
+from ..runs.rivals import SERVERS, check_rival
+from ..runs.servers import KINDS, Server
 
 NATIVE = "diffusers"  # key of an arm under which diffusers' own caches stand, which have no method's table
 TABLES = ("call", "scheduler", "guider", "rival")  # keys of an arm that hold a table and no method
@@ -43,6 +44,11 @@ class Arm:
         """Whether this is a plain run of the best solver, of which the references are made too."""
         changed = self.methods or self.guider or self.rival or self.call or self.flow_shift is not None
         return not changed and self.solver == BEST
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server makes the arm's clips."""
+        return not {*self.rival}.isdisjoint(SERVERS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the arm runs, without its name, as JSON knows it."""
@@ -143,7 +149,7 @@ def _check_name(arm: Arm, where: str) -> None:
 def _solver(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return an arm's solver, and the options where one of diffusers' classes was named."""
     if "scheduler" not in plain:
-        solver = plain.get("solver", BEST)
+        solver = plain.get("solver", BEST if {*plain.get("rival", {})}.isdisjoint(SERVERS) else OWN)
         if solver not in (*SOLVERS, OWN):
             raise ConfigError(f"there is no solver {solver!r}; {did_you_mean(solver, (*SOLVERS, OWN))}")
         return {"solver": solver}
@@ -171,9 +177,15 @@ def _check_tables(plain: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -
         check_options("guider", *_one_class(plain["guider"], "guider", "ClassifierFreeGuidance"), known)
     if plain.get("rival"):
         name, options = _one_class(plain["rival"], "rival", "cache-dit")
-        check_rival(name, options)
-        if methods:
-            raise ConfigError(f"rival = {name} stands beside {methods[0].name}; give each an arm of its own")
+        beside = [method.name for method in methods]
+        if name in SERVERS:
+            check_kinds(options, KINDS, f"rival = {name}")
+            Server.of(plain["rival"])
+            beside += [key for key in ("solver", "flow_shift", "guider") if plain.get(key, OWN) != OWN]
+        else:
+            check_rival(name, options)
+        if beside:
+            raise ConfigError(f"rival = {name} stands beside {beside[0]}; give each an arm of its own")
 
 
 def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:

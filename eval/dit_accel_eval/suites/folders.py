@@ -17,13 +17,13 @@ from dit_accel_pipelines.generation.progress import Stages
 from dit_accel.files import held
 
 from ..metrics.metric import Clip, Sample
-from ..metrics.registered import FLOOR, scores, unavailable
+from ..metrics.registered import unavailable
 from ..protocol import PROTOCOL
 from ..runs.conditions import processor_name
 from ..runs.encodings import LOSSLESS, Encoder, encoder_like
 from ..runs.pairing import Folder, Key, PairedClip
 from ..runs.results import ITSELF, KEPT, Line, append_line, frames_hash, keep_beside, result_lines, write_lines
-from .measuring import ALWAYS, measured
+from .measuring import ALWAYS, encoding_alone, measured_line
 
 UNKNOWN = "unknown"
 
@@ -107,11 +107,9 @@ def _encoder(folder: Folder, reference: Folder) -> Encoder | None:
 
 def _measured(sample: Sample, metrics: Sequence[str], encoder: Encoder | None) -> Line:
     """Return the metrics of a clip, and how near its reference stays to itself once it is encoded as the clip is."""
-    line, (_, reference) = measured(sample, metrics), sample.pair()
+    line, (_, reference) = measured_line(sample, metrics), sample.pair()
     if encoder:
-        encoded = _floats(encoder(np.rint(255 * reference).astype(np.uint8)))
-        floor = scores(["psnr"], Sample(frames=encoded, reference=reference)).values()["psnr"]
-        line |= {"metrics": {**line.get("metrics", {}), FLOOR: floor}, "encoder": str(encoder)}
+        line |= encoding_alone(encoder, reference, line)
     return line
 
 

@@ -21,9 +21,10 @@ from dit_accel.methods.compose import make_handlers
 
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, embedded_weights, given_weights, model_call
-from ..runs.model import arm_scheduler, check_guided, shipped_scheduler
+from ..runs.model import arm_scheduler, check_guided, shipped_scheduler, with_timestep
 from ..runs.results import AGREE, Line, ResultLine, result_lines, write_lines
 from ..runs.rivals import require_rivals
+from ..runs.servers import Server
 from .arms import Arm
 from .suite import Judge, Suite, judge_of
 
@@ -116,7 +117,9 @@ def _check_fits(job: Job, clips: Sequence[int], known: Sequence[ResultLine], fam
     lacking = [arm for arm in job.suite.arms for clip in clips if (arm.name, clip) not in keys]
     if not lacking:
         return
-    require_rivals(name for arm in lacking for name in arm.rival)
+    require_rivals(name for arm in lacking for name in arm.rival if not arm.is_served)
+    for arm in {arm.name: arm for arm in lacking if arm.is_served}.values():
+        Server.of(arm.rival).check(suite_call(job.suite, {**job.suite.call, **arm.call}))
     missing = len(lacking)
     call = suite_call(job.suite, job.suite.call)
     frames, height, width = (call.get(name) or getattr(family, name) for name in ("num_frames", "height", "width"))
@@ -150,7 +153,7 @@ def _check_model(suite: Suite) -> Family:
             arm_scheduler(shipped, arm.solver, arm.scheduler, arm.flow_shift)
             if arm.guider:
                 check_guided(pipeline_class(files))
-            make_handlers(arm.methods, taken)
+            make_handlers([with_timestep(method) for method in arm.methods], taken)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name!r}: {error}") from None
     return family
@@ -161,6 +164,8 @@ def _check_kind(job: Job) -> None:
     suite = job.suite
     if not suite.judge:
         for arm in suite.arms:
+            if arm.is_served and not job.timed:
+                raise ConfigError(f"arm {arm.name!r} is a server's, whose work can't be counted; set timed = true")
             if {*arm.call} - {*SCALES}:
                 may = f"beside one converged run it may only set {' and '.join(SCALES)}"
                 remedy = 'leave it out, or judge clips by themselves: judge = "FILE.py"'

@@ -14,11 +14,12 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 
 from ..metrics.dynamics import dynamics
-from ..metrics.metric import Sample
-from ..metrics.registered import scores
+from ..metrics.metric import Clip, Sample
+from ..metrics.registered import FLOOR, scores
 from ..protocol import PROTOCOL
 from ..runs.conditions import card_state, device_name, processor_name
 from ..runs.counting import Counts, work, works
+from ..runs.encodings import Encoder
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.results import Line, frames_hash, keep_beside
 from .arms import Arm
@@ -61,9 +62,14 @@ def line_of(sampled: Sampled) -> Line:
     else:
         share = sampled.model.own_share
         line |= {"reference_steps": reference.steps, "reference_agreement": reference.agreement}
-        line |= {**_measured(sampled, run, reference), **works(run.counts, reference.step, run.attended, share)}
-        line |= {"forwards": run.counts.blocks / reference.step.blocks, **_cost(run, reference.step, share)}
-        if reference.seconds and run.times and sampled.model.device.type == "cpu":
+        line |= _measured(sampled, run, reference)
+        if run.encoder:
+            line |= encoding_alone(run.encoder, reference.frames, line)
+        if not sampled.arm.is_served:
+            line |= works(run.counts, reference.step, run.attended, share)
+            line |= {"forwards": run.counts.blocks / reference.step.blocks, **_cost(run, reference.step, share)}
+        on_cpu = sampled.model.device.type == "cpu" and job.suite.timed is not False
+        if on_cpu and reference.seconds and run.times:
             plain = not (sampled.arm.methods or sampled.arm.guider or sampled.arm.rival)
             steps = sampled.arm.num_inference_steps if plain else run.times.processor / reference.seconds
             line["steps_in_time"] = float(steps)
@@ -75,12 +81,21 @@ def line_of(sampled: Sampled) -> Line:
         every = [round(value, DIGITS) for value in taken]
         line["repeated"] = {"seconds": every, "median": middle, "quartiles": [low, high]}
     if sampled.beside:
-        seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
+        whole = sampled.arm.is_served  # a server's seconds are those of the whole call
+        dense = float(np.median([run.times.total if whole and run.times else run.seconds for run in sampled.beside]))
+        seconds = float(np.median([run.seconds for run in sampled.runs]))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
         line |= {"processor": processor_name(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
     if (len(sampled.runs) > 1 or sampled.beside) and (card := card_state(sampled.model.device)):
         line["card"] = card
     return line
+
+
+def encoding_alone(encoder: Encoder, frames: Clip, line: Line) -> Line:
+    """Return a line's metrics with how near its reference stays to itself once encoded, and by what."""
+    encoded = np.divide(encoder(np.rint(255 * frames).astype(np.uint8)), 255, dtype=np.float32)
+    floor = scores(ALWAYS[:1], Sample(frames=encoded, reference=frames)).values()["psnr"]
+    return {"metrics": {**line.get("metrics", {}), FLOOR: floor}, "encoder": str(encoder)}
 
 
 def _about(sampled: Sampled) -> Line:
@@ -126,13 +141,13 @@ def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
     unjudged = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
-    line = measured(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
+    line = measured_line(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
     if held_out:
         line["score"] = assets().model_score(suite.model, clip, run.frames)
     return line | {"frames_hash": frames_hash(run.frames), "reference_hash": frames_hash(reference.frames)}
 
 
-def measured(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
+def measured_line(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
     """Return what a line says of a clip held against its reference: values, by frame, and why some are missing."""
     results = scores(dict.fromkeys((*ALWAYS, *metrics)), sample)
     results.skipped.update(skipped)

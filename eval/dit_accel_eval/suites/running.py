@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -23,6 +24,7 @@ from ..runs.loaded import EmbeddedModel, GivenModel
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import AGREE, KEPT, ResultLine, append_line, last_lines, result_lines, write_lines
+from ..runs.servers import Server
 from .arms import Arm
 from .job import Job, checked
 from .measuring import ALWAYS, Sampled, line_of
@@ -126,7 +128,7 @@ class Runner:
                 look()
                 if job.talk:
                     figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
-                    print(f"clip {clip} {arm.name}: {figures.format(**raw)}", file=sys.stderr)
+                    print(f"clip {clip} {arm.name}: {figures.format(**{'work': math.nan, **raw})}", file=sys.stderr)
 
     def sample(self, arm: Arm, clip: int) -> tuple[list[ModelRun], list[ModelRun]]:
         """Return the repeated runs of an arm, and where timed the dense one of as many steps after each."""
@@ -137,14 +139,21 @@ class Runner:
             return [dense_run(self.model, clip, arm.num_inference_steps, self.job.cache, solver=arm.solver)], []
         if arm.name not in self._warm:
             for _ in range(suite.warmup):
-                self.model.run(clip, **arm.run_options())
+                self._made(arm, clip)
             self._warm.add(arm.name)
         runs, beside = list[ModelRun](), list[ModelRun]()
         for _ in range(suite.repeats):
-            runs.append(self.model.run(clip, **arm.run_options()))
+            runs.append(self._made(arm, clip))
             if self.job.timed and not dense and arm != suite.rival(arm.num_inference_steps):
                 beside.append(self.model.run(clip, steps=arm.num_inference_steps, solver=BEST))
         return runs, beside
+
+    def _made(self, arm: Arm, clip: int) -> ModelRun:
+        """Return one run of an arm, here or by its server."""
+        if not arm.is_served:
+            return self.model.run(clip, **arm.run_options())
+        prompt, seed, call = self.model.prompt(clip), self.model.seed(clip), {**self.model.call, **arm.call}
+        return Server.of(arm.rival).run(prompt=prompt, seed=seed, steps=arm.num_inference_steps, call=call)
 
 
 def _missing_arms(job: Job, known: Mapping[str, ResultLine]) -> Iterator[Arm]:

@@ -68,7 +68,7 @@ class Suite:
     dtype: Dtype | None = None
     warmup: int = 0
     repeats: int = 1
-    timed: bool = False
+    timed: bool | None = None  # whether seconds count; None: as the command says, and a processor's on a CPU
     ladder: Ladder | None = None  # dense runs that arms are held against; None: the best solver's, at the model's shift
     chosen_on: tuple[int, int] | None = None  # first and last held-out clip on which the arms' options were chosen
     pairs: tuple[Pair, ...] = ()

@@ -15,7 +15,6 @@ from dit_accel.cli.stopping import STOP
 from dit_accel.errors import ConfigError
 
 from .options import (
-    FILES,
     RUN,
     Json,
     Model,
@@ -36,27 +35,25 @@ if TYPE_CHECKING:
 class GenerateOptions(RunOptions):
     """What `generate` is given; most are the request's own fields."""
 
-    prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None
+    prompt: Annotated[str | None, typer.Argument(help="What to show.", hidden=True)] = None
     output: Annotated[
         Path,
         option("What to write or replace: .mp4, .webm, .gif, .png, or frames/.", "--output", "-o", metavar="FILE"),
     ] = Path("out.mp4")
     prompt_file: Annotated[
         Path | None,
-        option("A prompt per line; .csv or .jsonl: with any option, named as its flag.", panel=FILES, metavar="FILE"),
+        option("A prompt per line; .csv or .jsonl: with any option, named as its flag.", metavar="FILE"),
     ] = None
     seeds: Annotated[
         str | None, option("Each prompt with each of these seeds, such as 0-3 or 0,5,9.", metavar="SEEDS")
     ] = None
     grid: Annotated[
         Sequence[str],
-        option("Each prompt with each value, and a contact sheet beside; may be repeated.", metavar="NAME=VALUE,VALUE"),
+        option("Each prompt with each value, and a contact sheet beside; may be repeated.", metavar="NAME=A,B"),
     ] = ()
     dry_run: Annotated[bool, option("Say what would run, its memory and time; load nothing.", "--dry-run")] = False
-    same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed", panel=FILES)] = False
-    resume: Annotated[
-        bool, option("Keep outputs that an earlier run of the same request wrote.", "--resume", panel=FILES)
-    ] = False
+    same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed")] = False
+    resume: Annotated[bool, option("Keep outputs that an earlier run of the same request wrote.", "--resume")] = False
     quiet: Quiet = False
     json: Json = False
     gpus: Annotated[
@@ -77,8 +74,8 @@ def generate_video(options: GenerateOptions, *, context: typer.Context, methods:
     run, and the report of what ran. Both appear whole or not at all, in place
     of what is there. Several outputs are FILE-01, FILE-02 and so on; each
     prompt has the next seed. A .png holds one frame, or some of a video's.
-    --config FILE may set every option in its table [run], and be FILE.json of
-    an earlier output, which repeats it; the command line wins.
+    --config FILE may set every option in its table \\[run], and be FILE.json
+    of an earlier output, which repeats it; the command line wins.
 
     With --gpus N (or under accelerate launch or torchrun) each of N processes
     makes every N-th prompt; with --ulysses N, N make each output together.

@@ -11,6 +11,8 @@ from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.methods.base import Model
 from dit_accel.methods.presets import NONE, preset_methods
 
+from .fit import needs_of, vae_ways
+from .loading import device_of
 from .request import EMBEDDED, Request
 
 
@@ -21,12 +23,15 @@ def dry_run(request: Request) -> dict[str, Any]:
     made |= {name: getattr(request, name) for name in names}
     made["methods"] = [method.name for method in request.methods]
     if (prediction := predicted(request)) is None:
-        return {**made, "weight_bytes": None, "state_bytes": None, "speedup": None, "least_seconds": None}
+        return {**made, "memory_bytes": None, "state_bytes": None, "speedup": None, "least_seconds": None}
+    device, files = device_of(request), read_model_files(request.source)
+    needs = needs_of(request, files, prediction.family, on_cpu=device.type == "cpu")
+    peak = needs.peak(request.offload, "tile" in vae_ways(request.vae))
     made["methods"] = list(prediction.methods)
-    card = _card(request)
+    card = card_called(device) if device.type == "cuda" else None
     dense = prediction.least_seconds(card) if card else None
     return {
-        **made, "weight_bytes": prediction.weight_bytes, "state_bytes": prediction.state_bytes,
+        **made, "memory_bytes": peak + prediction.state_bytes, "state_bytes": prediction.state_bytes,
         "speedup": prediction.speedup, "least_seconds": dense and dense / prediction.speedup,
         "card": card and card.name, "cost_measured": prediction.cost_measured,
     }  # fmt: skip
@@ -42,15 +47,8 @@ def predicted(request: Request) -> Prediction | None:
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer)
     preset = preset_methods(request.preset or NONE, model, request.methods)
     sizes = {name: getattr(request, name) for name in ("height", "width", "num_frames", "num_inference_steps")}
-    return estimate(adapter, family, **sizes, methods=request.methods, preset=preset, config=files.transformer)
-
-
-def _card(request: Request) -> Any:
-    """Return the card that a request runs on, if its speed is known."""
-    from .loading import device_of
-
-    device = device_of(request)
-    return card_called(device) if device.type == "cuda" else None
+    how = {"linears": request.quantize, "config": files.transformer}
+    return estimate(adapter, family, **sizes, **how, methods=request.methods, preset=preset)  # type: ignore[arg-type]
 
 
 def print_dry_run(requests: Sequence[Request], *, json: bool) -> None:
@@ -78,10 +76,9 @@ def print_dry_run(requests: Sequence[Request], *, json: bool) -> None:
 
 def _words(row: dict[str, Any]) -> str:
     """Say in which memory and time an output is made, and where the figures are from."""
-    if row["weight_bytes"] is None:
+    if row["memory_bytes"] is None:
         return f"{row['model']} has no sizes that are known here, so neither memory nor time is estimated"
-    memory = f"{row['weight_bytes'] / 2**30:.3g} GiB for the transformer's weights in 16 bits or more"
-    memory += f", {row['state_bytes'] / 2**30:.3g} GiB for what methods hold" if row["state_bytes"] else ""
+    memory = f"{row['memory_bytes'] / 2**30:.3g} GiB, by an estimate of the weights and the largest activations"
     cost = row["cost_measured"] or "as dit-accel plan estimates, since doctor measured nothing here"
     name = " + ".join(row["methods"])
     speed = f", with {name} {row['speedup']:.2f} times as fast as dense ({cost})" if name else ""

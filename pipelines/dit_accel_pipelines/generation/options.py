@@ -14,12 +14,15 @@ from typing import Annotated, Any
 import typer
 from typer.models import OptionInfo
 
+from dit_accel.cli.method_options import PANEL
 from dit_accel.cli.run_options import Frames, InferenceSteps, Pixels
 from dit_accel.errors import ConfigError
 
 from .ranges import ABOVE_ZERO, FINITE, between
 
-RUN, FILES = "Running", "Prompts, pictures and files"
+LOAD, RUN = "Weights and memory", "Running"
+PANELS = (None, LOAD, RUN, PANEL)
+"""The groups of options in the help, in its order."""
 
 
 def option(help: str, *flags: str, panel: str | None = None, **more: Any) -> Any:
@@ -36,7 +39,7 @@ Seed = Annotated[int, option("Seed of the noise.")]
 Dtype = Annotated[
     str | None,
     option(
-        "float32, bfloat16 or float16; default: float32 on a CPU and for embedded models, else bfloat16.", panel=RUN,
+        "float32, bfloat16 or float16; default: float32 on a CPU and for embedded models, else bfloat16.", panel=LOAD,
         metavar="DTYPE",
     ),
 ]  # fmt: skip
@@ -47,7 +50,9 @@ Device = Annotated[
 Offload = Annotated[
     str,
     option(
-        "What waits in main memory: none, text (its encoders), model, group or sequential.", panel=RUN, metavar="HOW"
+        "What waits in main memory: none, text (its encoders), model, group or sequential.",
+        panel=LOAD,
+        metavar="HOW",
     ),
 ]
 Backend = Annotated[str, option("Kernel backend of the methods.", panel=RUN, metavar="NAME")]
@@ -80,9 +85,11 @@ class RunOptions(SharedOptions):
     preset: Annotated[
         str | None,
         option("Methods chosen for the model: careful, balanced, fast or none; those that are named win.",
-               metavar="LEVEL"),
+               metavar="LEVEL", panel=PANEL),
     ] = None  # fmt: skip
-    check: Annotated[bool, option("Generate dense too, and compare: PSNR, SSIM, FILE.check.png.", "--check")] = False
+    check: Annotated[
+        bool, option("Generate dense too, and compare: PSNR, SSIM, FILE.check.png.", "--check", panel=PANEL)
+    ] = False
     num_inference_steps: InferenceSteps = None
     guidance_scale_2: Annotated[
         float | None, option("Guidance scale of the second of two experts; default: the first's."), FINITE
@@ -95,67 +102,62 @@ class RunOptions(SharedOptions):
         Sequence[str],
         option(
             "Image to start from; NAME says what for: first, last, mask, control, reference, or a frame's number.",
-            panel=FILES,
             metavar="[NAME=]FILE",
         ),
     ] = ()
     video: Annotated[
         Sequence[str],
-        option("Video to start from; NAME: mask, control, pose, face ...", panel=FILES, metavar="[NAME=]FILE"),
+        option("Video to start from; NAME: mask, control, pose, face ...", metavar="[NAME=]FILE"),
     ] = ()
     strength: Annotated[
         float | None,
-        option("How far an image or video to start from is changed; how firmly a frame of LTX is held.", panel=FILES),
+        option("How far an image or video to start from is changed; how firmly a frame of LTX is held."),
         between(0, 1),
     ] = None
     lora: Annotated[
         Sequence[str],
         option(
             "A LoRA: a file, its folder or a hub id, with a weight; transformer_2:FILE for the second expert.",
-            panel=FILES,
+            panel=LOAD,
             metavar="FILE[=WEIGHT]",
         ),
     ] = ()
-    fuse_lora: Annotated[bool, option("Add the LoRAs to the model's weights.", "--fuse-lora", panel=FILES)] = False
+    fuse_lora: Annotated[bool, option("Add the LoRAs to the model's weights.", "--fuse-lora", panel=LOAD)] = False
     transformer: Annotated[
         Sequence[str],
-        option("The transformer's weights, .safetensors or .gguf; transformer_2:FILE likewise.", panel=FILES,
+        option("The transformer's weights, .safetensors or .gguf; transformer_2:FILE likewise.", panel=LOAD,
                metavar="FILE"),
     ] = ()  # fmt: skip
-    variant: Annotated[str | None, option("Files of the model to load, such as fp16.", panel=FILES, metavar="NAME")] = (
+    variant: Annotated[str | None, option("Files of the model to load, such as fp16.", panel=LOAD, metavar="NAME")] = (
         None
     )
-    revision: Annotated[str | None, option("Branch, tag or commit of a hub id.", panel=FILES, metavar="NAME")] = None
+    revision: Annotated[str | None, option("Branch, tag or commit of a hub id.", panel=LOAD, metavar="NAME")] = None
     quantize: Annotated[
         str | None,
         option("Bits of the transformer's weights: fp8, int8 (activations too), fp8-weights, int8-weights, int4, nf4.",
-               panel=RUN, metavar="KIND"),
+               panel=LOAD, metavar="KIND"),
     ] = None  # fmt: skip
     quantize_text_encoder: Annotated[
-        str | None, option("The same of the text encoders' weights.", panel=RUN, metavar="KIND")
+        str | None, option("The same of the text encoders' weights.", panel=LOAD, metavar="KIND")
     ] = None
-    vae: Annotated[str | None, option("Autoencoder in parts: tile, slice or tile,slice.", panel=RUN, metavar="HOW")] = (
-        None
-    )
+    vae: Annotated[
+        str | None, option("Autoencoder in parts: tile, slice or tile,slice.", panel=LOAD, metavar="HOW")
+    ] = None
     max_memory: Annotated[
         str | None,
-        option("Stay below it, such as 16GB: picks --offload and --vae tile as needed.", panel=RUN, metavar="SIZE"),
+        option("Stay below it, such as 16GB: picks --offload and --vae tile as needed.", panel=LOAD, metavar="SIZE"),
     ] = None
     fps: Annotated[
         float | None,
-        option(
-            "Frames per second, of the model where it has a rate; default: its own, else 16 (embedded: 8).", panel=FILES
-        ),
+        option("Frames per second, of the model where it has a rate; default: its own, else 16 (embedded: 8)."),
         between(0.01, 240),
     ] = None
     quality: Annotated[
         float | None,
-        option("Of an .mp4 or .webm, from 1 to 10, as diffusers' export_to_video; default: 7.25.", panel=FILES),
+        option("Of an .mp4 or .webm, from 1 to 10, as diffusers' export_to_video; default: 7.25."),
         between(1, 10),
     ] = None
-    scale: Annotated[
-        int, option("Enlarge every pixel so many times.", panel=FILES), between(1, 64, "a whole number ")
-    ] = 1
+    scale: Annotated[int, option("Enlarge every pixel so many times."), between(1, 64, "a whole number ")] = 1
     flow_shift: Annotated[
         float | None, option("Noise shift; default: the model's own.", "--shift", panel=RUN), ABOVE_ZERO
     ] = None
@@ -176,14 +178,16 @@ class RunOptions(SharedOptions):
 def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
     """Return a command whose first parameter is a dataclass of options as one that has an option for each field.
 
-    In the help the class's own fields stand before those of its bases.
+    In the help the class's own fields stand before those of its bases, by `PANELS`.
     """
     signature = inspect.signature(command, eval_str=True)
     taken, *parameters = signature.parameters.values()
     hints = typing.get_type_hints(taken.annotation, include_extras=True)
     declared = [inspect.get_annotations(cls) for cls in taken.annotation.__mro__]
+    panels = {name: _panel(hint) for name, hint in hints.items()}
     fields = sorted(
-        dataclasses.fields(taken.annotation), key=lambda field: [field.name in names for names in declared].index(True)
+        dataclasses.fields(taken.annotation),
+        key=lambda field: (panels[field.name], [field.name in names for names in declared].index(True)),
     )
 
     @functools.wraps(command)
@@ -204,6 +208,12 @@ def _for_typer(hint: Any) -> Any:
     """Return the annotation of an option that may be repeated as Typer knows it: a list."""
     kind, *more = typing.get_args(hint) or [hint]
     return Annotated[list[str], *more] if kind == Sequence[str] else hint
+
+
+def _panel(hint: Any) -> int:
+    """Return the place of an option's group in the help."""
+    panels = [part.rich_help_panel for part in typing.get_args(hint) if isinstance(part, OptionInfo)]
+    return PANELS.index(panels[0]) if panels and panels[0] in PANELS else 0
 
 
 def help_and_default(name: str) -> tuple[str, Any]:

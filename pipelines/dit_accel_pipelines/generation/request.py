@@ -1,6 +1,7 @@
 """What `generate` takes, and every check that can be made before weights are loaded."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ CALL_ARGUMENTS = ("negative_prompt", *SIZES, "guidance_scale")
 
 SET_ALONE = ("guidance_scale_2", "true_cfg_scale", "strength")
 """Arguments of the pipeline's call that a request holds, which are its pipeline's own where they are not set."""
+
+OWN_SHIFT = re.compile("Flux2|QwenImageLayered")
+"""Pipeline classes that hand a scheduler a mu of their own formula, which only Euler's can leave aside."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -217,6 +221,11 @@ def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, CallSig
         )
     if request.solver is not None or request.flow_shift is not None:
         make_scheduler(read_scheduler(files), request.solver, request.flow_shift)
+        if request.flow_shift is not None and request.solver in ("unipc", "dpm++") and OWN_SHIFT.search(call.name):
+            raise ConfigError(
+                f"{call.name} works the noise shift of solver {request.solver!r} out itself, got flow_shift "
+                f"{request.flow_shift:g}; leave one of both out, or take solver 'euler'"
+            )
     check_weights(request, files)
     check_vae(request, files)
     check_loras(request, cls, files)

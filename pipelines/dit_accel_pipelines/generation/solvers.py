@@ -77,7 +77,9 @@ def make_scheduler(shipped: Any, solver: str | None, flow_shift: float | None = 
     shift = {} if flow_shift is None else {"flow_shift": flow_shift, "shift": flow_shift}
     if solver is None:
         return _own(shipped, shift) if shift else type(shipped).from_config(shipped.config)
-    if flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
+    if flow_shift is not None and solver == "euler":
+        shift["use_dynamic_shifting"] = False
+    elif flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
         shift |= {"base_shift": math.log(flow_shift), "max_shift": math.log(flow_shift)}
     return scheduler_like(shipped, SOLVERS[solver][0 if flow else 1], **shift)
 
