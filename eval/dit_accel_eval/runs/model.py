@@ -93,7 +93,7 @@ class SuiteModel:
         generator, counts = torch.Generator().manual_seed(self.seed(clip)), list[Counts]()
         counted = begin_peak()
         with (
-            guided(self.pipe, guider or {}),
+            guided_by(self.pipe, guider or {}),
             cached_by(self.pipe, rival) if rival else contextlib.nullcontext(),
             attached(self.pipe, [with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
@@ -113,7 +113,7 @@ class SuiteModel:
 
 
 @contextlib.contextmanager
-def guided(pipe: Any, guider: Tables) -> Iterator[None]:
+def guided_by(pipe: Any, guider: Tables) -> Iterator[None]:
     """Let a pipeline guide by one of diffusers' guiders for the block."""
     if not guider:
         yield

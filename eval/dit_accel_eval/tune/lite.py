@@ -24,7 +24,6 @@ from torch import Tensor
 from dit_accel import ConfigError, LiteAttention
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
-from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.base import Model
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext, Key
@@ -76,7 +75,11 @@ def tune_lite(
     with runs.attached() as attachment:
         layers = dict(Counter(layer.state.name for layer in attachment.engine.layers))
         lite = _handler(attachment)
-    _check_something_votes(lite.settings, steps, max(layers.values()))
+    if steps is not None and lite.settings.dense_above_sigma is None:  # noise levels are known only while it runs
+        dense = lite.settings.is_dense  # the last step's votes aren't read
+        every = range(max(layers.values()))
+        if all(sum(not dense(step, steps, layer) for step in range(steps)) < 2 for layer in every):
+            raise ConfigError(NOTHING_VOTES.format(steps=steps))
 
     def tuned_beside_dense(prompt: str) -> dict[str, Any]:
         dense = runs.run(prompt)
@@ -152,14 +155,6 @@ def tuning(runs: TuningRun, target_error: float) -> Iterator["tuple[Any, Tuner]"
             handler.check_with([other for other in handlers if other is not handler])
         execution.use(handlers)
         yield attachment, tuner
-
-
-def _check_something_votes(settings: SparseConfig, steps: int | None, layers: int) -> None:
-    """Refuse a run in which fewer than two steps are not dense, where known: the last one's votes aren't read."""
-    if steps is None or settings.dense_above_sigma is not None:  # noise levels are known only while it runs
-        return
-    if all(sum(not settings.is_dense(step, steps, layer) for step in range(steps)) < 2 for layer in range(layers)):
-        raise ConfigError(NOTHING_VOTES.format(steps=steps))
 
 
 def error_of(out: Tensor, reference: Tensor) -> float:

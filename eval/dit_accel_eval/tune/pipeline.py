@@ -6,7 +6,6 @@ Settings are measured as `eval run` does. The choice is judged once, on prompts 
 import dataclasses
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,12 @@ def space_of(
         known = (config.name in family.recipes or not isinstance(config, CALIBRATED) for config in arm.methods)
         return all(known) and not any(config.name in refused for config in arm.methods)
 
+    def tiled(method: MethodConfig) -> MethodConfig:
+        sized = tile is not None and isinstance(method, SparseConfig)
+        return dataclasses.replace(method, block_size=tile) if sized else method
+
     arms = [dense_arm(steps) for steps in usual]
-    arms += [dataclasses.replace(arm, methods=tuple(_tiled(arm.methods, tile))) for arm in _arms(usual) if taken(arm)]
+    arms += [dataclasses.replace(arm, methods=tuple(map(tiled, arm.methods))) for arm in _arms(usual) if taken(arm)]
     return tuple(sorted(arms, key=lambda arm: arm.num_inference_steps))
 
 
@@ -88,12 +91,6 @@ def _arms(usual: set[int]) -> tuple[Arm, ...]:
         steps = {*table.pop("by_hand", ()), *(count for count in usual if count >= first)}
         table["num_inference_steps"] = sorted(steps)
     return read_arms(tables, SPACE)
-
-
-def _tiled(methods: tuple[MethodConfig, ...], tile: int | None) -> Iterator[MethodConfig]:
-    for method in methods:
-        sized = tile is not None and isinstance(method, SparseConfig)
-        yield dataclasses.replace(method, block_size=tile) if sized else method
 
 
 def tune_pipeline(

@@ -187,7 +187,10 @@ class Search:
             arm = known[min(known, key=lambda number: abs(number - count))]
             if arm.name not in losses:
                 losses[arm.name] = None
-                if arm in by_hand or max(least_work(arm), known_work(arm, seen)) <= self.most_work(seen):
+                same = [point for point in seen if point.arm.methods == arm.methods]
+                fewer = (point.work for point in same if point.arm.num_inference_steps <= arm.num_inference_steps)
+                least = max([least_work(arm), *fewer])  # no more steps of the same can well undercut fewer
+                if arm in by_hand or least <= self.most_work(seen):
                     self.stages.stage(f"setting {len(seen) + 1} of at most {most}, {len(arms)} in all: {arm.name}")
                     points = self._rounds(arm, trial, arm in by_hand)
                     seen.append(points[0])
@@ -287,9 +290,3 @@ def _kind(arm: Arm) -> str:
 def least_work(arm: Arm) -> float:
     """Return the least that a setting can cost, in dense steps: its own, fewer where a method skips some."""
     return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0)
-
-
-def known_work(arm: Arm, points: Sequence[Measurement]) -> float:
-    """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
-    same = (point for point in points if point.arm.methods == arm.methods)
-    return max((point.work for point in same if point.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)
