@@ -191,5 +191,5 @@ def arm_scheduler(shipped: Any, solver: str, options: Mapping[str, Any], flow_sh
     if solver != OWN:
         return scheduler_like(shipped, solver, **options)
     if flow_shift is not None:
-        raise ConfigError(f"the model's own scheduler keeps its noises, got flow_shift {flow_shift}; leave it out")
+        raise ConfigError(f"the own scheduler keeps its noise schedule, got flow_shift {flow_shift}; leave it out")
     return type(shipped).from_config(shipped.config)

@@ -211,9 +211,7 @@ def _check_model(suite: Suite, path: Path) -> None:
     if suite.embedded and suite.dtype not in (None, "float32"):
         raise ConfigError(f"{path} has dtype {suite.dtype!r}, and {suite.model} runs in float32; leave it out")
     if suite.judge and (suite.own or not suite.embedded):
-        raise ConfigError(
-            f"{path} has judge = {suite.judge!r}, which knows embedded models' prompts alone; leave it out"
-        )
+        raise ConfigError(f"{path} has judge = {suite.judge!r}, which knows held-out prompts alone; leave it out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
