@@ -17,7 +17,6 @@ import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
-from dit_accel_pipelines.generation.traced import Trace, traced
 
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
@@ -27,6 +26,7 @@ from dit_accel.rules import forecast
 from ..metrics.psnr import psnr
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
+from .traced import Trace, traced
 
 Predictor = Literal["hold", "taylor", "heun", "chebyshev"]
 

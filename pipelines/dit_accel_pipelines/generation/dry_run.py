@@ -24,7 +24,7 @@ def dry_run(request: Request) -> dict[str, Any]:
     made["methods"] = [method.name for method in request.methods]
     if (prediction := predicted(request)) is None:
         return {**made, "memory_bytes": None, "state_bytes": None, "speedup": None, "least_seconds": None}
-    device, files = device_of(request), read_model_files(request.source)
+    device, files = device_of(request), read_model_files(request.source, request.revision)
     needs = needs_of(request, files, prediction.family, on_cpu=device.type == "cpu")
     peak = needs.peak(request.offload, "tile" in vae_ways(request.vae))
     made["methods"] = list(prediction.methods)
@@ -32,14 +32,14 @@ def dry_run(request: Request) -> dict[str, Any]:
     dense = prediction.least_seconds(card) if card else None
     return {
         **made, "memory_bytes": peak + prediction.state_bytes, "state_bytes": prediction.state_bytes,
-        "speedup": prediction.speedup, "least_seconds": dense and dense / prediction.speedup,
+        "speedup": prediction.speedup_of_methods, "least_seconds": dense and dense / prediction.speedup_of_methods,
         "card": card and card.name, "cost_measured": prediction.cost_measured,
     }  # fmt: skip
 
 
 def predicted(request: Request) -> Prediction | None:
     """Return what `dit-accel plan` predicts of a resolved request; None for a model of no known sizes."""
-    files = read_model_files(request.source)
+    files = read_model_files(request.source, request.revision)
     try:
         adapter, family = files.identify()
     except DitAccelError:
