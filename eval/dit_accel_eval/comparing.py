@@ -288,7 +288,8 @@ def arms_table(report: "SuiteReport") -> "Table":
         lead, steps = arm.ahead.get(main), arm.means.get(main)
         cells = [f"{steps:.2f}", f"{whole / steps:.2f}"] if steps else []
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
-        cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in further]
+        means = {name: f"{value.mean:.{decimals_of(name)}f}" for name, value in arm.metrics.items()}
+        cells += [means.get(name, "") for name in further]
         dynamics = (f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)
         cells += [", ".join(dynamics)] if moved else []
         stands = [f"{lead:+}", lead.verdict] if lead else ["", NOTHING * arm.saved_nothing]

@@ -139,6 +139,21 @@ def eight_bit_linears(lines: Sequence[Line]) -> str:
     return f"wan-tiny's clips, 95 % intervals.\n\n{markdown_table(heads, rows)}"
 
 
+def quantized(lines: Sequence[Line]) -> str:
+    """What weights in fewer bits save and cost on a CPU."""
+    rows, by_kind = [], dict.fromkeys((line["model"], line["quantize"]) for line in lines)
+    for model, kind in by_kind:
+        runs = [line for line in lines if (line["model"], line["quantize"]) == (model, kind)]
+        near = "" if kind is None else f"{np.mean([line['psnr'] for line in runs]):.1f}"
+        seconds = np.median([line["seconds"] for line in runs])
+        rows.append((model, kind or "float32", f"{runs[0]['weight_bytes'] / 1e6:.1f} MB", f"{seconds:.1f}", near))
+    first = lines[0]
+    clips = len({line["clip"] for line in lines})
+    told = f"{clips} prompts, {first['steps']} steps, torch {first['torch']}, torchao {first['torchao']}"
+    heads = "model | weights | transformer | seconds of the processor | PSNR to float32, dB"
+    return f"{told}; blocks are not compiled.\n\n{markdown_table(heads, rows)}"
+
+
 def guidance_cost(lines: Sequence[Line]) -> str:
     """What a perturbed branch costs, a table a model."""
     parts = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cache_calls import ADAPTER, Driven, line, run_through, still, values_of
 from dit_accel_pipelines import ADAPTERS
-from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE_RET
+from dit_accel_pipelines.families.released import PUBLISHED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,10 +97,10 @@ def test_two_transformers_take_a_polynomial_each(tea):
 def test_the_mode_of_five_first_steps_takes_its_own_signal_and_numbers(tea):
     config = TeaCache(use_ret_steps=True, family="wan2.1-1.3b", threshold=1e9)
     driven = tea(config, None, projected_signal=signal)
-    assert driven.handler.settings.polynomial == TEACACHE_RET["wan2.1-1.3b"]["polynomial"]
+    assert driven.handler.settings.polynomial == PUBLISHED["teacache_ret"]["wan2.1-1.3b"]["polynomial"]
     run_through(driven, moving)
     assert driven.drawn() == "#####....."
-    assert TeaCache(use_ret_steps=True).filled(TEACACHE_RET["wan2.1-14b"]).threshold == 0.1
+    assert TeaCache(use_ret_steps=True).filled(PUBLISHED["teacache_ret"]["wan2.1-14b"]).threshold == 0.1
     assert tea(TeaCache(family="mochi-1")).handler.settings.threshold == 0.06
 
 
@@ -239,7 +239,7 @@ SCRIPTS = {
 
 def test_the_steps_of_the_released_scripts():
     for family, (threshold, most, warm, *never) in SCRIPTS.items():
-        ratios = MAGCACHE[family]["ratios"]
+        ratios = PUBLISHED["magcache"][family]["ratios"]
         drawn = mag_by_hand(ratios, threshold, most, warm, *never, reached=True)
         assert not never or drawn != mag_by_hand(ratios, threshold, most, warm, reached=True)
         assert ours(family, len(ratios)) == drawn
@@ -253,7 +253,7 @@ def test_the_retention_of_each_expert_as_the_scripts_have_it():
     text = [step for step in range(40) if 2 * step < int(52 * 0.4) or 52 <= 2 * step <= 28 * 0.4 + 52]
     image = [*range(18)]  # the first int(30 + .1 x 50) forwards of all: nothing is skipped in the first expert
     for family, warm, switch, computed in (("wan2.2-a14b", text, 26, 26), ("wan2.2-i2v-a14b", image, 15, 30)):
-        drawn = mag_by_hand(MAGCACHE[family]["ratios"], 0.06, 2, warm, reached=True)
+        drawn = mag_by_hand(PUBLISHED["magcache"][family]["ratios"], 0.06, 2, warm, reached=True)
         assert {drawn[step] for step in warm} == {"#"}
         assert drawn.count("#") == computed
         assert ours(family, 40, switch=switch) == drawn

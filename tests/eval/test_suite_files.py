@@ -1,19 +1,23 @@
 """What a suite's file and a ladder of rivals may say, and that everything else is refused by its name and value."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
+from dit_accel_eval.protocol import prompts_in_order
 from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.results import result_lines
+from dit_accel_eval.runs.servers import Server
 from dit_accel_eval.suites.job import Job, check_lines, checked
 from dit_accel_eval.suites.ladder import read_ladder
 from dit_accel_eval.suites.suite import read_suite
 from fake_model import ARM, HEAD, LADDER, THIN
 
 from dit_accel import ConfigError
+from dit_accel.adapters.embedded import assets
 
 ROOT = Path(__file__).parents[2] / "eval"
 BARE = '[[arm]]\nname = "a"\nnum_inference_steps = 2\n'
@@ -74,6 +78,7 @@ BAD = [
     (top('reference_steps = 9\nreference_solver = "onw"\n'), r"reference_solver 'onw'.*'own'"),
     (own("seeds = [1]\n"), r"seeds.*prompts = \[...\]"),
     (own("prompts = []\n"), r"prompts.*empty list"),
+    (own('prompts = "judgin"\n'), r"prompts 'judgin'.*'judging'"),
     (own('prompts = ["a", "a"]\n'), r"prompts.*'a' twice"),
     (own('prompts = ["a"]\nseeds = [-1]\n'), r"seeds.*-1"),
     (top('prompts = ["a"]\n'), r"clips.*held-out clips.*prompts"),
@@ -103,6 +108,10 @@ BAD_LADDERS = [
     ("[[rung]]", "[rung]]", r"rivals\.toml.*TOML"),
     ("wan-plain", "wan-tiny", r"model 'wan-plain'.*'wan-tiny'.*best_rival"),
 ]
+
+
+CARDS = {"card-wan-1.3b": "wan-tiny", "card-flux-dev": "flux-tiny"}
+"""Suite for a card -> an embedded model of its model's class."""
 
 
 def read(folder, text):
@@ -135,7 +144,7 @@ def test_committed_suites_read_and_match_their_results_without_the_rivals(tmp_pa
     for path in sorted((ROOT / "suites").glob("*.toml")):
         suite = read_suite(path)
         assert suite.name == path.stem
-        assert suite.model in KNOWN
+        assert suite.model in KNOWN or path.stem in CARDS
         results = ROOT / "results" / f"{suite.name}.jsonl"
         lines = result_lines(results)
         listed = {arm.name: arm.to_dict() for arm in suite.arms}
@@ -143,6 +152,16 @@ def test_committed_suites_read_and_match_their_results_without_the_rivals(tmp_pa
         if lines:
             job = Job(suite=suite, out=results, cache=results, timed=False, threads=None)
             check_lines(results, [line.raw for line in lines], job.setting, job.settings(lines))
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_suite_for_a_card_fits_its_class_and_judges_on_the_protocols_prompts(name, tmp_path, monkeypatch):
+    suite, asked = read_suite(ROOT / "suites" / f"{name}.toml"), []
+    monkeypatch.setattr(Server, "_answer", lambda server, *_, **__: asked.append(server.url))
+    suite = dataclasses.replace(suite, model=str(assets().model_path(CARDS[name])))
+    with checked(Job(suite=suite, out=tmp_path / "s", cache=tmp_path, timed=True, threads=None), range(16)):
+        assert suite.own.prompts == prompts_in_order("judging")
+    assert len(asked) == 4
 
 
 def test_arms_may_hold_diffusers_caches_lists_of_steps_and_another_projects_cache(tmp_path):

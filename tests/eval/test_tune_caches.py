@@ -11,7 +11,7 @@ from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.tune.caches import tune_magcache, tune_teacache
 from dit_accel_eval.tune.profile import cached_blocks, tune_profile
 from dit_accel_eval.tune.profile_watch import CRITERIA, attention_received, foreground_ratio
-from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
+from dit_accel_pipelines.families.released import PUBLISHED
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.request import resolve
 from tuning import PROMPTS, conditional_forwards, loaded, one_pipeline, request
@@ -104,10 +104,10 @@ def test_another_method_may_be_attached(tmp_path):
 def test_the_committed_numbers_of_the_embedded_model_are_what_the_commands_measure(tmp_path):
     every = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 4))
     ratios = tune_magcache(every, tmp_path / "mag.toml").found["ratios"]
-    assert ratios == pytest.approx(MAGCACHE["wan-plain"]["ratios"], abs=1e-4)
+    assert ratios == pytest.approx(PUBLISHED["magcache"]["wan-plain"]["ratios"], abs=1e-4)
     (fit,) = tune_teacache(every, tmp_path / "tea.toml").found["fits"]
     changes = np.linspace(fit["lowest"], fit["highest"], 20)
-    committed = np.polyval(TEACACHE["wan-plain"]["polynomial"], changes)
+    committed = np.polyval(PUBLISHED["teacache"]["wan-plain"]["polynomial"], changes)
     assert np.polyval(fit["polynomial"], changes) == pytest.approx(committed, abs=1e-3)
 
 

@@ -31,10 +31,20 @@ def test_a_side_car_says_each_option_and_the_command_line_wins(tmp_path: Path):
     size = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     files = {}
     for name, more in {
-        "plain": [], "shift": ["--shift", "2"], "run": ["--config", str(tmp_path / "run.toml")],
-        "all": ["--config", str(tmp_path / "run.toml"), "--shift", "2", "--arg", "max_sequence_length=64",
-                "--attention-backend", "_native_math"],
-    }.items():  # fmt: skip
+        "plain": [],
+        "shift": ["--shift", "2"],
+        "run": ["--config", str(tmp_path / "run.toml")],
+        "all": [
+            "--config",
+            str(tmp_path / "run.toml"),
+            "--shift",
+            "2",
+            "--arg",
+            "max_sequence_length=64",
+            "--attention-backend",
+            "_native_math",
+        ],
+    }.items():
         output = tmp_path / f"{name}.png"
         done = CliRunner().invoke(app, ["generate", "a red circle", *size, *more, "-o", str(output)])
         assert done.exit_code == 0, done.output
@@ -86,8 +96,11 @@ def test_a_shift_that_a_pipeline_would_overrule_is_refused(tmp_path: Path):
 
 
 def test_the_scale_of_a_negative_prompt_wins_over_that_of_guidance(tmp_path: Path):
-    asked, *_ = resolve(Request(prompt="a red circle", output=tmp_path / "a.png", model="flux-tiny",
-                                guidance_scale=4.0, true_cfg_scale=2.0))  # fmt: skip
+    asked, *_ = resolve(
+        Request(
+            prompt="a red circle", output=tmp_path / "a.png", model="flux-tiny", guidance_scale=4.0, true_cfg_scale=2.0
+        )
+    )
     call = CallSignature.of(type(load_pipeline(asked)))
     assert asked.full_call(call, {})["true_cfg_scale"] == 2.0
     assert dataclasses.replace(asked, true_cfg_scale=None).full_call(call, {})["true_cfg_scale"] == 4.0

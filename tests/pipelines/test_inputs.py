@@ -84,7 +84,7 @@ def frames(name: str, folder: Path, options: dict[str, Any]) -> np.ndarray:
 
 FIRST_AND_LAST = dict(image=["first=@a.png", "last=@b.png"])
 INPAINTED = dict(image=["@a.png", "mask=@m.png"], strength=0.5)
-RUNS: list[Any] = [
+RUNS: list[tuple[str, dict[str, Any]]] = [
     ("WanImageToVideoPipeline, first and last frame", FIRST_AND_LAST),
     ("WanVACEPipeline", dict(video=["@17.gif", "mask=@17.gif"], image=["reference=@a.png", "@b.png"], num_frames=17)),
     ("WanVACEPipeline", dict(video=["@17.gif"], image=["mask=@m.png", "@b.png"], num_frames=17)),
@@ -106,14 +106,16 @@ RUNS: list[Any] = [
     ("QwenImageEditPlusPipeline", dict(image=["@a.png", "@b.png"])),
     ("JoyImageEditPlusPipeline", dict(image=["@a.png", "@b.png"])),
     ("StableDiffusion3InpaintPipeline", INPAINTED),
-    *(pytest.param(name, options, marks=pytest.mark.slow) for name, options in (
-        ("WanAnimatePipeline", dict(image=["@a.png"], video=["pose=@21.gif", "face=@21.gif"])),
-        ("HunyuanVideoFramepackPipeline", FIRST_AND_LAST),
-    )),
-]  # fmt: skip
+    ("WanAnimatePipeline", dict(image=["@a.png"], video=["pose=@21.gif", "face=@21.gif"])),
+    ("HunyuanVideoFramepackPipeline", FIRST_AND_LAST),
+]
+LAST = len(RUNS) - 2
+"""From here on they take longer."""
 
 
-@pytest.mark.parametrize(("name", "options"), RUNS)
+@pytest.mark.parametrize(
+    ("name", "options"), [*RUNS[:LAST], *(pytest.param(*run, marks=pytest.mark.slow) for run in RUNS[LAST:])]
+)
 def test_every_file_reaches_the_model(name: str, options: dict[str, Any], folder: Path):
     """Another picture or video in any place makes another output."""
     made = frames(name, folder, options)
@@ -172,9 +174,8 @@ def test_names_and_files_are_told_apart(folder: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.png").touch()
     asked = Request(prompt="a kite", output=tmp_path / "o.png", image=["a=b.png", "last=b.png", "./c=d.png"])
-    assert [(file.name, str(file.path)) for file in inputs.inputs_of(asked)] == [
-        (None, "a=b.png"), ("last", "b.png"), (None, "c=d.png")
-    ]  # fmt: skip
+    files = [(file.name, str(file.path)) for file in inputs.inputs_of(asked)]
+    assert files == [(None, "a=b.png"), ("last", "b.png"), (None, "c=d.png")]
     assert str(inputs.inputs_of(replace(asked, image="x.png"))[0]) == "x.png"
 
 
@@ -238,8 +239,14 @@ def test_the_digest_of_a_request_is_of_what_its_files_hold(folder: Path, tmp_pat
     asked = request(folder, image=["@a.png"])
     assert request_digest(replace(asked, image=[str(copy)])) == request_digest(asked)
     others = [
-        dict(image=["last=@a.png"]), dict(image=["@b.png"]), dict(video=["@a.png"], image=[]), dict(arg=["x=1"]),
-        dict(strength=0.5), dict(flow_shift=2.0), dict(true_cfg_scale=2.0), dict(attention_backend="native"),
-    ]  # fmt: skip
+        dict(image=["last=@a.png"]),
+        dict(image=["@b.png"]),
+        dict(video=["@a.png"], image=[]),
+        dict(arg=["x=1"]),
+        dict(strength=0.5),
+        dict(flow_shift=2.0),
+        dict(true_cfg_scale=2.0),
+        dict(attention_backend="native"),
+    ]
     digests = [request_digest(request(folder, **{"image": ["@a.png"], **changes})) for changes in others]
     assert len({*digests, request_digest(asked)}) == 1 + len(others)

@@ -13,6 +13,7 @@ from dit_accel.adapters.embedded import embedded_names
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
+from ..protocol import USES, prompts_in_order
 from ..runs.conditions import OwnClips
 from ..runs.model import OWN
 from ..runs.results import TUNED
@@ -26,8 +27,8 @@ MANY = 10  # arms of a suite beyond which it says that their number makes verdic
 KINDS = {
     **dict.fromkeys(("name", "model", "prompt_file", "dtype", "judge", "rivals", "reference_solver"), str),
     **dict.fromkeys(("clips", "first_clip", "reference_steps", "warmup", "repeats"), int),
-    **dict.fromkeys(("prompts", "seeds", "metrics", "chosen_on", "compare", "arm"), list),
-    **{"call": dict, "timed": bool},
+    **dict.fromkeys(("seeds", "metrics", "chosen_on", "compare", "arm"), list),
+    **{"call": dict, "timed": bool, "prompts": (list, str)},
 }
 """Key of a suite -> what it must be."""
 
@@ -215,6 +216,10 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
             f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts; leave them out: all run"
         )
     try:
+        if isinstance(prompts, str):
+            if prompts not in USES:
+                raise ConfigError(f"the protocol has no prompts {prompts!r}; {did_you_mean(prompts, USES)}")
+            prompts = prompts_in_order(prompts)
         listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file, "prompt_file")
         return OwnClips(prompts=listed, seeds=tuple(seeds or ()))
     except ConfigError as error:

@@ -17,7 +17,6 @@ import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
-from dit_accel_pipelines.generation.traced import Trace, traced
 
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
@@ -27,6 +26,7 @@ from ..metrics.psnr import psnr
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
 from .skip_costs import Lists, SkipCosts, grown, searched
+from .traced import Trace, traced
 
 FREE = ("predictor", "order", "stored")  # options of `StaticCache` that a request may set: how is forecast, not when
 EARLY = 0.1  # share of the run at which a step is skipped to see errors grow

@@ -4,19 +4,23 @@ Layers count double and single blocks, and the blocks of control branches. A gat
 two, so it counts as 3/2 of its width. Text that varies with the prompt counts as a usual prompt's.
 """
 
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dit_accel.adapters import Family
 
-from .perturbation import HEAD_SETS, PAG, SLG, SOFTPAG
-from .step_caches import MAGCACHE, PROFILINGCACHE, TEACACHE, TEACACHE_RET
 
-RECIPES = {
-    "magcache": MAGCACHE, "teacache": TEACACHE, "teacache_ret": TEACACHE_RET, "profilingcache": PROFILINGCACHE,
-    "softpag": SOFTPAG, "pag": PAG, "slg": SLG,
-}  # fmt: skip
-"""Method -> model -> what is published for it."""
+def _tuples(value: Any) -> Any:
+    """Return what TOML reads with tuples for its lists, as methods' options have them."""
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+PUBLISHED: dict[str, dict[str, Any]] = _tuples(tomllib.loads(Path(__file__).with_name("published.toml").read_text()))
+"""Method -> model -> its options there; ``head_sets`` -> model -> name -> heads."""
 
 # layers, heads, head_dim, ffn_dim; pixels a latent covers in time and space; text tokens in the sequence and in the
 # cross-attention; height x width, frames, steps; name; hub id
@@ -131,10 +135,11 @@ def _family(row: list[str], fields: dict[str, Any]) -> Family:
     layers, heads, head_dim, ffn_dim, time, space, text, cross, height, width, frames, steps = (
         int(number) for number in " ".join(numbers).replace("x", " ").split()
     )
-    published = {method: table[name] for method, table in RECIPES.items() if name in table}
+    published = {method: models[name] for method, models in PUBLISHED.items() if name in models}
+    head_sets = published.pop("head_sets", {})
     return Family(
         name=name, repo=repo, layers=layers, heads=heads, head_dim=head_dim, ffn_dim=ffn_dim, vae=(time, space),
         text_tokens=text, cross_tokens=cross, height=height, width=width, num_frames=frames, num_inference_steps=steps,
-        head_sets=HEAD_SETS.get(name, {}),
+        head_sets=head_sets,
         **{"patch": (1, 2, 2), **fields, "recipes": {**fields.get("recipes", {}), **published}},
     )  # fmt: skip

@@ -32,7 +32,7 @@ def dry_run(request: Request) -> dict[str, Any]:
     dense = prediction.least_seconds(card) if card else None
     return {
         **made, "memory_bytes": peak + prediction.state_bytes, "state_bytes": prediction.state_bytes,
-        "speedup": prediction.speedup, "least_seconds": dense and dense / prediction.speedup,
+        "speedup": prediction.speedup_of_methods, "least_seconds": dense and dense / prediction.speedup_of_methods,
         "card": card and card.name, "cost_measured": prediction.cost_measured,
     }  # fmt: skip
 

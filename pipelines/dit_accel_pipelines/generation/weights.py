@@ -132,10 +132,10 @@ def check_quantized(request: RunOptions, device: Any, dtype: str) -> None:
         kind = getattr(request, option)
         if kind is None:
             continue
-        _require("bitsandbytes" if kind == "nf4" else "torchao", f"{option} {kind!r}")
         least = LEAST_CAPABILITY.get(kind)
         if device.type == "cpu" and (least or kind == "nf4"):
             raise ConfigError(f"{option} {kind!r} needs a card, got device cpu; int8, int8-weights, fp8-weights do not")
+        _require("bitsandbytes" if kind == "nf4" else "torchao", f"{option} {kind!r}")
         have = torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
         if least and have and have < least:
             raise ConfigError(f"{option} {kind!r} needs compute capability {least}, got {have}; take int8-weights")
