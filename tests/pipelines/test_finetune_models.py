@@ -330,7 +330,7 @@ def test_what_is_wrong_is_told_by_every_process(base: Path, tmp_path: Path):
     errors = processes(2, base, output=tmp_path / "lora", rank=4, resume=True)
     assert [error.startswith("refused: the checkpoint") for error in errors] == [True, True], errors
     errors = processes(3, base, output=tmp_path / "out", ulysses=2)
-    message = "ulysses = 2 processes are to share each clip, and 3 were started"
+    message = "ulysses = 2 does not divide the 3 processes"
     assert [message in error for error in errors] == [True] * 3
 
 

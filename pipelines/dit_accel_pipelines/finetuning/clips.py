@@ -107,7 +107,8 @@ def _checked(path: Path, caption: str, recipe: FineTuning) -> Clip:
     import imageio_ffmpeg
 
     try:
-        digest = _digest(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         reader = imageio_ffmpeg.read_frames(str(path))
         width, height = next(reader)["size"]
         reader.close()
@@ -126,14 +127,6 @@ def _checked(path: Path, caption: str, recipe: FineTuning) -> Clip:
             "with fewer --num-frames"
         )
     return Clip(caption=caption, path=path, digest=digest, frames=frames)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _decoded(path: Path, count: int) -> Frames:
@@ -165,7 +158,6 @@ def _drawn_clips(recipe: FineTuning) -> list[Clip]:
 
 
 def _drawn(model: str, number: int, size: tuple[int, int], frames: int) -> tuple[str, Frames]:
-
     try:
         return assets().drawn_clip(model, number, height=size[0], width=size[1], frames=frames)
     except ValueError as error:

@@ -195,9 +195,7 @@ def _sample(trainer: Trainer, sampler: Sampler, recipe: FineTuning, ranks: Ranks
         with trainer.averaged():
             sampler.write(trainer.step, stages, first=ranks.first)
     ranks.wait()
-    stages.stage("training", recipe.steps)
-    for _ in range(trainer.step):
-        stages.advance()
+    stages.stage("training", recipe.steps, trainer.step)
 
 
 def _record(

@@ -59,9 +59,7 @@ class Trainer:
 
     def train(self, attachment: Any, stages: Stages) -> Iterator[int]:
         """Train to the recipe's last step; gives the number of steps done after each."""
-        stages.stage("training", self.recipe.steps)
-        for _ in range(self.step):
-            stages.advance()
+        stages.stage("training", self.recipe.steps, self.step)
         self.transformer.train()
         window: list[Tensor] = []
         while self.step < self.recipe.steps:
