@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from dit_accel_eval.report.board import other_scores
 from dit_accel_eval.report.lines import read_results
-from dit_accel_eval.report.others import other_scores
 from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines
 from fake_model import EARLIER, command, report_of, told, written
