@@ -18,7 +18,7 @@ from dit_accel.attachment.backends import Dense, check_backend
 from dit_accel.errors import ConfigError, UnsupportedModel
 from dit_accel.estimate.hardware import QUANTIZATIONS, find_hardware
 from dit_accel.estimate.sizes import advice, check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
-from dit_accel.files import check_writable
+from dit_accel.files import check_writable, read_text
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
@@ -262,17 +262,20 @@ def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
 
     Empty lines are left out, and those that begin with ``#``.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{named} {path} can't be read ({reason}); give a text file with one prompt per line"
-        ) from None
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    lines = [line.strip() for line in prompt_text(path, named).splitlines()]
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise ConfigError(f"{named} {path} has no prompt in it; write one per line")
     return prompts
+
+
+def prompt_text(path: Path, named: str) -> str:
+    """Return the text of a file of prompts; errors say how it was ``named``."""
+    try:
+        return read_text(path, "utf-8-sig")  # some editors write a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{named} {path} can't be read ({reason}); give a file of one prompt per line") from None
 
 
 def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
