@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.protocol import (
-    COUNTS, PROTOCOL, chance, clips_for, committed, prompts_in_order, protocol_prompts, typical,
-)  # fmt: skip
+    COUNTS,
+    PROTOCOL,
+    chance,
+    clips_for,
+    committed,
+    prompts_in_order,
+    protocol_prompts,
+    typical,
+)
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.report import suite_report
