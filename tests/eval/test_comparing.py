@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from dit_accel_eval.comparing import CompareOptions, suite_of
+from dit_accel_eval.compare_options import CompareOptions
+from dit_accel_eval.comparing import suite_of
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST
 from dit_accel_eval.suites.suite import read_suite

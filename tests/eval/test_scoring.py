@@ -87,7 +87,7 @@ def test_what_can_not_be_measured_is_told(folders, tmp_path):
         ([cut], "cut.mp4 can't be read ("),
         ([cut_kept], "cut.png can't be read ("),
         ([own, "-m", "psnr"], "psnr compares with a reference; name clips with --reference"),
-        ([short, "--reference", own / "more" / "0.png"], "of one shape can be compared, got (5, 64, 64, 3) and a ref"),
+        ([short, "--reference", own / "more" / "0.png"], "of one shape compare, got (5, 64, 64, 3) and a ref"),
     ):
         found = score(*arguments)
         assert found.exit_code == 2, arguments

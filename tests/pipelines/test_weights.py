@@ -224,7 +224,8 @@ def test_a_lora_of_another_model_is_refused_by_its_first_layer(tmp_path: Path):
     ("name", "options"),
     [
         ("wan-lightning-4steps-v2", "--num-inference-steps 4 --guidance-scale 1 --shift 5"),
-        ("Wan21_CausVid_14B", "--num-inference-steps 6 --guidance-scale 1"),
+        ("Wan21_CausVid_14B", "--num-inference-steps 4 --guidance-scale 1"),
+        ("Qwen-Image-Lightning-8steps", "--num-inference-steps 8 --guidance-scale 1 --shift 3"),
         ("Hyper-8step", "--num-inference-steps 8"),
         ("mine_16-steps", "--num-inference-steps 16 --guidance-scale 1"),
         ("a-style", None),

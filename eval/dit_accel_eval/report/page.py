@@ -18,9 +18,7 @@ from .report import SuiteReport, quantile_clips
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}
-"""Verdict -> its place when the table is sorted by it."""
-
+RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}  # of verdicts, to sort by
 SPEEDS = {"steps_in_time": "time", "work": "work"}  # kinds of work by which the first table gives speed-ups -> in words
 
 VERSIONS = ("dit_accel", "diffusers", "torch", "python")

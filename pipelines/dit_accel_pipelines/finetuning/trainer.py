@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dit_accel
 from dit_accel.errors import ConfigError
-from dit_accel.files import written_whole
+from dit_accel.files import write_text
 from dit_accel.methods.base import Place
 from dit_accel.methods.registry import handler_of
 
@@ -187,8 +187,7 @@ class Trainer:
             return
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
         lines = [line for line in whole if json.loads(line)["step"] <= self.step]
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def rate_at(step: int, recipe: FineTuning) -> float:
