@@ -39,8 +39,8 @@ class CompareOptions(shared.SharedOptions):
     frames: KeepFrames = True
     preset: Annotated[
         list[str] | None,
-        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL)
-    ] = None  # fmt: skip
+        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL),
+    ] = None
     timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
         False
     )

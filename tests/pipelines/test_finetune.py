@@ -204,7 +204,7 @@ def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
     assert clips[0].read(5).shape == (5, 32, 32, 3)
     assert np.array_equal(clips[0].read(9)[:5], clips[0].read(5))
     for line, message in (
-        ("{", r"line 1 of .*JSON"),
+        ("{", r"jsonl, line 1 .*JSON"),
         ('{"file_name": "1.mp4"}', r"line 1 .*lacks.*caption"),
         ('{"file_name": "9.mp4", "text": "a"}', r"names 9.mp4"),
         ('{"file_name": "1.mp4", "text": " "}', "empty caption"),

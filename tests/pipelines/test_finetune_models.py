@@ -194,7 +194,7 @@ BAD = [
     ("ltx", {"height": 144}, r"height.*32.*got 144"),
     ("mochi", {"num_frames": 31}, r"29 frames.*31"),
     ("wan a14b low", {"expert": None}, r"two transformers.*--expert"),
-    ("ltx", {"ulysses": 2}, "ulysses = 2.*1 were started"),
+    ("ltx", {"ulysses": 2}, "ulysses = 2.*processes, got 1"),
     ("mochi", {"expert": "low"}, "one transformer, got expert 'low'"),
 ]
 

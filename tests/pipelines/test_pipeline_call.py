@@ -175,7 +175,7 @@ class StubPipe:
     def enable_sequential_cpu_offload(self, device: Any) -> None:
         self.said = ["sequential", str(device)]
 
-    def enable_group_offload(self, onload_device: Any, offload_type: str, use_stream: bool) -> None:
+    def enable_group_offload(self, onload_device: Any, offload_type: str, use_stream: bool, **_: Any) -> None:
         self.said = ["group", str(onload_device), offload_type, use_stream]
 
 

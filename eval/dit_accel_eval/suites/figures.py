@@ -200,7 +200,7 @@ def idle_arms(lines: Sequence[ResultLine]) -> set[str]:
 
 def pair_figures(
     pairs: Sequence[Pair], lines: Iterable[ResultLine], reference_steps: int | None = None
-) -> list[PairFigures]:  # fmt: skip
+) -> list[PairFigures]:
     """Return the figures of the pairs of which both arms ran on a clip at least, judged together."""
     known, both = last_lines(line for line in lines if line.is_converged), dict[Pair, list[tuple[ResultLine, ...]]]()
     for pair in pairs:

@@ -1,7 +1,6 @@
 """Dense runs kept on disk, and among them the reference of a clip: the converged run, which no solver's steps blur.
 
-The steps are doubled until two runs agree; the finer one is the reference. Every dense run of the best solver is made
-once and found again by the hash of all that shapes it; the folder is a cache, to be deleted at will.
+The steps are doubled until two runs agree. Runs are found again by the hash of all that shapes them.
 """
 
 import dataclasses

@@ -30,10 +30,7 @@ TOLERANCE = 0.06  # how far a ratio of frequencies may be from a whole number: C
 APART = 0.2  # how far it may be at most, in turns: a share alone would let any ratio above 8 pass
 
 SEPARATE = 4.0
-"""A period up to this many times the longest distance differs from a constant: its wave falls there from 1 to 0.
-
-The waves of slower frequencies are alike but for rounding, so that amplitudes of any size would fit the curve.
-"""
+"""A period up to so many longest distances differs from a constant; slower waves would fit any curve alike."""
 
 PERIODIC = 0.5  # share of the amplitude above which a family of frequencies repeats: ours, between Wan and others
 BAND = 0.08  # half a band over its period, rounded down: HunyuanVideo's 4 frames of 50, CogVideoX's 1 of 20
