@@ -1,6 +1,5 @@
 """The commands on what lies in files: clips that any engine wrote, and results of several runs and people."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +11,10 @@ from dit_accel.cli.console import OUT, TALK, print_error, warn
 
 from .compare_options import FurtherMetrics, KeepFrames
 
-Folders = Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")]
-
 
 def compare_folders(
     reference: Annotated[Path, option("What clips should be: a folder of clips.", metavar="DIR")],
-    arm: Folders,
+    arm: Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")],
     rival: Annotated[
         list[str] | None,
         option("What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
@@ -62,44 +59,32 @@ def compare_folders(
     from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
-    lines, rivals, arms = check_page(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
-    twice = [name for name in rivals if name in arms] + [name for name in (*rivals, *arms) if name == REFERENCE]
-    if twice:
-        raise ConfigError(f"{twice[0]!r} names two folders; give each a name of its own")
+    lines, shared, paths = check_page(output, beside=(".json",)), output.with_suffix(".json"), {REFERENCE: reference}
+    named = [("rival", value) for value in rival or ()] + [("arm", value) for value in arm]
+    for what, value in named:
+        name, sign, path = value.partition("=")
+        if not (name.strip() and sign and path):
+            raise ConfigError(f"--{what} takes NAME=DIR, got {value!r}; write, say, --{what} mine=clips")
+        if name in paths:
+            raise ConfigError(f"{name!r} names two folders; give each a name of its own")
+        paths[name] = Path(path)
     metrics = check_names(["lpips@alex"] if metric is None else metric)
-    rows = [row for path in (table, times) if path for row in read_rows(path)]
-    folders, problems = pair({REFERENCE: reference, **rivals, **arms}, rows)
+    folders, problems = pair(paths, [row for path in (table, times) if path for row in read_rows(path)])
     for problem in problems:
         print_error(problem)
     if problems:
         raise typer.Exit(2)
     how = {"model": model, "metrics": metrics, "fps": fps, "frames": frames, "quiet": quiet}
-    measure_folders(folders, [*rivals], lines, **how)
+    measure_folders(folders, [*paths][1 : 1 + len(rival or ())], lines, **how)
     report = suite_report(read_results(lines))
-    write_reports([report], {"html": output, "json": output.with_suffix(".json")})
+    write_reports([report], {"html": output, "json": shared})
     if not quiet:
         OUT.print(arms_table(report))
         if report.pairs:
             print(pairs_markdown(report.pairs))
-        texts = (*report.warnings, f"written: {lines}, and to share {output.with_suffix('.json')}")
+        texts = (*report.warnings, f"written: {lines}, and to share {shared}")
         TALK.print("\n".join(texts), markup=False, soft_wrap=True)
     OUT.print(str(output), markup=False, soft_wrap=True)
-
-
-def _named(what: str, values: Sequence[str]) -> dict[str, Path]:
-    """Return name -> folder of options NAME=DIR."""
-    named: dict[str, Path] = {}
-    for value in values:
-        name, sign, path = value.partition("=")
-        if not (name.strip() and sign and path):
-            raise ConfigError(f"--{what} takes NAME=DIR, got {value!r}; write, say, --{what} mine=clips")
-        if name in named:
-            raise ConfigError(f"--{what} names {name!r} twice; give each a name of its own")
-        named[name] = Path(path)
-    return named
-
-
-Page = Annotated[Path, option("Page to write, .html; opens offline.", "--output", "-o", metavar="FILE")]
 
 
 def merge_results(
@@ -128,7 +113,9 @@ def merge_results(
 
 def show_board(
     folder: Annotated[Path, typer.Argument(help="Folder of JSON files of runs.", metavar="DIR")],
-    output: Page = Path("board.html"),
+    output: Annotated[Path, option("Page to write, .html; opens offline.", "--output", "-o", metavar="FILE")] = Path(
+        "board.html"
+    ),
 ) -> None:
     """Show all runs of a folder on one page: the rules on top, arms to be sorted and filtered.
 
@@ -140,7 +127,7 @@ def show_board(
 
     dit-accel eval board runs -o board.html
     """
-    from dit_accel.files import check_writable, written_whole
+    from dit_accel.files import check_writable, write_text
 
     from .report.board import board_page, read_board
 
@@ -150,6 +137,5 @@ def show_board(
     board = read_board(folder)
     for name, reason in board.unread.items():
         warn(f"{name} is not shown: {reason}")
-    with written_whole(output) as temporary:
-        temporary.write_text(board_page(board, folder, output), encoding="utf-8")
+    write_text(output, board_page(board, folder, output))
     OUT.print(str(output), markup=False, soft_wrap=True)

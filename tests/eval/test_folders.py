@@ -72,8 +72,10 @@ def test_arms_are_held_against_the_curve_of_rivals_at_equal_time(engine, tmp_pat
         ("a kite", seed, seed) for seed in range(6)
     }
     seen: list[float] = []
-    measured = measuring._measured
-    monkeypatch.setattr(measuring, "_measured", lambda *given: seen.append(given[0].frames.max()) or measured(*given))
+    measured = measuring.measured_line
+    monkeypatch.setattr(
+        measuring, "measured_line", lambda clip, *_: seen.append(clip.frames.max()) or measured(clip, *_)
+    )
     Image.new("RGB", (24, 24)).save(engine["slow"] / "a kite-3.png")  # what has changed is measured again, and no more
     run()
     assert seen == [0]
@@ -159,7 +161,7 @@ def test_all_that_keeps_clips_from_being_compared_is_said_by_name(engine, tmp_pa
     ("arguments", "message"),
     [
         (["--arm", "mine"], "--arm takes NAME=DIR, got 'mine'"),
-        (["--arm", "mine=other"], "--arm names 'mine' twice"),
+        (["--arm", "mine=other"], "'mine' names two folders"),
         (["--rival", "mine=other"], "'mine' names two folders"),
         (["--rival", "reference=other"], "'reference' names two folders"),
         (["--times", "none.csv"], "the table none.csv can't be read (No such file"),

@@ -7,8 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval.power import COUNTS, chance, clips_for, committed, typical
-from dit_accel_eval.protocol import PROTOCOL, prompts_in_order, protocol_prompts
+from dit_accel_eval.protocol import (
+    COUNTS,
+    PROTOCOL,
+    chance,
+    clips_for,
+    committed,
+    prompts_in_order,
+    protocol_prompts,
+    typical,
+)
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.report import suite_report
