@@ -14,14 +14,7 @@ from .lora import load_loras
 from .pipeline_call import pipeline_class
 from .quiet import quiet_diffusers
 from .request import EMBEDDED, Request
-from .weights import (
-    TRANSFORMERS,
-    check_quantized,
-    empty_model,
-    load_arguments,
-    load_single_files,
-    text_encoders,
-)
+from .weights import TRANSFORMERS, check_quantized, empty_model, load_arguments, load_single_files, text_encoders
 
 
 def load_pipeline(request: Request) -> Any:
