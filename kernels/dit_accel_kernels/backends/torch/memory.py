@@ -34,7 +34,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def buffer(name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory on the device of `like`; on the CPU small ones of a name and dtype are a thread's last one."""
+    """Uninitialised memory on the device of `like`; small ones on the CPU are a thread's last of the name and dtype."""
     size, dtype = math.prod(shape), dtype or like.dtype
     if like.device.type != "cpu" or size * dtype.itemsize > KEPT_BYTES * torch.get_num_threads():
         return like.new_empty(shape, dtype=dtype)
