@@ -79,6 +79,17 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             _temporaries.discard(temporary)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text, whole or not at all; raises as `written_whole`."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write plain values as JSON, whole or not at all; see `json_text`."""
+    write_text(path, json_text(data) + "\n")
+
+
 @contextlib.contextmanager
 def written_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that takes its place, and that of what it holds, if the block ends well.
@@ -145,15 +156,20 @@ def _no_room_left(folder: Path, error: Exception) -> bool:
     return False
 
 
+def make_folder(path: Path, what: str = "the folder") -> None:
+    """Make a folder with those above it, which may be there; `ConfigError` where it can't be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{what} {path} can't be made ({error.strerror}); choose another") from None
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[None]:
     """Make a folder, with those above it, for the block; if the block fails, what was made and is empty goes again."""
     path = Path(path)
     folders = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the folder {path} can't be made ({error.strerror}); choose another") from None
+    make_folder(path)
     try:
         yield
     except BaseException:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import sys
 import traceback
 import warnings
@@ -45,9 +46,15 @@ EPILOG = (
 )
 
 
+LIBRARIES = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers that say at import which of a library's own parts can't be loaded; what a run needs is checked by name."""
+
+
 @contextlib.contextmanager
 def warnings_in_one_line() -> Iterator[None]:
     """Show Python's warnings as the command line's own inside the block, without file names and source lines."""
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         warn(" ".join(str(message).split()))

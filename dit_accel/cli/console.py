@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -54,6 +55,14 @@ def warn(text: str) -> None:
 def print_error(text: str) -> None:
     """Print one line: what was requested, what was found, what to do."""
     TALK.print(Text("error: ", style="bold red") + Text(" ".join(text.split())), soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print rows under columns on stdout; see `plain_table`."""
+    table = plain_table(*columns, right=tuple(right))
+    for row in rows:
+        table.add_row(*row)
+    OUT.print(table)
 
 
 def plain_table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adapters.embedded import assets, embedded_names
 from ..errors import ConfigError
-from ..files import read_text, user_cache, written_whole
+from ..files import read_text, user_cache, write_text
 from ..methods.config import MethodConfig
 from ..methods.toml import from_toml, run_table, to_toml, tuned_table
 
@@ -74,8 +74,7 @@ def keep_tuned(name: str, text: str, model: str) -> Path:
     """Write a tuned file into the model's folder of the cache, where `recommend` looks; returns the file."""
     folder = tuned_folder(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / name) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / name, text)
     return folder / name
 
 

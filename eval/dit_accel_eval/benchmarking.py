@@ -60,7 +60,7 @@ def show_protocol(
 
 def _show_clips(see: list[float], results: "list[Path] | tuple[()]", arms: int, json: bool) -> None:
     """Print how many clips it takes to see leads, for the spread of the arm of median spread in each file."""
-    from .power import CHANCE, clips_for, committed, power_table, typical
+    from .protocol import CHANCE, clips_for, committed, power_table, typical
     from .report.lines import read_results
     from .statistics import FEWEST
     from .suites.figures import Comparison
@@ -78,9 +78,7 @@ def _show_clips(see: list[float], results: "list[Path] | tuple[()]", arms: int, 
         together = "1 arm" if arms == 1 else f"{arms} arms judged together"
         print(f"Clips that give a true lead its verdict {CHANCE:.0%} of the time; {together}.\n")
         return print(power_table(spreads, see, arms))
-    data = []
-    for spread in spreads:
-        clips = {f"{lead:g}": clips_for(spread.leads, lead, arms=arms) for lead in see}
-        about = {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation}
-        data.append({**about, "arms": arms, "clips": clips})
-    print_json(data)
+    print_json([
+        {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation, "arms": arms,
+         "clips": {f"{lead:g}": clips_for(spread.leads, lead, arms=arms) for lead in see}} for spread in spreads
+    ])  # fmt: skip

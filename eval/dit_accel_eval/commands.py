@@ -1,34 +1,56 @@
 """The commands of `dit-accel eval`; what they need is loaded when they run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload, option
+from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload, option, with_option_fields
 from rich.markup import escape
 
 from dit_accel import ConfigError
-from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
+from dit_accel.cli import SettingList
+from dit_accel.cli.console import OUT, TALK, print_error, print_json, print_table, warn
 
 from .benchmarking import show_protocol
-from .comparing import compare_settings
-from .folders import compare_folders
+from .compare_options import CompareOptions
+from .folders import compare_folders, merge_results, show_board
 from .judging.command import ask_judge
-from .sharing import merge_results, show_board
 from .vbench.command import evaluate
 
-if TYPE_CHECKING:
-    from .runs.results import Line, ResultLine
-    from .suites.job import Job
-
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
-eval_app.command("compare")(compare_settings)
 eval_app.command("folders")(compare_folders)
 eval_app.command("merge")(merge_results)
 eval_app.command("board")(show_board)
 eval_app.command("vbench")(evaluate)
 eval_app.command("protocol")(show_protocol)
 eval_app.command("judge")(ask_judge)
+
+
+@eval_app.command("compare")
+@with_option_fields
+def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
+    """Compare settings on your pipeline and prompts with its own dense runs: a table, and a page with clips.
+
+    The method switches with --set are one setting; each --preset and each
+    --config is one more. A setting runs every prompt, and is held against the
+    model's own steps of the same seed, and against dense runs of fewer steps
+    that cost as much. What that takes, and by what rule there is a verdict, is
+    said before it starts; a verdict takes 6 clips.
+
+    Each run is a JSON line beside the page, written as it ends; the same
+    command goes on where it was stopped.
+
+    Examples:
+
+    dit-accel eval compare --easycache --preset fast
+
+    dit-accel eval compare --model DIR --radial --easycache --prompts p.txt
+
+    dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
+    """
+    from .comparing import run_comparison
+
+    run_comparison(options, settings)
 
 
 DenseRuns = Annotated[Path | None, option("Folder of dense runs; default: in the user's cache folder.", metavar="DIR")]
@@ -71,7 +93,8 @@ def run_suite(
     from dit_accel_pipelines.processes.ranks import Ranks
 
     from .runs.conditions import Machine
-    from .runs.results import result_lines
+    from .runs.results import AGREE, result_lines
+    from .suites.figures import suite_table
     from .suites.job import Job, clips_of
     from .suites.reference import default_cache
     from .suites.running import run_job
@@ -89,22 +112,15 @@ def run_suite(
         warn(read.many)
     if not only_table:
         run_job(job, clips_of(read, clips), workers, quiet=quiet)
-    if not quiet and (only_table or Ranks().first):
-        _show_run(job, result_lines(job.out), written=not only_table)
-
-
-def _show_run(job: "Job", lines: "list[ResultLine]", *, written: bool) -> None:
-    """Print a suite's table, and what to know of it."""
-    from .runs.results import AGREE
-    from .suites.figures import suite_table
-
-    print(suite_table(job.suite, lines))
-    unconverged = {line.clip: line for line in lines if line.reference_agreement < AGREE}
-    for clip, line in sorted(unconverged.items()):
+    if quiet or not (only_table or Ranks().first):
+        return
+    lines = result_lines(job.out)
+    print(suite_table(read, lines))
+    for clip, line in sorted({line.clip: line for line in lines if line.reference_agreement < AGREE}.items()):
         agreement = f"{line.reference_steps} steps agree with half as many to {line.reference_agreement:.1f} dB only"
         warn(f"the reference of clip {clip} did not converge: {agreement}")
-    if written:
-        page = "" if job.suite.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
+    if not only_table:
+        page = "" if read.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
         TALK.print(f"written to {job.out}{page}", markup=False)
 
 
@@ -194,11 +210,9 @@ def list_metrics(json: Json = False) -> None:
     if json:
         keys = ("name", "words", "better", "bounds", "reference", "source")
         return print_json([{key: getattr(item, key) for key in keys} | {"missing": item.missing()} for item in known])
-    table = plain_table("metric", "what it is", "better", "against", "here")
-    for item in known:
-        against = "a reference" if item.reference else "nothing"
-        table.add_row(*map(escape, (item.name, item.words, item.better, against, item.missing() or "yes")))
-    OUT.print(table)
+    rows = [(item.name, item.words, item.better, "a reference" if item.reference else "nothing",
+             item.missing() or "yes") for item in known]  # fmt: skip
+    print_table(("metric", "what it is", "better", "against", "here"), [[*map(escape, row)] for row in rows])
 
 
 @eval_app.command("setup")
@@ -235,13 +249,11 @@ def set_up_weights(
     if clip:
         if tier == 2 or archives:
             raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
-        _fetch_clip(clip, json)
-        return
+        return _fetch_clip(clip, json)
     if tier == 2:
         from .vbench.command import set_up_prompts
 
-        set_up_prompts(archives, json)
-        return
+        return set_up_prompts(archives, json)
     from .metrics.weights import folder as weights_folder
     from .metrics.weights import set_up
 
@@ -330,18 +342,11 @@ def score_clips(
     if output is not None:
         write_lines(output, lines)
     if json:
-        print_json(lines)
-        return
-    _show_scores(lines, names)
-
-
-def _show_scores(lines: "list[Line]", names: list[str]) -> None:
-    """Print a row a clip, and what was skipped with its reason."""
-    table = plain_table("clip", *names, right=tuple(names))
-    for line in lines:
-        cells = [f"{line['metrics'][name]:.4f}" if name in line["metrics"] else "" for name in names]
-        table.add_row(line["clip"] or f"all {line['frames']} frames", *cells)
-    OUT.print(table)
+        return print_json(lines)
+    rows = [(line["clip"] or f"all {line['frames']} frames",
+             *(f"{line['metrics'][name]:.4f}" if name in line["metrics"] else "" for name in names))
+            for line in lines]  # fmt: skip
+    print_table(("clip", *names), rows, right=names)
     skips = {(name, reason) for line in lines for key in ("skipped", "unavailable")
             for name, reason in line.get(key, {}).items()}  # fmt: skip
     for name, reason in sorted(skips):

@@ -1,103 +1,51 @@
-"""The command `dit-accel eval compare`: settings of one's own pipeline against its dense runs, in one call."""
+"""Runs what `dit-accel eval compare` is given as a suite, and shows it: a table, and a page with clips."""
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Any, cast
 
-from dit_accel_pipelines.generation import options as shared
-from dit_accel_pipelines.generation.options import option
+from dit_accel_pipelines.generation.media import check_encoder
+from dit_accel_pipelines.generation.negative import with_negative
+from dit_accel_pipelines.generation.options import fields_of
+from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, resolve
+from dit_accel_pipelines.processes.processes import started_process
+from dit_accel_pipelines.processes.ranks import Ranks
+from rich.table import Table
 
 from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
-from dit_accel.cli import SettingList
+from dit_accel.adapters.model_files import model_source, read_model_files
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import PANEL, NamedSetting
+from dit_accel.cli.method_options import NamedSetting
+from dit_accel.files import check_writable
+from dit_accel.methods.base import Model
+from dit_accel.methods.presets import preset_methods
 
-if TYPE_CHECKING:
-    from dit_accel_pipelines.generation.request import Request
-    from rich.table import Table
+from .compare_options import CompareOptions
+from .metrics.dynamics import DYNAMICS
+from .metrics.registered import check_names, decimals_of
+from .report.lines import read_results
+from .report.report import SuiteReport, suite_report
+from .report.writing import write_reports
+from .runs.conditions import Machine, OwnClips
+from .runs.loaded import tuning_request
+from .runs.model import OWN
+from .runs.results import read_lines, result_lines
+from .statistics import FEWEST, WRONG
+from .suites.arms import read_arms
+from .suites.figures import NOTHING
+from .suites.job import SCALES, Job, clips_of
+from .suites.reference import default_cache
+from .suites.running import run_job
+from .suites.suite import Suite
 
-    from .report.report import SuiteReport
-    from .suites.suite import Suite
-
-FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
-"""The first held-out prompt of an embedded model that is compared on, which chose no preset; how many, and at most."""
-
-
-FurtherMetrics = Annotated[
-    list[str] | None, option("Beside PSNR and SSIM; may be repeated. Default: lpips@alex.", "--metric", "-m")
-]
-KeepFrames = Annotated[bool, option("Keep all frames, so that the page can show clips.")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions(shared.SharedOptions):
-    """What `eval compare` is given besides methods."""
-
-    model: shared.ModelBesideMetrics = None
-    prompts: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
-    prompt: Annotated[
-        list[str] | None, option("A prompt instead; may be repeated. Default: held-out ones of an embedded model.")
-    ] = None
-    seed: Annotated[
-        list[int] | None, option("A seed of every prompt; may be repeated. Default: its place in the list.")
-    ] = None
-    clips: Annotated[int | None, option("Run only the first so many clips.", min=1)] = None
-    steps: Annotated[int | None, option("Denoising steps; default: the model's.", min=1)] = None
-    reference: Annotated[str, option("own: the model's own steps; converged: many more.", metavar="own|converged")] = (
-        "own"
-    )
-    output: Annotated[
-        Path, option("Page to write; its runs are kept beside it.", "--output", "-o", metavar="FILE.html")
-    ] = Path("compare.html")
-    metric: FurtherMetrics = None
-    frames: KeepFrames = True
-    preset: Annotated[
-        list[str] | None,
-        option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL)
-    ] = None  # fmt: skip
-    timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
-        False
-    )
-    quiet: shared.Quiet = False
+FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16  # held-out prompts that chose no preset: the first, how many, at most
 
 
-@shared.with_option_fields
-def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
-    """Compare settings on your pipeline and prompts with its own dense runs: a table, and a page with clips.
-
-    The method switches with --set are one setting; each --preset and each
-    --config is one more. A setting runs every prompt, and is held against the
-    model's own steps of the same seed, and against dense runs of fewer steps
-    that cost as much. What that takes, and by what rule there is a verdict, is
-    said before it starts; a verdict takes 6 clips.
-
-    Each run is a JSON line beside the page, written as it ends; the same
-    command goes on where it was stopped.
-
-    Examples:
-
-    dit-accel eval compare --easycache --preset fast
-
-    dit-accel eval compare --model DIR --radial --easycache --prompts p.txt
-
-    dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
-    """
-    from dit_accel_pipelines.generation.media import check_encoder
-    from dit_accel_pipelines.processes.processes import started_process
-    from dit_accel_pipelines.processes.ranks import Ranks
-
-    from .report.lines import read_results
-    from .report.report import suite_report
-    from .report.writing import write_reports
-    from .runs.conditions import Machine
-    from .runs.results import result_lines
-    from .suites.job import Job, clips_of
-    from .suites.reference import default_cache
-    from .suites.running import run_job
-
+def run_comparison(options: CompareOptions, settings: Sequence[NamedSetting]) -> None:
+    """Run settings on every prompt, and show how they stand."""
     lines, first = check_page(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
@@ -115,8 +63,17 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         machine=Machine(device=started_process().device(options.device), offload=options.offload),
     )  # fmt: skip
     clips = clips_of(suite, options.clips)
-    if first and not options.quiet:
-        _say_rules(suite, len(clips))
+    if first and not options.quiet:  # before anything runs
+        count = "1 setting" if len(suite.arms) == 1 else f"{len(suite.arms)} settings"
+        whose = f"the model's own {suite.reference_steps} steps" if suite.reference_steps else "the converged run"
+        note(f"PSNR of {count} to {whose} of the same prompt and seed, against that of dense runs of as much work")
+        note(f"ahead or behind is what differs from 0 over the clips, by Student's t widened for skew and Holm's "
+             f"correction over all settings ({WRONG:.0%}); else open")  # fmt: skip
+        if len(clips) < FEWEST:
+            more = "add prompts, or seeds: --seed 0 --seed 1"
+            warn(f"too few clips for a verdict: {len(clips)}, and it takes {FEWEST}; {more}")
+        if suite.many:
+            warn(suite.many)
     run_job(job, clips, 1, quiet=options.quiet)
     if first:
         report = suite_report(read_results(lines))
@@ -129,11 +86,6 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
 
 def check_page(page: Path, beside: Sequence[str] = ()) -> Path:
     """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
-    from dit_accel.files import check_writable
-
-    from .report.lines import read_results
-    from .runs.results import read_lines
-
     lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media", *beside))
     if page.suffix != ".html":
         raise ConfigError(f"the page must be a .html, got {page}; write, say, -o {page.with_suffix('.html')}")
@@ -149,10 +101,6 @@ def check_page(page: Path, beside: Sequence[str] = ()) -> Path:
 
 def _prompts(options: CompareOptions, settings: Sequence[NamedSetting], model: str) -> tuple[str, ...]:
     """Return the prompts of one's own, () for held-out ones; refuse options that say nothing, or two things."""
-    from dit_accel_pipelines.generation.request import embedded_name, read_prompts
-
-    from .runs.model import OWN
-
     if not settings and not options.preset:
         raise ConfigError("eval compare got no setting; add, say, --easycache, --preset fast or --config FILE")
     if options.reference not in (OWN, "converged"):
@@ -167,24 +115,13 @@ def _prompts(options: CompareOptions, settings: Sequence[NamedSetting], model: s
     return listed
 
 
-def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suite":
+def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> Suite:
     """Return what is run: the model, the prompts, and an arm of each setting."""
-    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, resolve
-
-    from dit_accel.adapters.model_files import model_source, read_model_files
-
-    from .metrics.registered import check_names
-    from .runs.conditions import OwnClips
-    from .runs.loaded import tuning_request
-    from .runs.model import OWN
-    from .suites.arms import read_arms
-    from .suites.suite import Suite
-
     model, embedded = options.model or EMBEDDED, embedded_name(options.model)
     read_model_files(model_source(model))  # first of all, so that a misspelt name is refused as such
     listed = _prompts(options, settings, model)
     clips = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
-    values = {name: value for name, value in shared.fields_of(Request, options).items()
+    values = {name: value for name, value in fields_of(Request, options).items()
              if name not in ("output", "prompt", "seed", "preset")}  # fmt: skip
     settled = resolve(tuning_request(
         prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **values
@@ -203,26 +140,18 @@ def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suit
     )  # fmt: skip
 
 
-def _call(request: "Request") -> dict[str, Any]:
+def _call(request: Request) -> dict[str, Any]:
     """Return the arguments of the pipeline's call as `generate` sets them, without the steps."""
-    from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
-
-    from dit_accel.adapters.model_files import read_model_files
-
     taken = CallSignature.of(pipeline_class(read_model_files(request.source)))
     call = {**request.call_arguments(), **request.beside(taken)}
     return {key: value for key, value in call.items() if key != "num_inference_steps"}
 
 
-def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
+def _presets(options: CompareOptions, request: Request) -> list[NamedSetting]:
     """Return the settings that presets are on the model."""
-    from dit_accel.adapters.model_files import read_model_files
-    from dit_accel.methods.base import Model as OfModel
-    from dit_accel.methods.presets import preset_methods
-
     settings, (adapter, family) = list[NamedSetting](), read_model_files(request.source).identify()
     for level in options.preset or ():
-        model = OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
+        model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
         preset = preset_methods(level, model)
         if not preset.chosen:
             raise ConfigError(f"{preset.words()}; leave it out")
@@ -232,13 +161,8 @@ def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
     return settings
 
 
-def _arm(setting: NamedSetting, request: "Request") -> dict[str, Any]:
+def _arm(setting: NamedSetting, request: Request) -> dict[str, Any]:
     """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
-    from dit_accel_pipelines.generation.negative import with_negative
-
-    from .runs.model import OWN
-    from .suites.job import SCALES
-
     run = {"num_inference_steps": request.num_inference_steps, "solver": OWN, **setting.run}
     if request.solver is not None:
         run = {**run, "solver": request.solver, "flow_shift": None}
@@ -251,30 +175,11 @@ def _arm(setting: NamedSetting, request: "Request") -> dict[str, Any]:
     return {"name": setting.name, **{key: value for key, value in run.items() if value is not None}, **tables}
 
 
-def _say_rules(suite: "Suite", clips: int) -> None:
-    """Say before anything runs what settings are held against, and by what rule they are judged."""
-    from .statistics import FEWEST, WRONG
-
-    count = "1 setting" if len(suite.arms) == 1 else f"{len(suite.arms)} settings"
-    whose = f"the model's own {steps} steps" if (steps := suite.reference_steps) else "the converged run"
-    note(f"PSNR of {count} to {whose} of the same prompt and seed, against that of dense runs of as much work")
-    note(f"ahead or behind is what differs from 0 over the clips, by Student's t widened for skew and Holm's "
-         f"correction over all settings ({WRONG:.0%}); else open")  # fmt: skip
-    if clips < FEWEST:
-        warn(f"too few clips for a verdict: {clips}, and it takes {FEWEST}; add prompts, or seeds: --seed 0 --seed 1")
-    if suite.many:
-        warn(suite.many)
-
-
-def arms_table(report: "SuiteReport") -> "Table":
+def arms_table(report: SuiteReport) -> Table:
     """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead.
 
     Of clips in folders their rivals stand below.
     """
-    from .metrics.dynamics import DYNAMICS
-    from .metrics.registered import decimals_of
-    from .suites.figures import NOTHING
-
     main, whole, further = report.main, report.full_steps, report.further
     key = {arm.name: (report.is_dense(arm), -arm.ahead[main].mean if main in arm.ahead else 0.0) for arm in report.arms}
     arms = sorted(report.arms if report.of_folders else report.judged, key=lambda arm: key[arm.name])

@@ -1,6 +1,5 @@
-"""The command `dit-accel eval folders`: clips that any engine wrote, against its own reference and rivals."""
+"""The commands on what lies in files: clips that any engine wrote, and results of several runs and people."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,16 +7,14 @@ import typer
 from dit_accel_pipelines.generation.options import Quiet, option
 
 from dit_accel import ConfigError
-from dit_accel.cli.console import OUT, TALK, print_error
+from dit_accel.cli.console import OUT, TALK, print_error, warn
 
-from .comparing import FurtherMetrics, KeepFrames, arms_table, check_page
-
-Folders = Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")]
+from .compare_options import FurtherMetrics, KeepFrames
 
 
 def compare_folders(
     reference: Annotated[Path, option("What clips should be: a folder of clips.", metavar="DIR")],
-    arm: Folders,
+    arm: Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")],
     rival: Annotated[
         list[str] | None,
         option("What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
@@ -53,6 +50,7 @@ def compare_folders(
 
     dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
     """
+    from .comparing import arms_table, check_page
     from .metrics.registered import check_names
     from .report.lines import read_results
     from .report.report import suite_report
@@ -61,38 +59,83 @@ def compare_folders(
     from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
-    lines, rivals, arms = check_page(output, beside=(".json",)), _named("rival", rival or ()), _named("arm", arm)
-    twice = [name for name in rivals if name in arms] + [name for name in (*rivals, *arms) if name == REFERENCE]
-    if twice:
-        raise ConfigError(f"{twice[0]!r} names two folders; give each a name of its own")
+    lines, shared, paths = check_page(output, beside=(".json",)), output.with_suffix(".json"), {REFERENCE: reference}
+    named = [("rival", value) for value in rival or ()] + [("arm", value) for value in arm]
+    for what, value in named:
+        name, sign, path = value.partition("=")
+        if not (name.strip() and sign and path):
+            raise ConfigError(f"--{what} takes NAME=DIR, got {value!r}; write, say, --{what} mine=clips")
+        if name in paths:
+            raise ConfigError(f"{name!r} names two folders; give each a name of its own")
+        paths[name] = Path(path)
     metrics = check_names(["lpips@alex"] if metric is None else metric)
-    rows = [row for path in (table, times) if path for row in read_rows(path)]
-    folders, problems = pair({REFERENCE: reference, **rivals, **arms}, rows)
+    folders, problems = pair(paths, [row for path in (table, times) if path for row in read_rows(path)])
     for problem in problems:
         print_error(problem)
     if problems:
         raise typer.Exit(2)
     how = {"model": model, "metrics": metrics, "fps": fps, "frames": frames, "quiet": quiet}
-    measure_folders(folders, [*rivals], lines, **how)
+    measure_folders(folders, [*paths][1 : 1 + len(rival or ())], lines, **how)
     report = suite_report(read_results(lines))
-    write_reports([report], {"html": output, "json": output.with_suffix(".json")})
+    write_reports([report], {"html": output, "json": shared})
     if not quiet:
         OUT.print(arms_table(report))
         if report.pairs:
             print(pairs_markdown(report.pairs))
-        texts = (*report.warnings, f"written: {lines}, and to share {output.with_suffix('.json')}")
+        texts = (*report.warnings, f"written: {lines}, and to share {shared}")
         TALK.print("\n".join(texts), markup=False, soft_wrap=True)
     OUT.print(str(output), markup=False, soft_wrap=True)
 
 
-def _named(what: str, values: Sequence[str]) -> dict[str, Path]:
-    """Return name -> folder of options NAME=DIR."""
-    named: dict[str, Path] = {}
-    for value in values:
-        name, sign, path = value.partition("=")
-        if not (name.strip() and sign and path):
-            raise ConfigError(f"--{what} takes NAME=DIR, got {value!r}; write, say, --{what} mine=clips")
-        if name in named:
-            raise ConfigError(f"--{what} names {name!r} twice; give each a name of its own")
-        named[name] = Path(path)
-    return named
+def merge_results(
+    results: Annotated[list[Path], typer.Argument(help="JSON files of runs, or their lines.", metavar="RUN.json ...")],
+    output: Annotated[Path, option("File to write, .json.", "--output", "-o", metavar="FILE")],
+) -> None:
+    """Merge runs against one reference into one, so that all arms are judged together.
+
+    Refused are runs of another model, call, reference or prompts, and a clip
+    of an arm that two of them tell otherwise.
+
+    Examples:
+
+    dit-accel eval merge ours.json theirs.json -o both.json
+    """
+    from .report.lines import merged_results, read_results
+    from .report.report import suite_report
+    from .report.writing import write_reports
+
+    if output.suffix != ".json":
+        raise ConfigError(f"a merged run is a .json, got {output}; write, say, -o {output.with_suffix('.json')}")
+    together = merged_results([read_results(path) for path in results])
+    write_reports([suite_report(together)], {"json": output})
+    OUT.print(str(output), markup=False, soft_wrap=True)
+
+
+def show_board(
+    folder: Annotated[Path, typer.Argument(help="Folder of JSON files of runs.", metavar="DIR")],
+    output: Annotated[Path, option("Page to write, .html; opens offline.", "--output", "-o", metavar="FILE")] = Path(
+        "board.html"
+    ),
+) -> None:
+    """Show all runs of a folder on one page: the rules on top, arms to be sorted and filtered.
+
+    Runs are the files that eval report --json, eval folders and eval merge
+    write; figures are made anew from their lines. Results of fastvideo eval
+    and of VBench stand below, as they are.
+
+    Examples:
+
+    dit-accel eval board runs -o board.html
+    """
+    from dit_accel.files import check_writable, write_text
+
+    from .report.board import board_page, read_board
+
+    if output.suffix != ".html":
+        raise ConfigError(f"the board must be a .html, got {output}; write, say, -o {output.with_suffix('.html')}")
+    check_writable(output, "the board")
+    board = read_board(folder)
+    for name, reason in board.unread.items():
+        warn(f"{name} is not shown: {reason}")
+    write_text(output, board_page(board, folder, output))
+    OUT.print(str(output), markup=False, soft_wrap=True)

@@ -16,9 +16,7 @@ from scipy.stats import rankdata
 
 LEVEL = 0.95  # confidence of an interval
 WRONG = 1 - LEVEL  # share of the times in which any verdict of a table may be wrong
-FEWEST = 6  # clips from which on there are intervals and verdicts
-TOO_FEW = "too few"  # the verdict of fewer clips
-
+FEWEST, TOO_FEW = 6, "too few"  # clips from which on there are intervals and verdicts; the verdict of fewer
 Key = TypeVar("Key")
 
 

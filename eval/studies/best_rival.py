@@ -13,7 +13,7 @@ import numpy as np
 import tomli_w
 from dit_accel_assets import model_names, model_path
 from dit_accel_eval.runs.model import shipped_scheduler
-from dit_accel_eval.runs.results import Line, last_by_clip, read_lines
+from dit_accel_eval.runs.results import Line, read_lines
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import VERSION, Ladder, read_ladder, setting_words
@@ -52,7 +52,8 @@ def _arm(solver: str, shift: float | None, count: int) -> Arm:
 
 def means(suite: Suite, lines: Sequence[Line], clips: int) -> dict[str, float]:
     """Return name -> mean PSNR over the suite's first clips, of each arm that ran on all of them."""
-    known, wanted = last_by_clip(lines), range(suite.first_clip, suite.first_clip + clips)
+    known = {(line["arm"], line["clip"]): line for line in lines}
+    wanted = range(suite.first_clip, suite.first_clip + clips)
     ran = [arm.name for arm in suite.arms if all((arm.name, clip) in known for clip in wanted)]
     return {name: float(np.mean([known[name, clip]["psnr"] for clip in wanted])) for name in ran}
 

@@ -16,7 +16,7 @@ import typer
 from dit_accel_assets import held_out_prompts
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.psnr import psnr
-from dit_accel_eval.runs.conditions import processor_name
+from dit_accel_eval.runs.conditions import OwnClips, processor_name
 from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
 from dit_accel_eval.runs.model import ModelRun
@@ -88,7 +88,8 @@ def main(
     text = shown_prompt(model) if prompt is None else prompt
     resolve(tuning_request(prompts=(text,), model=model, num_frames=num_frames))
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):
-        loaded = EmbeddedModel(model, {} if num_frames is None else {"num_frames": num_frames}, text)
+        clips = OwnClips(prompts=(text,), seeds=tuple(range(seeds)))
+        loaded = EmbeddedModel(model, {} if num_frames is None else {"num_frames": num_frames}, clips)
         _write(out, loaded, compare(loaded, seeds))
 
 

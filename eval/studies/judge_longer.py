@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
-from dit_accel_eval.metrics.loops import STRETCH, loop_rise
 from dit_accel_eval.metrics.metric import Clip
-from dit_accel_eval.metrics.motion import mean_motion, sharpness
+from dit_accel_eval.metrics.motion import STRETCH, loop_rise, mean_motion, sharpness
 from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.suite import Suite

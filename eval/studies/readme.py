@@ -12,8 +12,7 @@ from typing import Any
 import tables
 import tables_of_clips as of_clips
 from attention_table import page_text as shapes_text
-from dit_accel_eval.power import committed, power_table
-from dit_accel_eval.protocol import protocol_rules
+from dit_accel_eval.protocol import committed, power_table, protocol_rules
 from dit_accel_eval.runs.results import Line, ResultLine, markdown_table, read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_table
 from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words

@@ -1,7 +1,7 @@
 """Tables of the documentation site that come from the code itself: its errors and its models."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dit_accel_eval.runs.results import markdown_table
@@ -37,7 +37,7 @@ def errors_list(root: Path, room: str) -> str:
     advices: dict[str, str] = {}
     for path in _files(root, room):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for text in _texts(tree, {*RAISED, *further}, _constants(tree)):
+        for text in _texts(tree, {*RAISED, *further}, _strings(tree.body)):
             what, _, advice = text.rpartition("; ")
             if what:
                 advices.setdefault(what, advice)
@@ -63,18 +63,21 @@ def _files(root: Path, room: str) -> list[Path]:
     return paths
 
 
-def _texts(tree: ast.Module, names: set[str], constants: dict[str, str]) -> Iterator[str]:
+def _texts(node: ast.AST, names: set[str], known: dict[str, str]) -> Iterator[str]:
     """The messages of all calls of an error's class, raised at once or made first."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and node.args and _called(node) in names:
-            yield _text(node.args[0], constants)
+    if isinstance(node, ast.FunctionDef):
+        known = known | _strings(ast.walk(node))
+    if isinstance(node, ast.Call) and node.args and _called(node) in names:
+        yield _text(node.args[0], known)
+    for child in ast.iter_child_nodes(node):
+        yield from _texts(child, names, known)
 
 
-def _constants(tree: ast.Module) -> dict[str, str]:
-    """The texts that a module names at its top, such as advice that several of its errors give."""
+def _strings(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    """The texts that have a name at a module's top or in a function, such as advice that several errors give."""
     return {
         target.id: _text(node.value, {})
-        for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr)
+        for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr)
         for target in node.targets if isinstance(target, ast.Name)
     }  # fmt: skip
 

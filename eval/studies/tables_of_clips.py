@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from dit_accel_eval.metrics import metric
 from dit_accel_eval.runs.loaded import FIRST_PROMPT
-from dit_accel_eval.runs.results import WORKS, Line, ResultLine, last_by_clip, markdown_table
+from dit_accel_eval.runs.results import WORKS, Line, ResultLine, markdown_table
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.figures import ArmFigures, Comparison
 from dit_accel_eval.suites.suite import Suite
@@ -191,7 +191,7 @@ def vbench_proxies(lines: Sequence[Line]) -> str:
 
 def vbench_arms(lines: Sequence[Line]) -> str:
     """What a suite's arms come to by VBench's names, each against the first, on the clips that all of them have."""
-    known = last_by_clip(lines)
+    known = {(line["arm"], line["clip"]): line for line in lines}
     arms = [*dict.fromkeys(line["arm"] for line in lines)]
     clips = [clip for clip in sorted({clip for _, clip in known}) if all((arm, clip) in known for arm in arms)]
     held = {arm: [known[arm, clip] for clip in clips] for arm in arms}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import signal
@@ -192,6 +193,7 @@ def test_a_failure_is_one_line_and_exit_code_1_and_a_warning_is_one_line(monkeyp
 
     def warning(name: str) -> None:
         warnings.warn("nothing was\n  planned", stacklevel=1)
+        logging.getLogger("torchao").warning("of another library")
         raise ConfigError("so")
 
     monkeypatch.setattr(installed, "family", warning)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dit_accel_eval.bench import forwards
 from dit_accel_eval.bench.beside import Beside
-from dit_accel_eval.bench.forwards import BenchArm, Plan, bench_arms, bench_of, run_bench
+from dit_accel_eval.bench.forwards import BenchArm, BenchPlan, bench_arms, bench_of, run_bench
 from dit_accel_eval.bench.loop import OutOfMemoryError, in_turn
 from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import SHAPES, BenchOptions, Shape, named_shapes
@@ -104,8 +104,10 @@ def test_the_dense_arm_that_the_others_are_held_against_is_the_one_of_the_least_
     """One slow step makes a backend's mean the worse one, however quick most of its steps are."""
     took = {"native": [0.1, 0.1, 0.1, 1.0], "_native_math": [0.2] * 4}
     made = narrow(steps=4)
-    ran = forwards._run(made, BenchArm(name="dense"), 4)
-    monkeypatch.setattr(forwards, "_run", lambda bench, arm, steps: replace(ran, steps=took[arm.backend][:steps]))
+    ran = made(BenchArm(name="dense"), 4)
+    monkeypatch.setattr(
+        forwards.Bench, "__call__", lambda bench, arm, steps: replace(ran, steps=took[arm.backend][:steps])
+    )
     arms = [BenchArm(name=name, backend=name) for name in took]
     lines = run_bench(made, arms, rounds=2)
     assert [line["step_seconds"]["median"] for line in lines] == pytest.approx([0.325, 0.2])
@@ -125,7 +127,7 @@ def test_an_arm_that_fails_is_told_and_the_others_run(monkeypatch):
 def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(monkeypatch, here):
     """With a little more than the model takes: enough for attention in tiles, and too little for every logit."""
     shape = "wan2.1-1.3b:128x192x17"
-    plan = Plan.of(named_shapes(shape)[0], BenchOptions(shapes=shape, heads=2, num_inference_steps=1))
+    plan = BenchPlan.of(named_shapes(shape)[0], BenchOptions(shapes=shape, heads=2, num_inference_steps=1))
     model, logits = memory_of_model(plan, torch.float32), memory_of_logits(plan, "flex")
     assert logits == 4 * 4 * 2 * 480**2
     monkeypatch.setattr(forwards, "free_memory", lambda device: model + logits // 2)
@@ -144,14 +146,14 @@ def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(mo
 
 def test_an_arm_that_runs_out_of_memory_in_a_later_round_leaves_the_others(monkeypatch):
     made, count = narrow(steps=1), itertools.count()
-    ran = forwards._run(made, BenchArm(name="dense"), 1)
+    ran = made(BenchArm(name="dense"), 1)
 
     def run(bench, arm, steps):
         if arm.name == "large" and next(count) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB")
         return ran
 
-    monkeypatch.setattr(forwards, "_run", run)
+    monkeypatch.setattr(forwards.Bench, "__call__", run)
     dense, large = run_bench(made, [BenchArm(name="dense"), BenchArm(name="large")], rounds=3)
     assert (dense["rounds"], large["reason"], large["out_of_memory"]) == (3, "ran out of memory", True)
 
@@ -174,7 +176,7 @@ def test_a_process_that_is_killed_ends_an_arm_and_the_next_begins_another():
 def test_the_named_shapes_are_the_sequences_of_the_released_models_and_need_memory_accordingly():
     """Tokens by hand: latents of an eighth, patches of two, a frame and one for every four; text where it joins."""
     options = BenchOptions(shapes="all", num_inference_steps=1)
-    plans = {shape.name: Plan.of(shape, options) for shape in named_shapes("all")}
+    plans = {shape.name: BenchPlan.of(shape, options) for shape in named_shapes("all")}
     assert {name: plan.dense.layout.tokens for name, plan in plans.items()} == {
         "flux-1mp": 64 * 64 + 512, "flux-4mp": 128 * 128 + 512, "wan-480p": 21 * 30 * 52, "wan-720p": 21 * 45 * 80,
         "hunyuan-720p": 33 * 45 * 80 + 256,
@@ -183,7 +185,7 @@ def test_the_named_shapes_are_the_sequences_of_the_released_models_and_need_memo
     assert named_shapes("wan-480p, wan-480p") == [plans["wan-480p"].shape]
     narrow_options = BenchOptions(shapes="all", heads=2, num_inference_steps=1)
     for name, least, most in (("wan-480p", 30, 40), ("wan-720p", 150, 220), ("flux-1mp", 0.5, 2)):
-        plan = Plan.of(named_shapes(name)[0], narrow_options)
+        plan = BenchPlan.of(named_shapes(name)[0], narrow_options)
         assert least < (memory_of_model(plan, torch.float32) + memory_of_logits(plan, "flex")) / 2**30 < most
         assert memory_of_model(plan, torch.float32) < 8 * 2**30
 
@@ -208,7 +210,7 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
     lines = list(forwards.run_shapes([long, short], [], options=options, device=CPU, dtype=torch.float32,
                                      say=said.append))  # fmt: skip
     assert [line["shape"] for line in lines] == [short.name]
-    work = [Plan.of(shape, options).dense.total_flops for shape in (long, short)]
+    work = [BenchPlan.of(shape, options).dense.total_flops for shape in (long, short)]
     assert f"{long.name} is left out: it would take about {2 * work[0] / work[1]:.0f} s; raise --budget" in said
 
 

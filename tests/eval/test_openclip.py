@@ -10,7 +10,7 @@ from dit_accel_eval.metrics import Sample, metric, openclip, scores
 from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
-from dit_accel_eval.tune.objectives import objective_of
+from dit_accel_eval.tune.heads import objective_of
 from fake_model import ARM, HEAD, command, told
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -210,7 +210,7 @@ def test_clips_in_files_are_scored_by_their_prompts(given, tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.rint(clip(ord(name), 1)[0] * 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
     name, file = f"clip-align@open_clip:{MODEL}={given[3]}", tmp_path / "p.json"
-    assert "compares with the prompt; give it with --prompt" in command("score", tmp_path, "-m", name).stderr
+    assert "compares with the prompt; give --prompt" in command("score", tmp_path, "-m", name).stderr
     file.write_text(json.dumps({"a.png": "a sea", "b.png": PROMPT}))
     for options, said in ((("--prompt", PROMPT), [PROMPT] * 2), (("--prompts", file), ["a sea", PROMPT])):
         found = command("score", tmp_path, "-m", name, *options, "--json")

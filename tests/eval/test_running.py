@@ -14,9 +14,8 @@ from dit_accel_eval.runs.results import ResultLine, last_lines, read_kept, read_
 from dit_accel_eval.suites import reference, running
 from dit_accel_eval.suites.figures import Comparison, suite_figures, suite_table
 from dit_accel_eval.suites.job import Job, check_clips
-from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.running import run_arms
-from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.suites.suite import judge_of, read_suite
 from dit_accel_pipelines.processes.ranks import Ranks
 from fake_model import ARM, HEAD, THIN, FakeModel, command, faked, told, written
 
@@ -53,11 +52,11 @@ def test_what_can_not_run_exits_with_2_and_runs_nothing(tmp_path, job, fake):
     for text, options, message in (
         ("", (), "no suite at"),
         (HEAD + "[call]\nframes = 3\n" + ARM, (), "call of wan-plain takes no 'frames'; did you mean 'num_frames"),
-        (HEAD + ARM + "call = { num_frames = 5 }", (), "arm 'a' has a call of its own, {'num_frames': 5}, and all"),
+        (HEAD + ARM + "call = { num_frames = 5 }", (), "arm 'a' has a call of its own, {'num_frames': 5}"),
         (judged, (), f"s judges clips by themselves ({LONGER}), without a dense run"),
-        (HEAD + ARM, ("--out", nothing / "r.jsonl"), "results can't be written to "),
+        (HEAD + ARM, ("--out", nothing / "r.jsonl"), "the folder of results "),
         (HEAD + ARM, ("--out", tmp_path), "it is a folder; name a file in it"),
-        (HEAD + ARM, ("--frames", nothing), "frames can't be written to "),
+        (HEAD + ARM, ("--frames", nothing), "the folder of frames "),
         (HEAD + ARM, ("--time", "--workers", "2"), "timed runs need the machine to themselves, got --workers 2"),
     ):
         nothing.write_text(text) if text else nothing.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from dit_accel_assets import model_path
 from dit_accel_eval.runs import loaded as given
 from dit_accel_eval.runs import results
 from dit_accel_eval.runs.conditions import Machine, OwnClips
-from dit_accel_eval.runs.model import OWN, SuiteModel, arm_scheduler, check_guided, guided
+from dit_accel_eval.runs.model import OWN, SuiteModel, arm_scheduler, check_guided, guided_by
 from dit_accel_eval.runs.results import append_line, read_kept, read_lines, run_of, write_lines
 from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.job import Job
@@ -127,7 +127,7 @@ def test_a_guider_takes_the_place_of_the_pipeline_s_own_for_its_arm():
     assert off.counts.blocks * 2 == plain.counts.blocks
     with (
         pytest.raises(ConfigError, match=r"PerturbedAttentionGuidance.*not accept"),
-        guided(model.pipe, {"PerturbedAttentionGuidance": {}}),
+        guided_by(model.pipe, {"PerturbedAttentionGuidance": {}}),
     ):
         pytest.fail("it was taken")
     with pytest.raises(ConfigError, match=r"WanPipeline.*guider.*HunyuanVideo 1\.5"):

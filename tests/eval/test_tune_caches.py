@@ -157,7 +157,7 @@ def test_what_is_written_is_read_by_profiling_cache(profiled, pipe):
     for criterion in CRITERIA:
         assert np.shape(entry["by_step"][criterion]) == (6, FEW)
     assert all(0 <= x <= 1 for row in entry["by_step"]["attention"] for x in row if x is not None)
-    with dit_accel.attach(pipe, ProfilingCache(blocks=str(found.output), every=2)) as attachment:
+    with dit_accel.attach(pipe, ProfilingCache(blocks=str(folder / "profile.json"), every=2)) as attachment:
         run(pipe, resolve(few())[0])
         section = attachment.report().section("profilingcache")
     assert [*read_numbers(section.data["cached"]["transformer"], "x")] == entry["cached"]

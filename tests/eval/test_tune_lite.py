@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs.loaded import embedded_prompts
-from dit_accel_eval.tune.heads import cost, search, tune_heads
+from dit_accel_eval.tune.heads import HeadSelection, cost, objective_of, search, tune_heads
 from dit_accel_eval.tune.lite import CLOSE, HIGHEST, LOWEST, NEAR, Tuner, combine, error_of, search_level, tune_lite
-from dit_accel_eval.tune.objectives import HeadSelection, objective_of
 from dit_accel_pipelines.generation.generate import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,7 +109,7 @@ def test_the_lowest_threshold_of_prompts_and_branches_is_written_and_errors_are_
 def test_a_run_with_the_file_is_the_run_that_was_tuned(tmp_path: Path, pipe):
     asked = request(LITE)
     tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
-    assert read_thresholds(tuned.output).model == tuned.found["model"] == "wan-plain"
+    assert read_thresholds(tmp_path / "lite.toml").model == tuned.found["model"] == "wan-plain"
     assert [path.name for path in tmp_path.iterdir()] == ["lite.toml"]
     rows = tuned.found["steps"]
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -118,7 +117,7 @@ def test_a_run_with_the_file_is_the_run_that_was_tuned(tmp_path: Path, pipe):
     assert rows[0]["dense"] < 1e-5
     assert rows[2]["dense"] > rows[1]["dense"] > 0
     dense = run(pipe, PROMPTS[0], asked)
-    config = LiteAttention(block_size=16, dense_steps=0, thresholds_file=str(tuned.output))
+    config = LiteAttention(block_size=16, dense_steps=0, thresholds_file=str(tmp_path / "lite.toml"))
     with dit_accel.attach(pipe, config) as attachment:
         made = run(pipe, PROMPTS[0], asked)
         densities = [step.density for step in attachment.report().steps]

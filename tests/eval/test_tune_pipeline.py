@@ -91,7 +91,7 @@ def tune(tmp_path, fake, monkeypatch):
 def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune, tmp_path, fake):
     """32 dB are an error of .025: 4 x 1.1 / n^2 is that at 13.3 steps, so a cache of 14, which cost 7, is cheapest."""
     tuned = tune("psnr=32")
-    found = json.loads(json.dumps(tuned.to_dict()))
+    found = json.loads(json.dumps(tuned.found))
     chosen = found["chosen"]
     assert chosen["arm"] == "cached 14"
     assert (chosen["work"], chosen["prompts"]) == (7.0, pipeline_search.HELD_OUT)

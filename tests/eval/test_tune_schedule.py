@@ -12,8 +12,7 @@ from cache_calls import Driven, run_through, still
 from diffusers import DDIMScheduler
 from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune.period import Logits, harmonics, spectrum, tune_period
-from dit_accel_eval.tune.schedule import Placement, tune_schedule
-from dit_accel_eval.tune.skip_costs import SkipCosts, best_lists, grown, searched
+from dit_accel_eval.tune.schedule import Placement, SkipCosts, best_lists, grown, searched, tune_schedule
 from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import make_scheduler
 from hypothesis import given

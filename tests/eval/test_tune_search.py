@@ -15,9 +15,9 @@ from dit_accel_eval.tune.caches import tune_magcache
 from dit_accel_eval.tune.heads import tune_heads
 from dit_accel_eval.tune.lite import tune_lite
 from dit_accel_eval.tune.period import tune_period
+from dit_accel_eval.tune.pipeline import BY_HAND, default_space, space_of
 from dit_accel_eval.tune.profile import tune_profile
 from dit_accel_eval.tune.schedule import tune_schedule
-from dit_accel_eval.tune.space import BY_HAND, default_space, space_of
 from tuning import PROMPTS, SMALL, request, tune
 
 from dit_accel import ConfigError, EasyCache, MagCache, RadialAttention, SoftPAG
@@ -101,7 +101,7 @@ def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch):
     for arguments, text in (
         (["radial"], "tune has no command 'radial'; known: heads, lite"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
-        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some with --prompt"),
+        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give --prompt"),
         (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),
         (["schedule", *SMALL, "--num-inference-steps", "5", "--computed", "9"], "computed = 9"),
         (["lite", "--rounds", "2"], "No such option: --rounds"),

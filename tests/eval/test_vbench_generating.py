@@ -79,7 +79,7 @@ def test_augmented_prompts_are_shown_and_the_videos_called_by_vbenchs(info, tmp_
     (one,) = video_pieces(every, [every[2]], ["subject_consistency"], tmp_path, 1, 7, augmented)
     assert (one.prompt, one.seed) == (augmented[2], 200_007)
     file.write_text(f"{PROMPTS[0]}\n")
-    with pytest.raises(ConfigError, match=r"augmented.txt has 1 augmented prompts, and VBench 3"):
+    with pytest.raises(ConfigError, match=r"augmented.txt has 1 prompts, and VBench 3"):
         read_augmented(file, every)
     refused, _, text = making(info, "--augmented", file, "--prompts", file)
     assert (refused.exit_code, "leave --prompts out" in text) == (2, True)
@@ -250,7 +250,7 @@ def test_prompts_of_ones_own_go_to_the_package(videos, ready, tmp_path):
     assert "by night" in calls[0]
     assert calls[0].endswith(" 10")  # no filter for videos of one's own
     found, _, text = start(videos, ready, "--custom", "-d", "color")
-    assert (found.exit_code, "color can't be measured of videos of one's own" in text) == (2, True)
+    assert (found.exit_code, "color can't be measured of one's own videos" in text) == (2, True)
 
 
 def test_what_can_not_be_measured_is_refused_with_the_packages_last_line_and_another_version(videos, ready, tmp_path):

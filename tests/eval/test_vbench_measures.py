@@ -203,7 +203,7 @@ def test_videos_of_ones_own_have_prompts_from_their_names_or_a_file(work):
     found = start("--custom", "-d", "temporal_flickering", "--prompts", at / "p.json")
     assert (found.exit_code, f"has no '{names[0]}'" in told(found)) == (2, True)
     blocked = start("--custom", "-d", "scene")
-    assert "scene can't be measured of videos of one's own" in told(blocked)
+    assert "scene can't be measured of one's own videos" in told(blocked)
 
 
 def test_wrong_prompts_are_refused(tmp_path):

@@ -1,7 +1,6 @@
 """Options of a run that its pipeline's call or its layers take: shift, guidance scales, free arguments, attention."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,74 +8,18 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from dit_accel_pipelines.generation import dense_attention
-from dit_accel_pipelines.generation.generate import generate
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.pipeline_call import CallSignature
 from dit_accel_pipelines.generation.request import Request, resolve
 from model_folders import model_folder
-from typer.testing import CliRunner
 
-from dit_accel.cli.app import app
-from dit_accel.errors import ConfigError, DitAccelError
+from dit_accel.errors import ConfigError
 
 SMALL = dict(num_inference_steps=2, num_frames=5, height=32, width=48)
 
 
 def request(folder: Path, **changes: Any) -> Request:
     return Request(**{"prompt": "a red circle", "output": folder / "a.png", **SMALL, **changes})
-
-
-def test_a_side_car_says_each_option_and_the_command_line_wins(tmp_path: Path):
-    (tmp_path / "run.toml").write_text("[run]\nflow_shift = 9.0\n[easycache]\n")
-    size = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    files = {}
-    for name, more in {
-        "plain": [],
-        "shift": ["--shift", "2"],
-        "run": ["--config", str(tmp_path / "run.toml")],
-        "all": [
-            "--config",
-            str(tmp_path / "run.toml"),
-            "--shift",
-            "2",
-            "--arg",
-            "max_sequence_length=64",
-            "--attention-backend",
-            "_native_math",
-        ],
-    }.items():
-        output = tmp_path / f"{name}.png"
-        done = CliRunner().invoke(app, ["generate", "a red circle", *size, *more, "-o", str(output)])
-        assert done.exit_code == 0, done.output
-        files[name] = output.read_bytes(), json.loads((tmp_path / f"{name}.png.json").read_text())
-    shifts = [files[name][1]["flow_shift"] for name in files]
-    assert shifts == [None, 2.0, 9.0, 2.0]
-    assert (files["all"][1]["arg"], files["all"][1]["attention_backend"]) == (
-        ["max_sequence_length=64"],
-        "_native_math",
-    )
-    assert len({data for data, _ in files.values()}) >= 3
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    (dict(guidance_scale_2=3.0), r"two experts, got 3 for .*wan-tiny"),
-    (dict(true_cfg_scale=3.0), r"WanPipeline takes no true_cfg_scale, got 3\.0"),
-    (dict(strength=0.5), r"WanPipeline takes no strength, got 0\.5"),
-    (dict(strength=1.5), r"strength must be .* got 1\.5"),
-    (dict(flow_shift=0.0), r"flow_shift must be .* got 0"),
-    (dict(arg=["steps=3"]), r"WanPipeline takes no 'steps'; known: "),
-    (dict(attention_backend="natve"), r"'natve'; did you mean 'native'"),
-    (dict(attention_backend="sage"), r"attention backend 'sage' .* on cpu .*sageattention"),
-    (dict(attention_backend="_native_cudnn"), r"attention backend '_native_cudnn' .* on cpu"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_cannot_be_is_refused_before_weights_are_loaded(options, message, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", lambda request: 1 / 0)
-    with pytest.raises(DitAccelError, match=message):
-        generate([request(tmp_path, device="cpu", **options)])
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_scheduler_without_a_shift_is_refused_before_weights_are_loaded(tmp_path: Path):

@@ -187,14 +187,10 @@ def test_a_training_goes_on_exactly_with_blocks_computed_again_and_samples_in_bf
 
 
 BAD = [
-    ("hunyuan-video", {"num_frames": 16}, r"num_frames.*4 and 1 more.*such as 17, got 16"),
-    ("mochi", {"num_frames": 27}, r"num_frames.*6 and 1 more.*such as 25, got 27"),
     ("ltx", {"num_frames": 29}, r"num_frames.*8 and 1 more.*such as 25, got 29"),
     ("hunyuan-video", {"width": 72}, r"width.*16.*got 72"),
-    ("ltx", {"height": 144}, r"height.*32.*got 144"),
     ("mochi", {"num_frames": 31}, r"29 frames.*31"),
     ("wan a14b low", {"expert": None}, r"two transformers.*--expert"),
-    ("ltx", {"ulysses": 2}, "ulysses = 2.*1 were started"),
     ("mochi", {"expert": "low"}, "one transformer, got expert 'low'"),
 ]
 
@@ -330,7 +326,7 @@ def test_what_is_wrong_is_told_by_every_process(base: Path, tmp_path: Path):
     errors = processes(2, base, output=tmp_path / "lora", rank=4, resume=True)
     assert [error.startswith("refused: the checkpoint") for error in errors] == [True, True], errors
     errors = processes(3, base, output=tmp_path / "out", ulysses=2)
-    message = "ulysses = 2 processes are to share each clip, and 3 were started"
+    message = "ulysses = 2 does not divide the 3 processes"
     assert [message in error for error in errors] == [True] * 3
 
 

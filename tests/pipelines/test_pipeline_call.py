@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from dit_accel_pipelines.generation.generate import frames_of, generate, run
-from dit_accel_pipelines.generation.inputs import read_pictures
 from dit_accel_pipelines.generation.media import write_media
 from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.progress import Stages
@@ -93,35 +92,6 @@ def test_defaults_go_only_to_parameters_that_are_there(tmp_path: Path):
     assert (asked.height, asked.width, asked.num_frames) == (None, None, 17)
 
 
-def test_bad_requests_are_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", lambda request: 1 / 0)
-    video = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
-    for changes, message in (
-        (dict(model=str(model_folder(tmp_path / "t2v")), image=[tmp_path / "b.png"]), "WanPipeline.*no image, got"),
-        (dict(model=video), "WanVideoToVideoPipeline.*--video"),
-        (dict(model=video, video=[tmp_path / "b.mp4"]), r"video .*b.mp4.*read"),
-        (dict(model=video, video=[tmp_path / "b.mp4"], num_frames=9), "no num_frames, got 9"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            generate([request(tmp_path, **changes)])
-
-
-def test_a_run_passes_pictures_and_nothing_else(tmp_path: Path):
-    """With a pipeline without guidance, whose default the side-car must not ask for."""
-    Image.new("RGB", (8, 6), "red").save(tmp_path / "b.png")
-    seen: dict[str, Any] = {}
-
-    class Pipe:
-        def __call__(self, image, prompt, generator, output_type, num_inference_steps=2):
-            seen.update(image=image, prompt=prompt, steps=num_inference_steps, output_type=output_type)
-            return SimpleNamespace(images=np.zeros((1, 4, 6, 3)))
-
-    made = run(Pipe(), request(tmp_path, image=[tmp_path / "b.png"]))
-    assert (seen["image"].size, seen["prompt"], seen["steps"], seen["output_type"]) == ((8, 6), PROMPT, 2, "np")
-    assert made.frames.shape == (1, 4, 6, 3)
-    assert read_pictures(request(tmp_path), CallSignature.of(Pipe)) == {}
-
-
 def test_steps_are_counted_by_the_progress_bar(tmp_path: Path, monkeypatch):
     """Pipelines without a callback have one too, and it knows how many steps there really are."""
     said: list[Any] = []
@@ -175,7 +145,7 @@ class StubPipe:
     def enable_sequential_cpu_offload(self, device: Any) -> None:
         self.said = ["sequential", str(device)]
 
-    def enable_group_offload(self, onload_device: Any, offload_type: str, use_stream: bool) -> None:
+    def enable_group_offload(self, onload_device: Any, offload_type: str, use_stream: bool, **_: Any) -> None:
         self.said = ["group", str(onload_device), offload_type, use_stream]
 
 

@@ -1,8 +1,4 @@
-"""The process in which arms run: one that is killed for want of memory ends a row of the bench's table, not the bench.
-
-One process runs the arms of a shape in turn, since each would have to load torch and make the model anew; after one has
-died the next arm begins another.
-"""
+"""The process in which a shape's arms run in turn: one that is killed for want of memory ends a row, not the bench."""
 
 import contextlib
 import os

@@ -84,6 +84,9 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
 
 def _show(lines: list[Line]) -> None:
     """Print the table of one shape."""
+    from dit_accel.methods.attention.sparse import SparseConfig
+    from dit_accel.methods.registry import method
+
     first = lines[0]
     size = f"{first['tokens']:,} tokens ({first['width']} x {first['height']}, {first['num_frames']} frames)"
     blocks = f"{first['layers']} layers of {first['heads']} of {first['all_heads']} heads"
@@ -104,17 +107,9 @@ def _show(lines: list[Line]) -> None:
     for line in lines:
         if line.get("out_of_memory"):
             OUT.print(f"{line['arm']} {line['reason']}", markup=False, soft_wrap=True)
-        elif line["methods"] and line.get("attended") == 1 and {*line["methods"]} & {*_sparse()}:
+        elif line.get("attended") == 1 and any(issubclass(method(name), SparseConfig) for name in line["methods"]):
             OUT.print(f"{line['arm']} computed every pair, so that no sparse part was timed; give it more steps, or a "
                       "larger output", markup=False, soft_wrap=True)  # fmt: skip
-
-
-def _sparse() -> list[str]:
-    """Return the names of the methods whose first steps may be dense."""
-    from dit_accel.methods import registry
-    from dit_accel.methods.attention.sparse import SparseConfig
-
-    return [name for name, config in registry.methods().items() if issubclass(config, SparseConfig)]
 
 
 def _spread(figures: dict[str, float], factor: float, digits: int) -> str:

@@ -1,8 +1,4 @@
-"""Times forwards of real shapes with random weights: dense by every backend, and methods; a step and its layers.
-
-Random weights say nothing of quality, nor of what a cache or a method that looks at values would decide on a real
-model; the work that ran stands beside each time.
-"""
+"""Times forwards of real shapes with random weights: dense by every backend, and methods; a step and its layers."""
 
 import contextlib
 import dataclasses
@@ -30,7 +26,7 @@ from dit_accel.methods.presets import PRESETS
 from ..runs.counting import Counter, Counts, attended_share, work
 from ..runs.results import Line
 from .beside import Beside
-from .loop import OutOfMemoryError, device_time, in_turn, machine, quartiles, reason_of
+from .loop import OutOfMemoryError, device_time, in_turn, quartiles, reason_of, timed_on
 from .memory import free_memory, memory_of_logits, memory_of_model
 from .options import BenchOptions, Shape
 from .real_shapes import Inputs, find_family, make_model, to_device
@@ -39,7 +35,7 @@ WARM = 2  # steps at most with which every arm is run before it counts: compilat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class BenchPlan:
     """What is made of a shape: the family with the layers and heads that are made, and its dense run's plan."""
 
     shape: Shape
@@ -49,16 +45,15 @@ class Plan:
     dense: Prediction
 
     @classmethod
-    def of(cls, shape: Shape, options: BenchOptions) -> "Plan":
+    def of(cls, shape: Shape, options: BenchOptions) -> "BenchPlan":
         """Return the plan of a shape; `ConfigError` for sizes, layers or heads that the model can't have."""
         adapter, family = find_family(shape.family)
         most = {"layers": family.layers, "heads": family.heads}
         requested = {"layers": options.layers, "heads": options.heads or family.heads}
         for name, number in requested.items():
             if number > most[name]:
-                raise ConfigError(
-                    f"{family.name} has {most[name]} {name}, got --{name} {number}; ask for 1 to {most[name]}"
-                )
+                has = f"{family.name} has {most[name]} {name}"
+                raise ConfigError(f"{has}, got --{name} {number}; ask for 1 to {most[name]}")
         part = dataclasses.replace(family, **requested, ffn_dim=family.ffn_dim * requested["heads"] // family.heads)
         sizes: dict[str, Any] = shape.sizes
         dense = estimate(adapter, part, num_inference_steps=options.num_inference_steps, **sizes)
@@ -79,7 +74,7 @@ class Plan:
 class Bench:
     """A model that is timed."""
 
-    plan: Plan
+    plan: BenchPlan
     transformer: Any
     inputs: Inputs
     device: torch.device
@@ -93,7 +88,17 @@ class Bench:
 
     def __call__(self, arm: "BenchArm", steps: int) -> "ArmRun":
         """Run an arm, after which the model is as before."""
-        return _run(self, arm, steps)
+        from diffusers.models.attention_dispatch import attention_backend
+
+        self.counter.take()
+        nothing, methods = contextlib.nullcontext(), arm.methods
+        backend = attention_backend(arm.backend) if arm.backend else nothing  # set_attention_backend would last
+        attached = dit_accel.attach(self.transformer, *methods, preset="none") if methods else nothing
+        with _silent(), backend, attached as attachment:
+            seconds = list(_denoise(self, steps))
+            report = attachment.report() if attachment is not None else None
+        share = attended_share(report, self.plan.adapter, self.plan.family, self.plan.sizes, methods)[0]
+        return ArmRun(steps=seconds, **self.counter.seconds, counts=self.counter.take(), attended=share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +126,7 @@ def run_shapes(
     dtype: torch.dtype, say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Line]:  # fmt: skip
     """Give the lines of one shape after another, those of least work first; the longest may find no time."""
-    plans = sorted((Plan.of(shape, options) for shape in shapes), key=lambda plan: plan.dense.total_flops)
+    plans = sorted((BenchPlan.of(shape, options) for shape in shapes), key=lambda plan: plan.dense.total_flops)
     deadline, rate = time.perf_counter() + options.budget, math.inf
     for number, plan in enumerate(plans, 1):
         started, expected = time.perf_counter(), plan.dense.total_flops / rate
@@ -139,7 +144,7 @@ def run_shapes(
 
 def bench_of(shape: Shape, options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Bench:
     """Make a shape's model and its inputs, in the process that runs it."""
-    plan = Plan.of(shape, options)
+    plan = BenchPlan.of(shape, options)
     transformer, inputs = make_model(plan.adapter, plan.family, plan.dense)
     with _silent():
         transformer = transformer.to(device, dtype).requires_grad_(False)
@@ -217,23 +222,6 @@ def _rounds(runs: Sequence[ArmRun]) -> np.ndarray:
     return np.array([np.mean(ran.steps) for ran in runs])
 
 
-def _run(bench: Bench, arm: BenchArm, steps: int) -> ArmRun:
-    from diffusers.models.attention_dispatch import attention_backend
-
-    bench.counter.take()
-    nothing = contextlib.nullcontext()
-    backend = attention_backend(arm.backend) if arm.backend else nothing  # not set_attention_backend, which would last
-    with (
-        _silent(),
-        backend,
-        dit_accel.attach(bench.transformer, *arm.methods, preset="none") if arm.methods else nothing as attachment,
-    ):
-        seconds = list(_denoise(bench, steps))
-        report = attachment.report() if attachment is not None else None
-    share = attended_share(report, bench.plan.adapter, bench.plan.family, bench.plan.sizes, arm.methods)[0]
-    return ArmRun(steps=seconds, **bench.counter.seconds, counts=bench.counter.take(), attended=share)
-
-
 @torch.no_grad()
 def _denoise(bench: Bench, steps: int) -> Iterator[float]:
     """Run steps as a pipeline without guidance does, and give the seconds of each."""
@@ -266,11 +254,11 @@ def _about(bench: Bench | Beside, arm: BenchArm) -> Line:
         "family": plan.family.name, "layers": plan.family.layers, "heads": plan.family.heads,
         "all_heads": plan.all_heads, **plan.sizes, "tokens": plan.dense.layout.tokens,
         "steps": plan.dense.num_inference_steps, "methods": {method.name: method.to_dict() for method in arm.methods},
-        **machine(bench.device, bench.dtype),
+        **timed_on(bench.device, bench.dtype),
     }  # fmt: skip
 
 
-def _figures(plan: Plan, arm: BenchArm, runs: Sequence[ArmRun], against: str, dense: Sequence[ArmRun]) -> Line:
+def _figures(plan: BenchPlan, arm: BenchArm, runs: Sequence[ArmRun], against: str, dense: Sequence[ArmRun]) -> Line:
     """Return what an arm took; ratios are to the fastest dense backend: of the steps, and of one attention layer."""
     last, seconds, steps = runs[-1], _rounds(runs), plan.dense.num_inference_steps
     ours, other = ([x for ran in ones for x in ran.attention] for ones in (runs, dense))

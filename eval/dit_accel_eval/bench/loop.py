@@ -57,7 +57,7 @@ def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {"median": float(middle), "low": float(low), "high": float(high)}
 
 
-def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def timed_on(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return what every line says of where it was timed; the load is that of the last minute, of all processes."""
     return {
         "dtype": str(dtype)[6:], "device": device_name(device), "threads": torch.get_num_threads(),

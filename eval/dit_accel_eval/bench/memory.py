@@ -10,9 +10,7 @@ from accelerate import init_empty_weights
 
 from .real_shapes import make_model
 
-WHOLE = {"_native_math": 3.0, "flex": 4.0}
-"""Backend of diffusers that holds every logit -> how many copies of 32 bits; diffusers compiles no flex_attention."""
-
+WHOLE = {"_native_math": 3.0, "flex": 4.0}  # backend of diffusers that holds every logit -> how many copies of 32 bits
 PROCESS = 3 << 28  # bytes of a process that has loaded torch and diffusers
 WIDTHS, HIDDEN = 16, 2  # copies of a token that a block holds at most, of the model's width and of its feed-forward's
 

@@ -21,7 +21,7 @@ SHAPES = {
 _SIZES = re.compile(r"([^:]+):(\d+)x(\d+)(?:x(\d+))?")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shape:
     """A released model at one size of its output, in pixels and frames; None: the model's own."""
 
@@ -42,18 +42,15 @@ def named_shapes(text: str) -> list[Shape]:
     names = SHAPES if text.strip() == "all" else dict.fromkeys(filter(None, map(str.strip, text.split(","))))
     if not names:
         raise ConfigError(f"--shapes names none; say all, or some of {', '.join(SHAPES)}")
-    return [_shape_of(name) for name in names]
-
-
-def _shape_of(name: str) -> Shape:
-    match = _SIZES.fullmatch(SHAPES.get(name, name))
-    if match is None:
-        raise ConfigError(
-            f"no shape is called {name!r}; {did_you_mean(name, [*SHAPES, 'all'])}, or give one as "
-            "FAMILY:HEIGHTxWIDTHxFRAMES, such as wan2.1-1.3b:480x832x81"
-        )
-    family, height, width, frames = match.groups(default="1")
-    return Shape(name=name, family=family, height=int(height), width=int(width), num_frames=int(frames))
+    shapes = []
+    for name in names:
+        match = _SIZES.fullmatch(SHAPES.get(name, name))
+        if match is None:
+            spelled = "give one as FAMILY:HEIGHTxWIDTHxFRAMES, such as wan2.1-1.3b:480x832x81"
+            raise ConfigError(f"no shape is called {name!r}; {did_you_mean(name, [*SHAPES, 'all'])}, or {spelled}")
+        family, *sizes = match.groups(default="1")
+        shapes.append(Shape(name, family, *map(int, sizes)))
+    return shapes
 
 
 SHAPES_HELP = (

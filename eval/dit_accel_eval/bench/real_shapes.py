@@ -1,8 +1,4 @@
-"""Transformers of released models' shapes with random weights and few layers, and the inputs of their forwards.
-
-Nothing is downloaded: sizes come from the families, the rest are diffusers' defaults, which are the released models'.
-What the layout of a forward must be is what `dit-accel plan` computes for the same size, and is checked.
-"""
+"""Transformers of released models' shapes, by the families' sizes, with random weights and few layers; their inputs."""
 
 import inspect
 from collections.abc import Mapping
@@ -51,7 +47,12 @@ def make_model(adapter: Adapter, family: Family, planned: Prediction) -> tuple[A
     }  # fmt: skip
     torch.manual_seed(0)
     model = getattr(diffusers, adapter.transformers[0])
-    options = {**_config(family, latents), **_layers(family, "num_single_layers" in _names(model))}
+    options, layers = {**_config(family, latents), "num_layers": family.layers}, family.layers
+    if "num_single_layers" in _names(model):  # of double and single ones a third and the rest
+        if layers < 2:
+            raise ConfigError(f"{family.name} has two kinds of blocks, got --layers {layers}; ask for 2 or more")
+        double = max(1, round(layers / 3))
+        options |= {"num_layers": double, "num_single_layers": layers - double}
     transformer = model(**{name: value for name, value in options.items() if name in _names(model)}).eval()
     latents["c"] = transformer.config.in_channels
     shape = (1, *(latents[axis] for axis in LATENTS[adapter.name]))
@@ -65,17 +66,6 @@ def make_model(adapter: Adapter, family: Family, planned: Prediction) -> tuple[A
 
 def _names(call: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(call).parameters
-
-
-def _layers(family: Family, two_kinds: bool) -> dict[str, int]:
-    """Return the numbers of blocks; of double and single ones a third and the rest."""
-    layers = family.layers
-    if not two_kinds:
-        return {"num_layers": layers}
-    if layers < 2:
-        raise ConfigError(f"{family.name} has two kinds of blocks, got --layers {layers}; ask for 2 or more")
-    double = max(1, round(layers / 3))
-    return {"num_layers": double, "num_single_layers": layers - double}
 
 
 def _config(family: Family, latents: Mapping[str, int]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def ask_judge(
     asked = judge_named(judge, device)
     if len(pairs) < FEWEST:
         warn(f"there are {len(pairs)} clips, and a verdict takes {FEWEST}")
-    questions = question or asked.questions
+    questions = [*dict.fromkeys(question or asked.questions)]
     with Stages(quiet=json) as stages:
         stages.stage("questions", 2 * len(pairs) * len(questions))
         lines = ask(asked, pairs, questions, stages.advance)
@@ -62,12 +62,11 @@ def ask_judge(
         return print_json({"judge": asked.name, "clips": len(pairs), "questions": said})
     for name, figure in figures.items():
         agreement = ", ".join(f"{metric} {value:+.2f}" for metric, value in figure.agreement.items() if value)
-        rows = {
-            "preference": f"{figure.preference:+.2f} {figure.preference.verdict}",
-            "position bias": f"{figure.bias:+.2f}, {figure.turned:.0%} turned by the order",
-            "agreement": agreement or "none",
-        }
-        texts = [name, *(f"  {head:<14} {row}" for head, row in rows.items())]
+        texts = [
+            f"{name}\n  preference     {figure.preference:+.2f} {figure.preference.verdict}",
+            f"  position bias  {figure.bias:+.2f}, {figure.turned:.0%} turned by the order",
+            f"  agreement      {agreement or 'none'}",
+        ]
         OUT.print("\n".join(texts), markup=False, soft_wrap=True)
     beside = f"that of {against}" if against else "the reference"
     note(f"{asked.name}: {arm} above {beside}, {len(pairs)} clips in both orders; agreement is the rank correlation")

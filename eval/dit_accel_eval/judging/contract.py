@@ -73,16 +73,20 @@ class CommandJudge:
 
     def __post_init__(self) -> None:
         if not shutil.which(shlex.split(self.name)[0]):
-            raise ConfigError(
-                f"there is no judge {self.name!r}: name a command, likert=MODEL, videoscore2 or FILE.py:CLASS"
-            )
+            known = "name a command, likert=MODEL, videoscore2 or FILE.py:CLASS"
+            raise ConfigError(f"there is no judge {self.name!r}: {known}")
 
     def answers(self, asked: Sequence[Question]) -> list[tuple[float, float]]:
         """Return what the command prints, which sees frames as PNG files that are deleted afterwards."""
+        from PIL import Image
+
         with tempfile.TemporaryDirectory(prefix="dit-accel-judge-") as folder:
-            clips = dict.fromkeys(clip for question in asked for clip in (question.first, question.second))
-            files = {clip: _written(clip, Path(folder) / str(number)) for number, clip in enumerate(clips)}
-            lines = ""
+            files, lines = dict[ShownClip, list[str]](), ""
+            for clip in dict.fromkeys(clip for question in asked for clip in (question.first, question.second)):
+                frames = clip.frames()
+                files[clip] = [f"{folder}/{len(files)}-{number}.png" for number in range(len(frames))]
+                for path, frame in zip(files[clip], frames, strict=True):
+                    Image.fromarray(frame).save(path)
             for question in asked:
                 about = {"question": question.question, "prompt": question.prompt, "fps": question.first.fps}
                 shown = {"first": files[question.first], "second": files[question.second]}
@@ -94,25 +98,13 @@ class CommandJudge:
         answers = [line for line in done.stdout.splitlines() if line.strip()]
         if len(answers) != len(asked):
             raise ConfigError(f"the judge {self.name!r} printed {len(answers)} lines for {len(asked)} questions")
-        return [_scores(line, self.name) for line in answers]
+        return [self._scores(line) for line in answers]
 
-
-def _written(clip: ShownClip, folder: Path) -> list[str]:
-    from PIL import Image
-
-    folder.mkdir()
-    paths = [folder / f"{number}.png" for number in range(clip.count)]
-    written = list(zip(paths, clip.frames(), strict=False))
-    for path, frame in written:
-        Image.fromarray(frame).save(path)
-    return [str(path) for path, _ in written]
-
-
-def _scores(line: str, name: str) -> tuple[float, float]:
-    try:
-        first, second = map(float, json.loads(line)["scores"])
-    except (ValueError, KeyError, TypeError):
-        first = second = math.nan
-    if not (math.isfinite(first) and math.isfinite(second)):
-        raise ConfigError(f'the judge {name!r} answered {line[:60]!r}; let it print {{"scores": [4, 3.5]}}')
-    return first, second
+    def _scores(self, line: str) -> tuple[float, float]:
+        try:
+            first, second = map(float, json.loads(line)["scores"])
+        except (ValueError, KeyError, TypeError):
+            first = second = math.nan
+        if not (math.isfinite(first) and math.isfinite(second)):
+            raise ConfigError(f'the judge {self.name!r} answered {line[:60]!r}; let it print {{"scores": [4, 3.5]}}')
+        return first, second

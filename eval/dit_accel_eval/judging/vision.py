@@ -15,10 +15,7 @@ from dit_accel import ConfigError
 
 from .contract import Question, ShownClip
 
-DIGITS = "12345"
-
-VIDEOSCORE2 = "TIGER-Lab/VideoScore2"
-
+DIGITS, VIDEOSCORE2 = "12345", "TIGER-Lab/VideoScore2"
 RUBRIC = (
     "Score each clip from 1 to 5: 1 is a failure, 2 has grave flaws, 3 is passable, 4 has small flaws only, 5 is "
     "without a flaw. Answer with the two scores alone."
@@ -52,9 +49,8 @@ class VisionModel:
             model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-            raise ConfigError(
-                f"the judge {source} can't be loaded ({reason}); name a folder, or fetch it: hf download {source}"
-            ) from None
+            remedy = f"name a folder, or fetch it: hf download {source}"
+            raise ConfigError(f"the judge {source} can't be loaded ({reason}); {remedy}") from None
         self.model: Any = model.to(self.device).eval()
 
     def inputs(self, content: list[dict[str, str]], stem: str, **seen: Any) -> Any:
@@ -79,8 +75,7 @@ class VisionModel:
 class LikertJudge:
     """A model that sees the frames of both clips, and scores each from 1 to 5 by a question.
 
-    In the manner of WorldJen (arXiv 2605.03475), which shows it one clip and reads the digit that it writes: two clips
-    in one view tell small differences, and the order's influence is measured by swapping them.
+    In the manner of WorldJen (arXiv 2605.03475), which shows one clip and reads a digit; two tell small differences.
     """
 
     def __init__(self, source: str, device: str | None = None) -> None:
@@ -92,15 +87,13 @@ class LikertJudge:
         return map(self._answer, asked)
 
     def _answer(self, question: Question) -> tuple[float, float]:
-        clips = [list(clip.frames()) for clip in (question.first, question.second)]
-        content = [{"type": "text", "text": f"Two clips were made for this prompt: {question.prompt}"}]
-        for number, frames in enumerate(clips, 1):
+        pictures, content = [], [{"type": "text", "text": f"Two clips were made for this prompt: {question.prompt}"}]
+        for number, clip in enumerate((question.first, question.second), 1):
+            pictures += (frames := list(clip.frames()))
             content += [{"type": "text", "text": f"\nClip {number}: "}, *[{"type": "image"}] * len(frames)]
         content += [{"type": "text", "text": f"\n{question.question} {RUBRIC}"}]
-        pictures, stem = [*clips[0], *clips[1]], "Clip 1: "
-        first = self.model.score(content, stem, images=pictures)
-        second = self.model.score(content, f"{stem}{round(first)}\nClip 2: ", images=pictures)
-        return first, second
+        first = self.model.score(content, stem := "Clip 1: ", images=pictures)
+        return first, self.model.score(content, f"{stem}{round(first)}\nClip 2: ", images=pictures)
 
 
 class VideoScore2Judge:
@@ -127,24 +120,23 @@ class VideoScore2Judge:
 
     @torch.inference_mode()
     def _scored(self, clip: ShownClip, prompt: str) -> dict[str, float]:
-        if (clip, prompt) not in self._known:
-            model, frames = self.model, clip.frames()
-            about = {"total_num_frames": len(frames), "frames_indices": list(range(len(frames))), "fps": clip.fps}
-            seen = {"videos": [frames], "do_sample_frames": False, "video_metadata": [about]}
-            heads = "\n".join(f"{name}: <score>" for name in self.questions)
-            text = f"You judge videos that a model made. Score this one from 1 to 5 in three dimensions: {heads}\nIts "
-            text += f"prompt: {prompt}\nThink first, and end with the three lines."
-            content = [{"type": "video"}, {"type": "text", "text": text}]
-            inputs = model.inputs(content, "", **seen)
-            tokens = model.model.generate(**inputs, max_new_tokens=THINKING, do_sample=False)
-            thoughts = model.processor.tokenizer.decode(
-                tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            stem = thoughts.rpartition(f"{self.questions[0]}:")[0] or f"{thoughts}\n"
-            scores = {}
-            for name in self.questions:
-                stem += f"{name}: "
-                scores[name] = model.score(content, stem, **seen)
-                stem += f"{round(scores[name])}\n"
-            self._known[clip, prompt] = scores
-        return self._known[clip, prompt]
+        if (clip, prompt) in self._known:
+            return self._known[clip, prompt]
+        model, frames = self.model, clip.frames()
+        about = {"total_num_frames": len(frames), "frames_indices": list(range(len(frames))), "fps": clip.fps}
+        seen = {"videos": [frames], "do_sample_frames": False, "video_metadata": [about]}
+        heads = "\n".join(f"{name}: <score>" for name in self.questions)
+        text = f"You judge videos that a model made. Score this one from 1 to 5 in three dimensions: {heads}\nIts "
+        text += f"prompt: {prompt}\nThink first, and end with the three lines."
+        content = [{"type": "video"}, {"type": "text", "text": text}]
+        inputs = model.inputs(content, "", **seen)
+        tokens = model.model.generate(**inputs, max_new_tokens=THINKING, do_sample=False)
+        written = tokens[0, inputs["input_ids"].shape[1] :]
+        thoughts = model.processor.tokenizer.decode(written, skip_special_tokens=True)
+        stem = thoughts.rpartition(f"{self.questions[0]}:")[0] or f"{thoughts}\n"
+        scores = self._known[clip, prompt] = {}
+        for name in self.questions:
+            stem += f"{name}: "
+            scores[name] = model.score(content, stem, **seen)
+            stem += f"{round(scores[name])}\n"
+        return scores

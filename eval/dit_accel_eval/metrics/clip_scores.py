@@ -18,8 +18,7 @@ from .openclip import Weighted, no_library, weighted
 from .weights import folder
 
 HEADS = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
-PUBLISHED = tuple(f"sa_0_4_vit_{size}_linear.pth" for size in ("l_14", "b_32", "b_16"))
-"""The aesthetic heads that LAION has published, over the embeddings of OpenAI's weights, and where."""
+PUBLISHED = tuple(f"sa_0_4_vit_{size}_linear.pth" for size in ("l_14", "b_32", "b_16"))  # over OpenAI's weights
 
 
 def clip_score(by: Weighted, sample: Sample) -> Measured:

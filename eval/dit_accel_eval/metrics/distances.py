@@ -3,15 +3,14 @@
 from typing import Any
 
 import torch
+from dit_accel_pipelines.generation.media import to_uint8
 
 from dit_accel import ConfigError
 from dit_accel.errors import install
 
-from .metric import Clip, levels
+from .metric import Clip
 
-SETS = ("fid@inception", "kid@inception")
-"""Distances of two folders' frames, by torchmetrics and torch-fidelity's network."""
-
+SETS = ("fid@inception", "kid@inception")  # of two folders' frames, by torchmetrics and torch-fidelity's network
 ENOUGH = 2048  # frames below which FID is well above that of many: it estimates 2048 x 2048 covariances
 TOGETHER = 32  # frames that go through the network at once
 
@@ -34,7 +33,7 @@ class Distance:
 
     def add(self, clip: Clip, *, real: bool) -> None:
         """Take the frames of a clip, as 8 bits, into the set of those as they should be, or into the other."""
-        frames = torch.from_numpy(levels(clip)).permute(0, 3, 1, 2)
+        frames = torch.from_numpy(to_uint8(clip)).permute(0, 3, 1, 2)
         self._counts[real] += len(frames)
         for part in frames.split(TOGETHER):
             self._metric.update(part.to(self._metric.device), real=real)

@@ -6,8 +6,9 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from dit_accel_pipelines.generation.media import to_uint8
 
-from .metric import Clip, Measured, Metric, Sample, levels, mean_of, neighbours, no_module
+from .metric import Clip, Measured, Metric, Sample, mean_of, neighbours, no_module
 
 Flow = npt.NDArray[np.float32]  # where each pixel of a frame lies in another: [height, width, (right, down)], in pixels
 CONSISTENT = 1.0  # pixels by which a way there and back may miss its start; more, and the pixel is taken as hidden
@@ -17,7 +18,7 @@ def dis_flow(first: Clip, second: Clip) -> Flow:
     """Return the flow from a frame [height, width, 3] to another by OpenCV's DIS, medium preset."""
     import cv2
 
-    grey = [cv2.cvtColor(levels(frame), cv2.COLOR_RGB2GRAY) for frame in (first, second)]
+    grey = [cv2.cvtColor(to_uint8(frame), cv2.COLOR_RGB2GRAY) for frame in (first, second)]
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # type: ignore[call-overload, attr-defined]
 
 

@@ -2,8 +2,7 @@
 
 from .clip_scores import CLIP_SCORES
 from .flow import DYNAMIC, WARP_ERROR
-from .loops import LOOP
-from .motion import FLICKERING, MOTION, SHARPNESS
+from .motion import FLICKERING, LOOP, MOTION, SHARPNESS
 from .perceptual import LPIPS
 from .psnr import CHANGE_PSNR, PSNR, PSNR_FRAMES
 from .ssim import MS_SSIM, SSIM

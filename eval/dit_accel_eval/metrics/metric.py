@@ -27,27 +27,21 @@ class NotMeasured(ConfigError):  # noqa: N818 - reads as what it is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One clip to be measured, [F, height, width, 3] in [0, 1], and the clip of that shape that it should be, if any.
-
-    Attributes:
-        trained_frames: frames that the model was trained on; None: as many as there are.
-    """
+    """One clip to be measured, [F, height, width, 3] in [0, 1], and the clip of that shape that it should be."""
 
     frames: Clip
     reference: Clip | None = None
     prompt: str = ""
     fps: float = 8.0
-    trained_frames: int | None = None
+    trained_frames: int | None = None  # frames that the model was trained on; None: as many as there are
 
     def __post_init__(self) -> None:
         check_clip(self.frames, "a clip")
         if self.reference is not None:
             check_clip(self.reference, "a reference")
             if self.frames.shape != self.reference.shape:
-                raise ConfigError(
-                    f"only clips [F, height, width, 3] of one shape can be compared, got {self.frames.shape} and a "
-                    f"reference of {self.reference.shape}; generate both at one size and length"
-                )
+                shapes = f"{self.frames.shape} and a reference of {self.reference.shape}"
+                raise ConfigError(f"only clips of one shape compare, got {shapes}; generate both at one size, length")
         if not 0 < self.fps < math.inf:
             raise ConfigError(f"fps must be above 0, got {self.fps}")
 
@@ -129,10 +123,8 @@ def check_clip(clip: object, what: str) -> None:
     finite = np.isfinite(clip).reshape(len(clip), -1).all(1)
     if not finite.all():
         bad = np.flatnonzero(~finite)
-        raise ConfigError(
-            f"{what} has values that are not finite in {len(bad)} of {len(clip)} frames, first in frame {bad[0]}; the "
-            "run that made it went wrong: try dtype float32 or bfloat16"
-        )
+        where = f"in {len(bad)} of {len(clip)} frames, first in frame {bad[0]}"
+        raise ConfigError(f"{what} has values that are not finite {where}; try dtype float32 or bfloat16")
     low, high = float(clip.min()), float(clip.max())
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ConfigError(f"{what} must hold values in [0, 1], got {low:.4g} to {high:.4g}; divide 8-bit frames by 255")
@@ -141,11 +133,6 @@ def check_clip(clip: object, what: str) -> None:
 def frames_first(clip: Clip) -> torch.Tensor:
     """Return frames as a tensor [F, 3, height, width], as torchmetrics and networks take them."""
     return torch.from_numpy(np.ascontiguousarray(clip, np.float32)).permute(0, 3, 1, 2)
-
-
-def levels(clip: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    """Return frames as 8 bits, rounded."""
-    return np.rint(np.clip(clip, 0, 1) * 255).astype(np.uint8)
 
 
 def mean_of(values: Sequence[float]) -> Measured:

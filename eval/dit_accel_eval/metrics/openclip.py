@@ -1,7 +1,6 @@
 """open_clip's models by name, with published weights or a file's: unit embeddings of frames and of texts.
 
-A model with its weights is written ``MODEL/TAG``, a tag of published weights, such as ``ViT-B-32/openai``, or
-``MODEL=FILE`` for weights of one's own. Nothing is downloaded but by `fetch`.
+A model with its weights is written ``MODEL/TAG``, such as ``ViT-B-32/openai``, or ``MODEL=FILE``.
 """
 
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dit_accel_pipelines.generation.media import to_uint8
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -20,12 +20,10 @@ from torch.nn.functional import normalize
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from .metric import Clip, NotMeasured, levels, no_module
+from .metric import Clip, NotMeasured, no_module
 
 TOGETHER = 32  # frames that go through a model at once
-
-USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Files of a hub repository that open_clip takes where a tag names none, the first of which it prefers."""
+USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # where a tag names no file
 
 JUDGES = {
     ("ViT-H-14", "hpsv2.1"): {"hf_hub": "xswu/HPSv2/HPS_v2.1_compressed.pt", "resize_mode": "longest"},
@@ -168,16 +166,14 @@ class Embedder:
             if theirs:
                 parts[0].load_state_dict(theirs)
         except Exception as error:  # torch's readers and open_clip's networks raise all kinds
-            raise ConfigError(
-                f"{path} does not hold the weights of {model.model}: {_line(error)}; name the model that it is of, "
-                "or download it again"
-            ) from None
+            reason = f"{path} does not hold the weights of {model.model}: {_line(error)}"
+            raise ConfigError(f"{reason}; name the model that it is of, or download it again") from None
         self.network, self._prepare = parts[0].eval(), parts[2]
 
     @torch.inference_mode()
     def pictures(self, frames: Clip) -> Tensor:
         """Return the embeddings [F, D] of unit length of frames [F, height, width, 3] in [0, 1]."""
-        images = torch.stack([self._prepare(Image.fromarray(frame)) for frame in levels(frames)])
+        images = torch.stack([self._prepare(Image.fromarray(frame)) for frame in to_uint8(frames)])
         embeddings = [self.network.encode_image(part.to(self._device)).float().cpu() for part in images.split(TOGETHER)]
         return normalize(torch.cat(embeddings), dim=1)
 

@@ -12,8 +12,7 @@ from .metric import FAMILY, Measured, Metric, NotMeasured, Sample
 
 METRIC_GROUP = "dit_accel.metrics"
 
-FLOOR = "encoding-alone"
-"""What stands among the metrics of clips encoded with loss: PSNR of the reference to itself, encoded as they are."""
+FLOOR = "encoding-alone"  # of clips encoded with loss: PSNR of the reference to itself, encoded as they are
 
 
 @cache

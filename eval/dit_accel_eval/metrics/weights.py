@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dit_accel import ConfigError
-from dit_accel.files import written_whole
+from dit_accel.files import user_cache, written_whole
 
 from .metric import NotMeasured
 
@@ -42,9 +42,7 @@ class Archive:
 
 def folder() -> Path:
     """Return the folder of the weights, from `FOLDER_VARIABLE` or in the user's cache folder."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else caches / "dit-accel" / "metric-weights"
+    return Path(os.environ.get(FOLDER_VARIABLE) or user_cache() / "metric-weights")
 
 
 def missing(net: str) -> str | None:

@@ -1,6 +1,7 @@
 """The board: one page of all runs whose JSON files lie in a folder, sorted and filtered, with the rules on top."""
 
 import json
+import math
 import os
 import re
 import urllib.parse
@@ -8,32 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
 
 from dit_accel import ConfigError
 
 from ..metrics.dynamics import DYNAMICS
 from ..protocol import PROTOCOL, protocol_rules
-from ..suites.figures import NOTHING
 from .lines import SCHEMA, read_results
-from .others import OtherScore, other_scores
-from .page import RANKS, SPEEDS, templates
+from .page import SPEEDS, arm_rows, templates
 from .report import suite_report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OtherScore:
+    """The mean of a metric over videos, by another tool; it is held against no reference run and no rival."""
+
+    tool: str
+    metric: str
+    mean: float
+    videos: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
-    """What the page shows.
+    """What the page shows."""
 
-    Attributes:
-        rows: an arm of a run each, as plain values.
-        others: file -> what another tool says of its videos.
-        unread: file -> why it is not shown.
-    """
-
-    rows: list[dict[str, Any]]
-    others: dict[str, list[OtherScore]]
-    unread: dict[str, str]
+    rows: list[dict[str, Any]]  # an arm of a run each, as plain values
+    others: dict[str, list[OtherScore]]  # file -> what another tool says of its videos
+    unread: dict[str, str]  # file -> why it is not shown
 
 
 def read_board(folder: Path) -> Board:
@@ -63,21 +67,14 @@ def read_board(folder: Path) -> Board:
 def _rows(file: str, path: Path) -> list[dict[str, Any]]:
     """Return the rows of a run, whose figures are made anew from its lines."""
     report = suite_report(read_results(path))
-    first, rows = report.results.lines[0].raw, []
-    machine = first.get("device", "not known")
-    for arm in report.judged:
-        lead = arm.ahead.get(report.main)
-        pairs = {pair.pair.against: pair.verdict for pair in report.pairs if pair.pair.arm == arm.name}
-        verdict = lead.verdict if lead else NOTHING * arm.saved_nothing
-        speeds = {key: report.full_steps / arm.means[key] for key in SPEEDS if key in arm.means}
-        by = next(iter(speeds), "")
-        rows.append({
-            "file": file, "run": report.name, "model": first["model"], "arm": arm.name, "clips": arm.clips,
-            "speed": speeds.get(by), "by": SPEEDS.get(by, ""), "lead": lead, "verdict": verdict, "rank": RANKS[verdict],
-            "pairs": "; ".join(f"{words} against {name}" for name, words in pairs.items()), "psnr": arm.psnr,
-            "dynamics": {name: arm.dynamics.get(name) for name in DYNAMICS}, "machine": machine,
-            "protocol": first.get("protocol", "–"), "reference": first["reference"],
-        })  # fmt: skip
+    first, rows = report.results.lines[0].raw, arm_rows(report, {})
+    about = {"file": file, "run": report.name, "model": first["model"], "reference": first["reference"]}
+    about |= {"machine": first.get("device", "not known"), "protocol": first.get("protocol", "–")}
+    for row in rows:
+        by = next((key for key in SPEEDS if row["speedups"].get(key)), "")
+        pairs = {pair.pair.against: pair.verdict for pair in report.pairs if pair.pair.arm == row["arm"].name}
+        row |= {"speed": row["speedups"].get(by), "by": SPEEDS.get(by, ""), **about}
+        row["pairs"] = "; ".join(f"{words} against {name}" for name, words in pairs.items())
     return rows
 
 
@@ -95,3 +92,28 @@ def _as_html(rules: str) -> list[Markup]:
     entries = re.split(r"^\d+\. ", rules, flags=re.MULTILINE)[1:]
     bold = (re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(entry))) for entry in entries)
     return [Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", entry)) for entry in bold]
+
+
+def other_scores(data: Any) -> list[OtherScore]:
+    """Return the scores in a file's JSON, [] where it is of neither tool.
+
+    FastVideo writes a list of ``{"video": ..., "scores": {metric: {"score": ...}}}``, or such a list as ``samples``;
+    VBench ``{dimension: [score, [{"video_path": ..., "video_results": ...}, ...]]}``.
+    """
+    samples = data.get("samples") if isinstance(data, dict) else data
+    if isinstance(samples, list):
+        values: dict[str, list[float]] = {}
+        tables = [sample.get("scores") for sample in samples if isinstance(sample, dict)]
+        for scores in (part for table in tables for part in (table if isinstance(table, list) else [table])):
+            for metric, result in scores.items() if isinstance(scores, dict) else ():
+                score = result.get("score") if isinstance(result, dict) else result
+                if isinstance(score, int | float) and math.isfinite(score):
+                    values.setdefault(metric, []).append(float(score))
+        means = {metric: float(np.mean(each)) for metric, each in values.items()}
+        return [OtherScore(tool="FastVideo", metric=key, mean=means[key], videos=len(values[key])) for key in means]
+    dimensions = data.items() if isinstance(data, dict) else ()
+    return [
+        OtherScore(tool="VBench", metric=name, mean=float(value[0]), videos=len(value[1]))
+        for name, value in dimensions
+        if isinstance(value, list) and [type(part) for part in value] in ([float, list], [int, list])
+    ]

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ..suites.figures import ArmFigures
 from .report import SuiteReport
 
-ACROSS = 320  # width of the drawing of leads
+ACROSS, MIB = 320, 2**20  # width of the drawing of leads; bytes
 GOLDEN = 137.508  # degrees between the hues of arms, so that neighbours differ most
-
-MIB = 2**20
 
 
 def hues(report: SuiteReport) -> dict[str, int]:
@@ -28,17 +27,15 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(number) for number in numbers if low <= number <= high]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """An arm's row of the drawing of leads, places across."""
 
     dots: Mapping[int, float]
     mean: float
-    ends: tuple[float, float] | None
+    ends: list[float]  # of the interval, none without one
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forest:
+class Forest(NamedTuple):
     """Every arm's leads over fewer steps, in dB, on one scale."""
 
     rows: Mapping[str, Row]
@@ -61,14 +58,11 @@ def forest(report: SuiteReport) -> Forest | None:
     def place(value: float) -> float:
         return round(float(np.clip((value - low) / (high - low), 0.01, 0.99)) * ACROSS, 1)
 
-    rows = {
-        name: Row(
-            dots={clip: place(lead) for clip, lead in leads[name].items()}, mean=place(ahead.mean),
-            ends=None if ahead.low is None or ahead.high is None else (place(ahead.low), place(ahead.high)),
-        )
-        for name, ahead in arms.items()
-    }  # fmt: skip
-    return Forest(rows=rows, marks=[(place(tick), tick) for tick in ticks(low, high)], zero=place(0.0))
+    rows = {}
+    for name, ahead in arms.items():
+        ends = [place(end) for end in (ahead.low, ahead.high) if end is not None]
+        rows[name] = Row({clip: place(lead) for clip, lead in leads[name].items()}, place(ahead.mean), ends)
+    return Forest(rows, [(place(tick), tick) for tick in ticks(low, high)], place(0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,4 @@
-"""A generation's report drawn: kept share of every step, layer and head, and which steps ran; a PNG or HTML.
-
-`Report.plot` and notebooks find it by the entry points of ``dit_accel.drawings``. It loads matplotlib when called.
-"""
+"""A generation's report drawn: kept share of every step, layer and head, and which steps ran; a PNG or HTML."""
 
 import base64
 import io
@@ -16,9 +13,7 @@ from dit_accel.report.html import folded, lines, piece, table
 from dit_accel.report.report import Report
 from dit_accel.report.sections import Strip
 
-RAN, VALUE, DENSE = "#3b528b", "#d95f02", "0.82"
-"""Colours of steps in which a method acted, as a cache that computes does, of what it measured, and of dense calls."""
-
+RAN, VALUE, DENSE = "#3b528b", "#d95f02", "0.82"  # steps in which a method acted, what it measured, dense calls
 STAYED = -1.0  # stands for the kept share of attention calls that stayed dense
 
 _COLUMNS = ("transformer", "step", "branch", "dense", "planned", "density", "pooled")
@@ -31,10 +26,8 @@ def write_heat_map(report: Report, path: Path) -> None:
     check_writable(path, "the picture of report().plot")
     figure = _draw(report)
     if figure is None:
-        raise ConfigError(
-            "report().plot has nothing to show: no attention call followed a plan, no cache decided on a step, and no "
-            "guidance acted; generate first"
-        )
+        nothing = "no attention call followed a plan, no cache decided on a step, and no guidance acted"
+        raise ConfigError(f"report().plot has nothing to show: {nothing}; generate first")
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

@@ -17,17 +17,17 @@ from ..runs.rivals import SERVERS
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
-NUMBERS = ("clip", "num_inference_steps", "psnr", "ssim", "reference_agreement", "reference_steps")
-COSTS = (
-    "work",
-    "work_real",
-    "attended",
-)  # numbers of what ran besides, not known of folders and servers
+NUMBER, TEXT, TABLE = "finite number", "text", "table"
+COSTS = ("work", "work_real", "attended")  # of what ran besides, not known of folders and servers
+KINDS = {
+    **dict.fromkeys(("clip", "num_inference_steps", "psnr", "ssim"), NUMBER),
+    **dict.fromkeys(("reference_agreement", "reference_steps", *COSTS), NUMBER),
+    **dict.fromkeys(("arm", "prompt", "model", "weights", "solver"), TEXT),
+    **{"call": TABLE, "methods": TABLE, "reference": "", "flow_shift": ""},
+}
+"""Key that every line of a report has -> what its value must be, "" for anything."""
 
-TEXTS = ("arm", "prompt", "model", "weights", "solver")
-SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 4
-"""What a file of one run, which travels, says of itself; ``results.schema.json`` beside this is its JSON Schema."""
-
+SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 4  # of a file that travels; its JSON Schema lies beside this
 OF_A_FILE = ("suite", "folder", *KEPT)  # keys in which lines of one run may differ between files
 ONE = ("model", "weights", "dtype", "call", "reference")  # what all lines of one report must share
 
@@ -103,36 +103,27 @@ def _line(where: str, text: str) -> ResultLine:
         raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
     if not isinstance(line, dict):
         raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
-    unknown = "role" in line or not {*line.get("rival", ())}.isdisjoint(SERVERS)
-    numbers = NUMBERS if unknown else (*NUMBERS, *COSTS)
-    missing = [key for key in (*numbers, *TEXTS, "call", "methods", "reference", "flow_shift") if key not in line]
+    unknown = COSTS if "role" in line or not {*line.get("rival", ())}.isdisjoint(SERVERS) else ()
+    needed = {key: kind for key, kind in KINDS.items() if key not in unknown}
+    missing = [key for key in needed if key not in line]
     if missing:
         raise ConfigError(
             f"{where} lacks {', '.join(missing)}; a report takes results that are held against converged runs, and "
             "dit-accel eval run SUITE.toml --table prints those of a suite with a judge"
         )
-    metrics = line.get("metrics", {})
-    kinds = {"finite number": {key: line[key] for key in (*numbers, "score") if key in line},
-             "text": {key: line[key] for key in TEXTS},
-             "table": {"metrics": metrics, "call": line["call"], "methods": line["methods"]}}  # fmt: skip
-    for kind, values in kinds.items():
-        for key, value in values.items():
-            _check(where, key, value, kind)
-    for key, value in metrics.items():
-        _check(where, key, value, "finite number")
+    for key, kind in {**needed, "score": NUMBER, "metrics": TABLE}.items():
+        if key in line:
+            _check(where, key, line[key], kind)
+    for key, value in line.get("metrics", {}).items():
+        _check(where, key, value, NUMBER)
     return ResultLine.of(line)
 
 
 def _check(where: str, key: str, value: object, kind: str) -> None:
     """Refuse a value that is not of a kind."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not {"finite number": number, "text": isinstance(value, str), "table": isinstance(value, dict)}[kind]:
+    if not {NUMBER: number, TEXT: isinstance(value, str), TABLE: isinstance(value, dict)}.get(kind, True):
         raise ConfigError(f"{where} has {key} {value!r}, which is no {kind}; delete it and run again")
-
-
-def further_metrics(lines: Sequence[ResultLine]) -> list[str]:
-    """Return the metrics that lines have besides `ALWAYS`, as they first appear."""
-    return list(dict.fromkeys(name for line in lines for name in line.metrics))
 
 
 def metric_words(metric: str) -> str:

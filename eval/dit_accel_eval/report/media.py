@@ -6,9 +6,8 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from dit_accel_pipelines.generation.media import Frames, upscale, write_media
@@ -22,10 +21,7 @@ from ..runs.results import ResultLine, kept_shape, read_kept, reference_of, run_
 from .report import SuiteReport
 
 AMPLIFIED = 5  # how many times larger differences are shown
-
-OURS = re.compile(r".+-[0-9a-f]{12}\.(mp4|png|webp)|\.dit-accel-.*")
-"""Names of the files that reports write, whose digits say what they were made from, and of pieces of them."""
-
+OURS = re.compile(r".+-[0-9a-f]{12}\.(mp4|png|webp)|\.dit-accel-.*")  # what reports write, and pieces of it
 LEAST, POSTER = 160, 240  # pixels of the smaller side below which a video is enlarged, and of a poster's width
 
 Entry = dict[str, Any]
@@ -42,15 +38,11 @@ class Media:
     def __init__(self, page: Path) -> None:
         self.folder = folder = folder_of(page)
         if page.suffix == folder.suffix or (folder.exists() and not folder.is_dir()):
-            raise ConfigError(
-                f"the page's clips need the folder {folder}, which is a file; choose another name, in .html"
-            )
+            raise ConfigError(f"the page's clips need a folder {folder}, which is a file; name another .html")
         extra = sorted(path.name for path in folder.glob("*") if not OURS.fullmatch(path.name))
         if extra:
-            raise ConfigError(
-                f"the page's clips need the folder {folder}, which holds {extra[0]!r} that no report wrote; move that "
-                "away, or choose another name for the page"
-            )
+            why = f"which holds {extra[0]!r} that no report wrote; move that away, or choose another name"
+            raise ConfigError(f"the page's clips need the folder {folder}, {why} for the page")
         self._used = set[str]()
 
     def add(self, label: str, key: Any, frames: Callable[[], Frames], *, fps: float, video: bool) -> str:
@@ -77,10 +69,9 @@ class Media:
         except (ConfigError, RuntimeError, OSError, ValueError) as error:
             if no_room(error):
                 raise no_space(self.folder, error) from None
-            raise ConfigError(
-                f"a clip of {count} frames of {width} x {height} can't be encoded ({error}); pip install "
-                "imageio-ffmpeg, or leave the clips out with --clips 0"
-            ) from None
+            clip = f"a clip of {count} frames of {width} x {height}"
+            remedy = "pip install imageio-ffmpeg, or leave the clips out with --clips 0"
+            raise ConfigError(f"{clip} can't be encoded ({error}); {remedy}") from None
 
     def tidy(self) -> None:
         """Delete what pages before showed and this one does not."""
@@ -116,24 +107,13 @@ def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLin
     return pairs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kept:
+class _Kept(NamedTuple):
     """Kept frames that are read when they are needed."""
 
-    path: Path
-    made_by: str
+    label: str
+    key: list[Any]
     shape: tuple[int, int, int]
-
-    @property
-    def label(self) -> str:
-        return f"{self.path.parent.name}-{self.path.stem}"
-
-    @property
-    def key(self) -> list[Any]:
-        return [self.made_by, self.path.stat().st_size, self.path.stat().st_mtime_ns]
-
-    def frames(self) -> Frames:
-        return _read(self.path, self.made_by)
+    frames: Callable[[], Frames]
 
 
 @functools.lru_cache(maxsize=2)  # an arm's and its reference's
@@ -142,7 +122,9 @@ def _read(path: Path, made_by: str) -> Frames:
 
 
 def _kept(path: Path, made_by: Entry) -> _Kept:
-    return _Kept(path=path, made_by=json.dumps(made_by, sort_keys=True), shape=kept_shape(path, made_by))
+    shape, text = kept_shape(path, made_by), json.dumps(made_by, sort_keys=True)
+    key = [text, path.stat().st_size, path.stat().st_mtime_ns]
+    return _Kept(f"{path.parent.name}-{path.stem}", key, shape, functools.partial(_read, path, text))
 
 
 def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], None]) -> tuple[Entry, list[str]]:

@@ -18,9 +18,7 @@ from .report import SuiteReport, quantile_clips
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}
-"""Verdict -> its place when the table is sorted by it."""
-
+RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}  # of verdicts, to sort by
 SPEEDS = {"steps_in_time": "time", "work": "work"}  # kinds of work by which the first table gives speed-ups -> in words
 
 VERSIONS = ("dit_accel", "diffusers", "torch", "python")
@@ -60,7 +58,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "prefix": prefix, "level": level, "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores), "report": report, "first": lines[0].raw,
         "reference": reference_words_of(report), "whole": whole_of(report),
-        "warnings": [*report.warnings, *failed], "rows": _rows(report, scores),
+        "warnings": [*report.warnings, *failed], "rows": arm_rows(report, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report), "hues": hues(report), "groups": groups,
         "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
@@ -128,14 +126,14 @@ def _alike(scores: Mapping[str, Judged]) -> bool:
     return {lead.verdict for lead in scores.values()} == {"open"}
 
 
-def _rows(report: SuiteReport, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
+def arm_rows(report: SuiteReport, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
     """Return the rows of the first table, the arm that is furthest ahead first."""
     rows = []
     for arm in report.judged:
         lead = arm.ahead.get(report.main)
-        stands = lead.verdict if lead else NOTHING * arm.saved_nothing
+        verdict = lead.verdict if lead else NOTHING * arm.saved_nothing
         rows.append({
-            "arm": arm, "lead": lead, "stands": stands, "rank": RANKS[stands], "score": scores.get(arm.name),
+            "arm": arm, "lead": lead, "verdict": verdict, "rank": RANKS[verdict], "score": scores.get(arm.name),
             "speedups": {key: (steps := arm.means.get(key)) and report.full_steps / steps for key in report.works},
         })  # fmt: skip
     return sorted(rows, key=lambda row: -(row["lead"].mean if row["lead"] else -1e9))

@@ -19,11 +19,9 @@ from ..runs.results import ITSELF, TIMED, WORKS, ResultLine
 from ..statistics import FEWEST
 from ..suites.figures import ArmFigures, Comparison, PairFigures, pair_figures, reference_words, rival_words
 from ..suites.suite import Pair, read_suite
-from .lines import Results, further_metrics, read_results
+from .lines import Results, read_results
 
-HALF = 10 * math.log10(2)
-"""Decibels that PSNR lies below the encoding's own where half of the squared error is the encoding's."""
-
+HALF = 10 * math.log10(2)  # dB below the encoding's own PSNR at which half of the squared error is the encoding's
 LISTED = 8  # names that a warning lists, before it counts the rest
 
 
@@ -47,8 +45,8 @@ class SuiteReport:
 
     @property
     def further(self) -> list[str]:
-        """The metrics besides PSNR, SSIM and the score."""
-        return further_metrics(self.results.lines)
+        """The metrics besides PSNR, SSIM and the score, as they first appear."""
+        return list(dict.fromkeys(name for line in self.results.lines for name in line.metrics))
 
     @property
     def works(self) -> dict[str, str]:
@@ -108,8 +106,8 @@ class SuiteReport:
 def suite_report(results: Results, suite: Path | None = None) -> SuiteReport:
     """Return the report of result lines and of their suite's TOML; None: the one that lies beside them, if any."""
     lines, folder, near = results.lines, results.path.resolve().parent, f"{results.name}.toml"
-    comparison = Comparison(lines)
-    arms = tuple(comparison.figures(list(dict.fromkeys(line.arm for line in lines if not line.is_rival))))
+    comparison, listed = Comparison(lines), list(dict.fromkeys(line.arm for line in lines if not line.is_rival))
+    arms = tuple(comparison.figures(listed))
     prompts = {line.clip: line.prompt for line in sorted(lines, key=lambda line: line.clip)}
     warnings, pairs, text = list(_warnings(results, arms)), list[PairFigures](), ""
     path = suite or next(filter(Path.is_file, (folder / near, folder.parent / "suites" / near)), None)
@@ -123,18 +121,12 @@ def suite_report(results: Results, suite: Path | None = None) -> SuiteReport:
     if path and read and read.name == results.name:
         pairs, text = pair_figures(read.pairs, lines, read.reference_steps), path.read_text(encoding="utf-8")
     if lines[0].of_folder and not comparison.curve:
-        pairs = pair_figures(_each_with_each(lines), lines, 1)
+        rivals = dict.fromkeys(line.arm for line in lines if line.is_rival)  # no seconds are known: each with each
+        pairs = pair_figures([Pair(arm=arm, against=rival) for arm in listed for rival in rivals], lines, 1)
     return SuiteReport(
         results=results, comparison=comparison, arms=arms, settings={line.arm: line for line in reversed(lines)},
         prompts=prompts, warnings=tuple(warnings), pairs=tuple(pairs), suite=text,
     )  # fmt: skip
-
-
-def _each_with_each(lines: Sequence[ResultLine]) -> list[Pair]:
-    """Return each arm with each rival: what there is to compare where no clip's seconds are known."""
-    rivals = dict.fromkeys(line.arm for line in lines if line.is_rival)
-    arms = dict.fromkeys(line.arm for line in lines if not line.is_rival)
-    return [Pair(arm=arm, against=rival) for arm in arms for rival in rivals]
 
 
 def suite_reports(paths: Sequence[Path], suites: Sequence[Path] = ()) -> list[SuiteReport]:
@@ -223,8 +215,8 @@ def _unmeasured(lines: Sequence[ResultLine]) -> Iterator[str]:
     """Say which metrics are missing, and why."""
     clips: dict[tuple[str, str], set[int]] = {}
     for line in lines:
-        for name, reason in (*line.skipped.items(), *line.unavailable.items()):
-            clips.setdefault((name, reason), set()).add(line.clip)
+        for missing in (*line.skipped.items(), *line.unavailable.items()):
+            clips.setdefault(missing, set()).add(line.clip)
     together: dict[tuple[str, int], list[str]] = {}
     for (name, reason), where in clips.items():
         together.setdefault((reason, len(where)), []).append(name)

@@ -96,5 +96,5 @@ def markdown_text(report: SuiteReport) -> str:
     first = report.results.lines[0]
     parts = [f"{first.model}, {len(report.prompts)} clips, 95 % intervals. {rule_words(report.arms)}"]
     parts += [arms_markdown(report.arms), *([pairs_markdown(report.pairs)] if report.pairs else [])]
-    parts += ["\n".join(["Warnings:", "", *(f"- {text}" for text in report.warnings)])] if report.warnings else []
+    parts += ["\n- ".join(["Warnings:\n", *report.warnings])] if report.warnings else []
     return "\n\n".join(parts)

@@ -20,8 +20,7 @@ from .results import strip_frames
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
 EXACT = (".png", ".bmp")
-LOSSLESS = ("ffv1", "rawvideo", "png", "huffyuv", "utvideo")
-"""Codecs of videos that give back the frames they were given."""
+LOSSLESS = ("ffv1", "rawvideo", "png", "huffyuv", "utvideo")  # codecs that give back the frames they were given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import did_you_mean
 
-CARD = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")
-"""What is kept of a card, by nvidia-smi's names: without its clocks two cards' times can't be compared."""
+CARD = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")  # by nvidia-smi's names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +23,10 @@ class HeldOutClips:
     """Held-out prompts of an embedded model, each clip's number also its seed."""
 
     model: str
-    only: str | None = None
 
     def prompt(self, clip: int) -> str:
         """Return the prompt of a clip, by its number."""
-        return assets().held_out_prompts(self.model, clip + 1)[clip] if self.only is None else self.only
+        return assets().held_out_prompts(self.model, clip + 1)[clip]
 
     def seed(self, clip: int) -> int:
         """Return the seed of a clip, by its number."""
@@ -37,14 +35,10 @@ class HeldOutClips:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnClips:
-    """Prompts with their seeds: clips are every prompt with every seed, a prompt's clips one after another.
-
-    Attributes:
-        seeds: of the noise; empty: each prompt has one of its own, its place in the list.
-    """
+    """Prompts with their seeds: clips are every prompt with every seed, a prompt's clips one after another."""
 
     prompts: tuple[str, ...]
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()  # empty: each prompt has one of its own, its place in the list
 
     def __post_init__(self) -> None:
         if not self.prompts:

@@ -16,30 +16,20 @@ from dit_accel import ConfigError
 
 from .clip_files import PICTURES, ClipFile, kept_frames
 
-LOSSLESS = "lossless"
-"""The encoding of every file that gives back the 8-bit frames that were written."""
-
+LOSSLESS = "lossless"  # the encoding of every file that gives back the 8-bit frames that were written
 ENCODERS = {"h264": ("libx264", 52), "hevc": ("libx265", 52), "vp9": ("libvpx-vp9", 64), "av1": ("libaom-av1", 64)}
 """Codec of a video -> ffmpeg's encoder, and how many levels of constant quality (CRF) it has, the best first."""
 
-NOTED, NOTE = re.compile(rb" crf=(\d+)"), 1 << 20
-"""How x264 and x265 note the quality in the first frame, and in how many bytes of a file that is looked for."""
-
-QUALITIES = {"jpeg": 100, "webp": 100}
-"""Lossy format of a picture -> Pillow's levels of quality, the worst first."""
+NOTED, NOTE = re.compile(rb" crf=(\d+)"), 1 << 20  # how x264 and x265 note it, and in how many first bytes of a file
+QUALITIES = {"jpeg": 100, "webp": 100}  # lossy format of a picture -> Pillow's levels of quality, the worst first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """What a clip's file holds, as far as can be told without decoding it.
+    """What a clip's file holds, as far as can be told without decoding it."""
 
-    Attributes:
-        size: number, height and width of the frames, in words.
-        encoding: codec and pixel format of a video, such as ``h264 yuv420p``; a picture's format; or `LOSSLESS`.
-    """
-
-    size: str
-    encoding: str
+    size: str  # number, height and width of the frames, in words
+    encoding: str  # a video's codec and pixel format, such as h264 yuv420p; a picture's format; or `LOSSLESS`
 
 
 def form_of(clip: ClipFile) -> Form:
@@ -87,11 +77,13 @@ class Encoder:
 
 
 def encoder_like(clip: ClipFile, form: Form, frames: Frames) -> Encoder | None:
-    """Return what encodes as a clip's file is; None: no encoder of that format is here.
+    """Return what encodes as a clip's file is; None: it is lossless, or no encoder of that format is here.
 
     The quality is the one that x264 and x265 note in their files, else the best at which these frames, its reference's,
     take no more bytes than the file; the bytes of a video's sound count as its pictures'.
     """
+    if form.encoding == LOSSLESS:
+        return None
     levels = ENCODERS.get(form.encoding.partition(" ")[0], ("", QUALITIES.get(form.encoding, 0)))[1]
     order = range(levels, 0, -1) if form.encoding in QUALITIES else range(levels)
     try:

@@ -28,26 +28,23 @@ from .model import SuiteModel, shipped_scheduler
 FIRST_PROMPT = 64  # number of the first held-out prompt that tuning may look at; the suites evaluate those below it
 
 SIZES = ("height", "width", "num_frames")
-GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")
-"""Arguments of a pipeline's call that a suite sets by itself."""
+GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")  # which a suite sets
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class EmbeddedModel(SuiteModel):
-    """A loaded embedded model that shows held-out prompts, one ``prompt`` in all clips, or one's ``own``."""
+    """A loaded embedded model that shows held-out prompts, or one's ``own``."""
 
-    def __init__(
-        self, name: str, call: Mapping[str, Any], prompt: str | None = None, own: OwnClips | None = None
-    ) -> None:
+    def __init__(self, name: str, call: Mapping[str, Any], own: OwnClips | None = None) -> None:
         check_name(name)
-        for text in (*([] if prompt is None else [prompt]), *(own.prompts if own else ())):
+        for text in own.prompts if own else ():
             check_words(text, name)
         source = str(assets().model_path(name))
         adapter, family = read_model_files(source).identify()
         super().__init__(
             open_pipeline(source, dtype="float32"), name=name, weights=embedded_weights(name), adapter=adapter,
-            family=family, call=embedded_call(name, call), clips=own or HeldOutClips(model=name, only=prompt),
+            family=family, call=embedded_call(name, call), clips=own or HeldOutClips(model=name),
         )  # fmt: skip
 
 
@@ -117,10 +114,8 @@ def check_given(source: str) -> tuple[ModelFiles, Family]:
     _, family = files.identify()
     shipped = shipped_scheduler(source)
     if not is_flow(shipped.config) and not is_of_betas(shipped.config):
-        raise UnsupportedModel(
-            f"{source} ships with {type(shipped).__name__}, which has neither a noise shift nor betas, and so none "
-            "of the converged runs that suites hold arms against"
-        )
+        lacks = "neither a noise shift nor betas, and so none of the converged runs that arms are held against"
+        raise UnsupportedModel(f"{source} ships with {type(shipped).__name__}, which has {lacks}")
     return files, family
 
 

@@ -49,24 +49,17 @@ class Times(Timings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRun:
-    """What one call of the pipeline made.
-
-    Attributes:
-        frames: [F, height, width, 3] in [0, 1].
-        attended: the share of the pairs that the attention calls computed; 1 is dense.
-        by_step: what ran in each step, and its share of the pairs; empty where that is not known.
-        encoder: what encodes as the server did that made the frames; None: they came without loss.
-    """
+    """What one call of the pipeline made."""
 
     frames: Clip
     counts: Counts
-    attended: float
+    attended: float  # share of the pairs that the attention calls computed; 1 is dense
     seconds: float
     times: Times | None = None
-    by_step: tuple[tuple[Counts, float], ...] = ()
+    by_step: tuple[tuple[Counts, float], ...] = ()  # what ran in each step, and its share of the pairs, where known
     density: tuple[tuple[float | None, ...], ...] = ()
     memory: Mapping[str, int] | None = None
-    encoder: Encoder | None = None
+    encoder: Encoder | None = None  # encodes as the server did that made the frames; None: they came without loss
 
 
 class SuiteModel:
@@ -100,7 +93,7 @@ class SuiteModel:
         generator, counts = torch.Generator().manual_seed(self.seed(clip)), list[Counts]()
         counted = begin_peak()
         with (
-            guided(self.pipe, guider or {}),
+            guided_by(self.pipe, guider or {}),
             cached_by(self.pipe, rival) if rival else contextlib.nullcontext(),
             attached(self.pipe, [with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
@@ -120,7 +113,7 @@ class SuiteModel:
 
 
 @contextlib.contextmanager
-def guided(pipe: Any, guider: Tables) -> Iterator[None]:
+def guided_by(pipe: Any, guider: Tables) -> Iterator[None]:
     """Let a pipeline guide by one of diffusers' guiders for the block."""
     if not guider:
         yield
@@ -143,10 +136,9 @@ def guided(pipe: Any, guider: Tables) -> Iterator[None]:
 def check_guided(pipeline: type) -> None:
     """Refuse a class of pipelines that takes no guider."""
     if "guider" not in inspect.signature(pipeline).parameters:
-        raise ConfigError(
-            f"{pipeline.__name__} takes no guider; HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do: "
-            "leave it out, or set guidance_scale in the suite's call"
-        )
+        others = "HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do"
+        remedy = "leave it out, or set guidance_scale in the suite's call"
+        raise ConfigError(f"{pipeline.__name__} takes no guider; {others}: {remedy}")
 
 
 def with_timestep(method: MethodConfig, pipe: Any = None) -> MethodConfig:
@@ -162,10 +154,8 @@ def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
     """Refuse what is none of diffusers' schedulers of another's noise schedule, or an option that it has not."""
     taken = check_options("scheduler", name, ())
     if not {"use_flow_sigmas", "shift", "trained_betas"} & {*taken}:
-        raise ConfigError(
-            f"{name} takes no noise schedule but its own; take, say, UniPCMultistepScheduler or "
-            "FlowMatchHeunDiscreteScheduler"
-        )
+        others = "UniPCMultistepScheduler or FlowMatchHeunDiscreteScheduler"
+        raise ConfigError(f"{name} takes no noise schedule but its own; take, say, {others}")
     check_options("scheduler", name, options)
 
 
@@ -201,7 +191,5 @@ def arm_scheduler(shipped: Any, solver: str, options: Mapping[str, Any], flow_sh
     if solver != OWN:
         return scheduler_like(shipped, solver, **options)
     if flow_shift is not None:
-        raise ConfigError(
-            f"the model's own scheduler keeps its noise schedule, got flow_shift {flow_shift}; leave it out"
-        )
+        raise ConfigError(f"the own scheduler keeps its noise schedule, got flow_shift {flow_shift}; leave it out")
     return type(shipped).from_config(shipped.config)

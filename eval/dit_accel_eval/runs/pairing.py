@@ -20,16 +20,12 @@ from dit_accel.files import read_text
 from .clip_files import ClipFile, clips_in
 from .encodings import LOSSLESS, Form, form_of
 
-REFERENCE = "reference"
-"""What the reference's folder is called, in tables too."""
-
+REFERENCE = "reference"  # what the reference's folder is called, in tables too
 COLUMNS = ("folder", "file", "prompt", "seed", "seconds", "num_inference_steps")
 """Columns that a table may have; a row without a file is of all clips of its folder, one without a folder of all."""
 
 NUMBERED = re.compile(r"(?P<prompt>.*?)[-_ ]*(?:seed)?[-_=]*(?P<seed>\d+)$")
-
-Key = tuple[str, int | None]
-"""Prompt and seed, None: not known."""
+Key = tuple[str, int | None]  # prompt and seed, None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +77,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def pair(paths: Mapping[str, Path], rows: Sequence[dict[str, Any]]) -> tuple[list[Folder], list[str]]:
-    """Return the folders, the reference's first, and all that keeps their clips from being compared, a line each.
-
-    Args:
-        paths: name -> folder, `REFERENCE` among them, first.
-    """
+    """Return the folders, of which `REFERENCE` is the first, and all that keeps clips from being compared, by line."""
     folders, problems, used = list[Folder](), list[str](), set[int]()
     names: dict[str, Key] = {}
     for name, path in paths.items():
@@ -97,7 +89,7 @@ def pair(paths: Mapping[str, Path], rows: Sequence[dict[str, Any]]) -> tuple[lis
             continue
         for file in files:
             try:
-                clip = _paired(file, _known(file, name, rows, used), names if name != REFERENCE else {})
+                clip = _paired(file, name, rows, used, names if name != REFERENCE else {})
                 clips.setdefault(clip.key, []).append(clip)
             except ConfigError as error:
                 problems.append(f"{name}: {error}")
@@ -110,22 +102,6 @@ def pair(paths: Mapping[str, Path], rows: Sequence[dict[str, Any]]) -> tuple[lis
     idle = [str(row) for number, row in enumerate(rows) if number not in used]
     problems += [f"rows of a table are of no clip here: {', '.join(idle)}"] if idle else []
     return folders, problems + (_differences(folders) if len(folders) == len(paths) else [])
-
-
-def words(key: Key) -> str:
-    """Return a prompt and seed in words."""
-    return f"{key[0]!r}" if key[1] is None else f"{key[0]!r} seed {key[1]}"
-
-
-def _known(file: ClipFile, folder: str, rows: Sequence[dict[str, Any]], used: set[int]) -> dict[str, Any]:
-    """Return what side-cars and, before those, a table's rows say of a clip; ``used`` takes the places of its rows."""
-    known = _side_car(file.path)
-    for number, row in enumerate(rows):
-        name = row.get("file", file.name)
-        if row.get("folder", folder) == folder and name in (file.name, file.path.name, file.path.as_posix()):
-            used.add(number)
-            known |= row
-    return known
 
 
 def _side_car(path: Path) -> dict[str, Any]:
@@ -148,42 +124,57 @@ def _side_car(path: Path) -> dict[str, Any]:
     return {key: known[key] for key, kind in kinds.items() if isinstance(known.get(key), kind)}
 
 
-def _paired(file: ClipFile, known: Mapping[str, Any], names: Mapping[str, Key]) -> PairedClip:
-    """Return a clip with its key; ``names``: name -> key of the reference's clips."""
-    name = NUMBERED.fullmatch(file.path.stem)
-    read = (name["prompt"] or file.path.stem, int(name["seed"])) if name else (file.path.stem, None)
+def _paired(
+    file: ClipFile, folder: str, rows: Sequence[dict[str, Any]], used: set[int], names: Mapping[str, Key]
+) -> PairedClip:
+    """Return a clip with what a side-car and, before that, a table's rows say of it.
+
+    ``used`` takes the places of its rows; ``names``: name -> key of the reference's clips.
+    """
+    known = _side_car(file.path)
+    for number, row in enumerate(rows):
+        name = row.get("file", file.name)
+        if row.get("folder", folder) == folder and name in (file.name, file.path.name, file.path.as_posix()):
+            used.add(number)
+            known |= row
+    parts = NUMBERED.fullmatch(file.path.stem)
+    read = (parts["prompt"] or file.path.stem, int(parts["seed"])) if parts else (file.path.stem, None)
     key = (known["prompt"], known.get("seed")) if "prompt" in known else names.get(file.name, read)
     seconds, steps = (known.get(name) for name in ("seconds", "num_inference_steps"))
     return PairedClip(file=file, form=form_of(file), key=key, seconds=seconds, steps=steps)
 
 
+def words(key: Key) -> str:
+    """Return a prompt and seed in words."""
+    return f"{key[0]!r}" if key[1] is None else f"{key[0]!r} seed {key[1]}"
+
+
 def _differences(folders: Sequence[Folder]) -> list[str]:
     """Return in what folders differ from the reference, and encodings among each other, a line each."""
-    reference, *others = folders
-    every, problems = [clip for folder in folders for clip in folder.clips.values()], list[str]()
+    (reference, *others), problems = folders, list[str]()
     usual = next((clip.form.encoding for folder in others for clip in folder.clips.values()), LOSSLESS)
+    sizes = {key: clip.form.size for key, clip in reference.clips.items()}
 
     def add(what: str, clips: Iterable[str]) -> None:
         listed = ", ".join(clips)
         problems.extend([f"{what}: {listed}"] if listed else [])
 
+    def encoded(clips: Iterable[PairedClip], usual: str) -> Iterable[str]:
+        return (f"{clip.label} ({clip.form.encoding})" for clip in clips if clip.form.encoding != usual)
+
     for folder in others:
         name, clips = folder.name, folder.clips.values()
-        sizes = {key: clip.form.size for key, clip in reference.clips.items()}
-        missing = (words(key) for key in reference.clips if key not in folder.clips)
-        extra = (f"{words(clip.key)} ({clip.label})" for clip in clips if clip.key not in sizes)
         resized = [clip for clip in clips if sizes.get(clip.key, clip.form.size) != clip.form.size]
-        other = (f"{clip.label} ({clip.form.encoding})" for clip in clips if clip.form.encoding != usual)
-        add(f"{name} lacks clips of the reference", missing)
-        add(f"{name} has clips that the reference lacks", extra)
         sized = (f"{clip.label} ({clip.form.size}, the reference's {sizes[clip.key]})" for clip in resized)
+        extra = (f"{words(clip.key)} ({clip.label})" for clip in clips if clip.key not in sizes)
+        add(f"{name} lacks clips of the reference", (words(key) for key in sizes if key not in folder.clips))
+        add(f"{name} has clips that the reference lacks", extra)
         add(f"{name} has clips of other sizes than the reference's (frames of height x width)", sized)
-        add(f"{name} has clips that are not encoded as {others[0].name}'s first, {usual}", other)
-    lossy = [clip for clip in reference.clips.values() if clip.form.encoding != LOSSLESS]
+        add(f"{name} has clips that are not encoded as {others[0].name}'s first, {usual}", encoded(clips, usual))
     if {clip.form.encoding for clip in reference.clips.values()} not in ({LOSSLESS}, {usual}):
-        named = (f"{clip.label} ({clip.form.encoding})" for clip in lossy)
+        named = encoded(reference.clips.values(), LOSSLESS)
         add(f"{REFERENCE} has clips neither {LOSSLESS} nor all encoded as {usual}", named)
-    if any(clip.seconds for clip in every):
-        untimed = (folder.name for folder in folders if not all(clip.seconds for clip in folder.clips.values()))
+    untimed = [folder.name for folder in folders if not all(clip.seconds for clip in folder.clips.values())]
+    if any(clip.seconds for folder in folders for clip in folder.clips.values()):
         add("seconds are known of some clips, not of all; add --times FILE for", untimed)
     return problems

@@ -17,7 +17,7 @@ from dit_accel_pipelines.generation.media import Frames, to_uint8
 from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import ConfigError
-from dit_accel.files import no_space, written_whole
+from dit_accel.files import no_space, write_text, written_whole
 
 from ..metrics.metric import Clip
 
@@ -26,15 +26,11 @@ Line = dict[str, Any]
 TUNED = "dense"  # name of the best dense runs of a ladder of rivals, with their steps behind; see `ladder`
 AGREE = 45.0  # PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged
 ITSELF = 120.0  # the agreement in dB of a reference for which nothing was searched: `psnr` of a clip with itself
-
-WORKS = {"work": "own work", "work_real": "work at a = .72"}
-"""Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
+WORKS = {"work": "own work", "work_real": "work at a = .72"}  # by which arms and dense runs are made equal
 
 TIMED = {"steps_in_time": "time"}
 
-NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")
-"""Fields of a line that are figures; others are metrics of the suite."""
-
+NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")  # fields that are figures
 REFERENCE = "reference"  # what stands for the arm's name in the file of a converged run
 KEPT = ("kept", "kept_reference")  # keys of a line that tell where its frames and its reference's were kept
 
@@ -91,8 +87,7 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Replace a file by these lines, atomically."""
-    with written_whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def markdown_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
@@ -101,23 +96,14 @@ def markdown_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([f"| {heads} |", "|---" * len(heads.split(" | ")) + "|", *lines])
 
 
-def last_by_clip(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
-    """Return (arm, clip) -> its last line."""
-    return {(line["arm"], line["clip"]): line for line in lines}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ResultLine:
-    """One arm's run of one clip; a number that was not measured is None, or not a number for PSNR and work.
-
-    Attributes:
-        raw: every key as the file holds it, also those that are only shown.
-    """
+    """One arm's run of one clip; a number that was not measured is None, or not a number for PSNR and work."""
 
     arm: str
     clip: int
     num_inference_steps: int
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)  # every key as the file holds it
     psnr: float = math.nan
     work: float = math.nan
     work_real: float | None = None

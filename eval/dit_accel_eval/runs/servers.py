@@ -15,7 +15,7 @@ from dit_accel import ConfigError
 
 from .clip_files import ClipFile
 from .counting import Counts
-from .encodings import LOSSLESS, encoder_like, form_of
+from .encodings import encoder_like, form_of
 from .model import ModelRun
 
 KINDS = {"url": str, "timeout": (int, float), "extra": dict}
@@ -68,7 +68,7 @@ class Server:
             wanted = [call.get("num_frames", 1), call["height"], call["width"]]
             if [*levels.shape[:3]] != wanted:
                 raise self._error(f"made a clip of frames, height, width {levels.shape[:3]}, asked for {wanted}")
-            encoder = None if form.encoding == LOSSLESS else encoder_like(file, form, levels)
+            encoder = encoder_like(file, form, levels)
         frames, unknown = np.divide(levels, 255, dtype=np.float32), Counts(blocks=math.nan, attention=math.nan)
         return ModelRun(frames=frames, counts=unknown, attended=math.nan, seconds=seconds, encoder=encoder)
 

@@ -27,17 +27,11 @@ TABLES = ("call", "scheduler", "guider", "rival")  # keys of an arm that hold a 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One setting under test; an empty table leaves things as they are.
-
-    Attributes:
-        solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
-        guider: class of one of diffusers' guiders -> its options.
-        rival: name of another project's cache or server (`rivals`) -> its options.
-    """
+    """One setting under test; an empty table leaves things as they are, others are a class's or rival's options."""
 
     name: str
     num_inference_steps: int
-    solver: str = BEST
+    solver: str = BEST  # a name of `SOLVERS`; `OWN`, the model's scheduler; or a class of diffusers'
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     flow_shift: float | None = None
     guider: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -144,17 +138,12 @@ def _check_name(arm: Arm, where: str) -> None:
     """Refuse a dense run of the best solver that has a name of its own, and another arm that has such a run's name."""
     dense = dense_arm(arm.num_inference_steps).name
     if arm.is_dense and arm.name != dense:
-        raise ConfigError(
-            f"{where} has no method, and {BEST} (the default) as its solver: a plain run, of the kind that all arms "
-            f"are compared with and that is found by its name; call it {dense!r}, or leave it out: what is needed of "
-            "them is made by itself"
-        )
+        plain = f"has no method, and {BEST} (the default) as its solver: a plain run, which others are compared with"
+        raise ConfigError(f"{where} {plain}; call it {dense!r}, or leave it out: those that are needed are made")
     solver, _, steps = arm.name.rpartition(" ")
     if not arm.is_dense and solver in (BEST, TUNED) and steps.isdigit():
-        raise ConfigError(
-            f"{where} is called {arm.name!r}, a name for runs of {BEST} without a method, or of a ladder of rivals, "
-            "which other arms are compared with; give it another name"
-        )
+        taken = f"a name of runs of {BEST} without a method, or of a ladder of rivals"
+        raise ConfigError(f"{where} is called {arm.name!r}, {taken}; give it another name")
 
 
 def _solver(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,9 +155,7 @@ def _solver(plain: Mapping[str, Any]) -> dict[str, Any]:
         return {"solver": solver}
     beside = [key for key in ("solver", "flow_shift") if key in plain]
     if beside:
-        raise ConfigError(
-            f"scheduler stands beside {' and '.join(beside)}; leave one out: a scheduler's options are in its braces"
-        )
+        raise ConfigError(f"scheduler stands beside {' and '.join(beside)}; put a scheduler's options in its braces")
     name, options = _one_class(plain["scheduler"], "scheduler", "UniPCMultistepScheduler")
     check_scheduler(name, options)
     return {"solver": name, "scheduler": options}

@@ -19,20 +19,13 @@ from ..metrics.registered import FLOOR, decimals_of
 from ..runs.model import OWN
 from ..runs.results import AGREE, TIMED, TUNED, WORKS, ResultLine, last_lines, markdown_table
 from ..statistics import FEWEST, TOO_FEW, ClipMean, Judged, clip_mean, frontier, judge, p_words
-from .judges import judge_of
 from .ladder import setting_words
-from .suite import Pair, Suite
+from .suite import Pair, Suite, judge_of
 
 NEGLIGIBLE = 1e-3  # share of the steps' work by which a run may differ from them and still save nothing
-
-SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)
-"""Phases of the methods that are there to leave something out."""
-
+SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)  # of methods that leave something out
 MEANS = (*WORKS, *TIMED, "ssim", "score", "seconds", "dense_seconds")  # fields of a line of which there are means
-
-NOTHING = "saved nothing"
-"""What stands in place of a lead of an arm whose methods left nothing out: it is the dense run, at its cost."""
-
+NOTHING = "saved nothing"  # in place of a lead of an arm whose methods left nothing out, at the dense run's cost
 EQUAL = 1.02  # time or work, of the other arm's, up to which an arm's counts as no more
 
 
@@ -65,18 +58,13 @@ class ArmFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairFigures:
-    """What the clips of both arms of a pair say.
-
-    Attributes:
-        costs: of the arm and of the other, as shares of the dense run's.
-        by: what costs are: ``time``; ``processor time``, of runs on one thread beside other work; or counted ``work``.
-    """
+    """What the clips of both arms of a pair say."""
 
     pair: Pair
     ahead: Judged
     score: Judged | None
-    costs: tuple[float, float]
-    by: str
+    costs: tuple[float, float]  # of the arm and of the other, as shares of the dense run's
+    by: str  # what costs are: time; processor time, of runs on one thread beside other work; or counted work
 
     @property
     def verdict(self) -> str:
@@ -212,7 +200,7 @@ def idle_arms(lines: Sequence[ResultLine]) -> set[str]:
 
 def pair_figures(
     pairs: Sequence[Pair], lines: Iterable[ResultLine], reference_steps: int | None = None
-) -> list[PairFigures]:  # fmt: skip
+) -> list[PairFigures]:
     """Return the figures of the pairs of which both arms ran on a clip at least, judged together."""
     known, both = last_lines(line for line in lines if line.is_converged), dict[Pair, list[tuple[ResultLine, ...]]]()
     for pair in pairs:

@@ -11,21 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from dit_accel_pipelines.generation.media import Frames
 from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel.files import held
 
-from ..metrics.metric import Clip, Sample
+from ..metrics.metric import Sample
 from ..metrics.registered import unavailable
 from ..protocol import PROTOCOL
 from ..runs.conditions import processor_name
-from ..runs.encodings import LOSSLESS, Encoder, encoder_like
+from ..runs.encodings import encoder_like
 from ..runs.pairing import Folder, Key, PairedClip
 from ..runs.results import ITSELF, KEPT, Line, append_line, frames_hash, keep_beside, result_lines, write_lines
 from .measuring import ALWAYS, encoding_alone, measured_line
-
-UNKNOWN = "unknown"
 
 
 def measure_folders(
@@ -35,10 +32,7 @@ def measure_folders(
     """Write a line for each clip of each folder but the first, the reference's, as it is measured.
 
     What a line of an earlier call says is taken where neither its clips nor what is known of them have changed.
-
-    Args:
-        rivals: names of the folders that others are held against.
-        frames: whether clips are kept beside the lines, for the page.
+    Others are held against the folders that ``rivals`` names; ``frames`` keeps clips beside the lines, for the page.
     """
     reference, *others = folders
     total = sum(len(folder.clips) for folder in folders)
@@ -51,7 +45,8 @@ def measure_folders(
             stages.advance()
         same = {"suite": out.stem, "model": model, **_about(hashes, shape)}
         for folder in others:
-            encoder = _encoder(folder, reference)
+            clip = folder.clips[(first := next(iter(hashes)))]
+            encoder = encoder_like(clip.file, clip.form, reference.clips[first].file.levels())
             role = "rival" if folder.name in rivals else "arm"
             for number, key in enumerate(hashes):
                 clip, other = folder.clips[key], reference.clips[key]
@@ -60,13 +55,13 @@ def measure_folders(
                 line |= {"folder": str(folder.path), "frames_hash": frames_hash(levels), "reference_hash": hashes[key]}
                 before = known.get((folder.name, number), {})
                 seen = {*ALWAYS, *before.get("metrics", ()), *before.get("skipped", ()), *unavailable(metrics)}
-                shown = (_floats(levels), other.file.frames())
+                shown = (np.divide(levels, 255, dtype=np.float32), other.file.frames())
                 if {*metrics} <= seen and all(before.get(name) == value for name, value in line.items()):
                     line = dict(before)
                 else:
-                    line |= _measured(
-                        Sample(frames=shown[0], reference=shown[1], prompt=key[0], fps=fps), metrics, encoder
-                    )
+                    sample = Sample(frames=shown[0], reference=shown[1], prompt=key[0], fps=fps)
+                    line |= measured_line(sample, metrics)
+                    line |= encoding_alone(encoder, shown[1], line) if encoder else {}
                 if frames and not all((out.parent / line.get(name, "")).is_file() for name in KEPT):
                     line |= keep_beside(out.with_suffix(".frames"), out.parent, line, *shown)
                 if line != before:
@@ -80,7 +75,7 @@ def _about(hashes: Mapping[Key, str], shape: Sequence[int]) -> Line:
     """Return what all lines share: the reference's identity and size, versions, and where clips were measured."""
     together = hashlib.sha256("".join(f"{key}{value}" for key, value in hashes.items()).encode()).hexdigest()
     return {
-        "weights": UNKNOWN, "solver": UNKNOWN, "flow_shift": None, "methods": {},
+        "weights": "unknown", "solver": "unknown", "flow_shift": None, "methods": {},
         "call": dict(zip(("num_frames", "height", "width"), shape, strict=False)),
         "reference": f"clips {together[:12]}", "reference_agreement": ITSELF, "protocol": PROTOCOL,
         "python": platform.python_version(), "dit_accel": version("dit-accel"), "measured_on": processor_name(),
@@ -96,22 +91,3 @@ def _of_clip(clip: PairedClip, reference: PairedClip) -> Line:
         line |= {"seconds": clip.seconds, "dense_seconds": reference.seconds}
         line |= {"steps_in_time": whole * clip.seconds / reference.seconds}
     return line
-
-
-def _encoder(folder: Folder, reference: Folder) -> Encoder | None:
-    """Return what encodes as a folder's clips are, None where they are lossless or it can't be had."""
-    key: Key = min(folder.clips, key=str)
-    clip, other = folder.clips[key], reference.clips[key]
-    return None if clip.form.encoding == LOSSLESS else encoder_like(clip.file, clip.form, other.file.levels())
-
-
-def _measured(sample: Sample, metrics: Sequence[str], encoder: Encoder | None) -> Line:
-    """Return the metrics of a clip, and how near its reference stays to itself once it is encoded as the clip is."""
-    line, (_, reference) = measured_line(sample, metrics), sample.pair()
-    if encoder:
-        line |= encoding_alone(encoder, reference, line)
-    return line
-
-
-def _floats(levels: Frames) -> Clip:
-    return np.divide(levels, 255, dtype=np.float32)

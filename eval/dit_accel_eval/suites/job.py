@@ -14,9 +14,8 @@ from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
-from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import read_model_files
-from dit_accel.files import check_room, check_writable, held
+from dit_accel.files import check_room, check_writable, held, make_folder
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 
@@ -27,13 +26,10 @@ from ..runs.results import AGREE, Line, ResultLine, result_lines, write_lines
 from ..runs.rivals import require_rivals
 from ..runs.servers import Server
 from .arms import Arm
-from .judges import Judge, judge_of
-from .suite import Suite
+from .suite import Judge, Suite, judge_of
 
 LINE = 1 << 13  # bytes that a result line takes, about
-
-SCALES = ("guidance_scale", "true_cfg_scale")
-"""What an arm's call may change where all are held against one converged run, which has the suite's own."""
+SCALES = ("guidance_scale", "true_cfg_scale")  # what an arm's call may change beside one converged run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +99,8 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
     _check_kind(job)
     _check_fits(job, clips, result_lines(job.out) if job.out.is_file() else [], family)
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            text = f"{what} can't be written to {folder}: {error.strerror}; choose another folder"
-            raise ConfigError(text) from None
+        if folder is not None:
+            make_folder(folder, f"the folder of {what}")
     check_writable(job.out, "results")
     with held(job.out, "the results file"):
         known = result_lines(job.out)
@@ -142,22 +134,18 @@ def _check_fits(job: Job, clips: Sequence[int], known: Sequence[ResultLine], fam
 def _check_model(suite: Suite) -> Family:
     """Refuse a model that suites can't run, and what it does not take of a suite; returns the model's sizes."""
     if suite.embedded:
+        files = read_model_files(suite.source)
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
-        source = str(assets().model_path(suite.model))
-        files = read_model_files(source)
     else:
-        source, (files, _) = suite.source, check_given(suite.source)
+        files, _ = check_given(suite.source)
         if suite.own is None:
-            raise ConfigError(
-                f"{suite.name} has no prompts, and only embedded models have held-out ones; add prompts = [...] or a "
-                f"prompt_file for {suite.model}"
-            )
-    shipped = shipped_scheduler(source)
+            remedy = f"add prompts = [...] or a prompt_file for {suite.model}"
+            raise ConfigError(f"{suite.name} has no prompts, and only embedded models have held-out ones; {remedy}")
+    shipped = shipped_scheduler(suite.source)
     adapter, family = files.identify()
-    taken = Model(
-        adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
-    )  # fmt: skip
+    heads, layers = family.heads, family.layers
+    taken = Model(adapter=adapter, family=family, heads=heads, layers=layers, config=files.transformer)
     ladder = suite.ladder
     rungs = [ladder.arm(rung.num_inference_steps) for rung in ladder.rungs] if ladder else []
     for arm in (*suite.arms, *rungs):
@@ -179,20 +167,16 @@ def _check_kind(job: Job) -> None:
             if arm.is_served and not job.timed:
                 raise ConfigError(f"arm {arm.name!r} is a server's, whose work can't be counted; set timed = true")
             if {*arm.call} - {*SCALES}:
-                raise ConfigError(
-                    f"arm {arm.name!r} has a call of its own, {dict(arm.call)}, and all are held against one converged "
-                    f"run, so that it may only set {' and '.join(SCALES)}; leave it out, or judge clips by themselves: "
-                    'judge = "FILE.py"'
-                )
+                may = f"beside one converged run it may only set {' and '.join(SCALES)}"
+                remedy = 'leave it out, or judge clips by themselves: judge = "FILE.py"'
+                raise ConfigError(f"arm {arm.name!r} has a call of its own, {dict(arm.call)}; {may}: {remedy}")
             suite_call(suite, {**suite.call, **arm.call})
         return
     options = {"--time": job.timed, "--frames": job.frames, "metrics": suite.metrics}
     requested = [name for name, value in options.items() if value]
     if requested:
-        raise ConfigError(
-            f"{suite.name} judges clips by themselves ({suite.judge}), without a dense run beside them; leave out "
-            f"{' and '.join(requested)}"
-        )
+        alone = f"{suite.name} judges clips by themselves ({suite.judge}), without a dense run beside them"
+        raise ConfigError(f"{alone}; leave out {' and '.join(requested)}")
 
 
 def check_lines(path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]) -> None:
@@ -224,7 +208,5 @@ def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], clips: OwnClips 
         if (clips is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
             continue
         text = "a held-out prompt" if clips is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
-        raise ConfigError(
-            f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
-            f"{text}; write its results to another file"
-        )
+        there = f"clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}"
+        raise ConfigError(f"{path} holds {there}, this suite has {text}; write its results to another file")

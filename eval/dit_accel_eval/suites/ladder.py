@@ -36,19 +36,16 @@ LOOSE = 0.5  # decibels below the best of those that ran on the confirming clips
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """The best dense run of so many steps.
-
-    Attributes:
-        tried: solver and shift in words -> the mean PSNR of each run that was tried.
-        confirming: the same of the best of these, over clips that did not choose; empty: not run there.
-    """
+    """The best dense run of so many steps."""
 
     num_inference_steps: int
     solver: str
     psnr: float
     flow_shift: float | None = None
-    tried: Mapping[str, float] = field(default_factory=dict)
-    confirming: Mapping[str, float] = field(default_factory=dict)
+    tried: Mapping[str, float] = field(default_factory=dict)  # solver and shift in words -> the mean PSNR of each run
+    confirming: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of the best of these, over clips that did not choose
 
     @property
     def best_elsewhere(self) -> tuple[str, float] | None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +76,10 @@ def line_of(sampled: Sampled) -> Line:
         if job.frames is not None:
             line |= keep_beside(job.frames, job.out.parent, line, run.frames, reference.frames)
     if len(sampled.runs) > 1:
-        line["repeated"] = repeat_figures(sampled.runs)
+        taken = [run.seconds for run in sampled.runs]
+        low, middle, high = (round(float(value), DIGITS) for value in np.percentile(taken, [25, 50, 75]))
+        every = [round(value, DIGITS) for value in taken]
+        line["repeated"] = {"seconds": every, "median": middle, "quartiles": [low, high]}
     if sampled.beside:
         whole = sampled.arm.is_served  # a server's seconds are those of the whole call
         dense = float(np.median([run.times.total if whole and run.times else run.seconds for run in sampled.beside]))
@@ -94,13 +96,6 @@ def encoding_alone(encoder: Encoder, frames: Clip, line: Line) -> Line:
     encoded = np.divide(encoder(np.rint(255 * frames).astype(np.uint8)), 255, dtype=np.float32)
     floor = scores(ALWAYS[:1], Sample(frames=encoded, reference=frames)).values()["psnr"]
     return {"metrics": {**line.get("metrics", {}), FLOOR: floor}, "encoder": str(encoder)}
-
-
-def repeat_figures(runs: Sequence[ModelRun]) -> dict[str, Any]:
-    """Return the seconds of the denoising loop of repeated runs, in order, with their median and quartiles."""
-    seconds = [run.seconds for run in runs]
-    low, middle, high = (round(float(value), DIGITS) for value in np.percentile(seconds, [25, 50, 75]))
-    return {"seconds": [round(value, DIGITS) for value in seconds], "median": middle, "quartiles": [low, high]}
 
 
 def _about(sampled: Sampled) -> Line:

@@ -1,7 +1,6 @@
 """Dense runs kept on disk, and among them the reference of a clip: the converged run, which no solver's steps blur.
 
-The steps are doubled until two runs agree; the finer one is the reference. Every dense run of the best solver is made
-once and found again by the hash of all that shapes it; the folder is a cache, to be deleted at will.
+The steps are doubled until two runs agree. Runs are found again by the hash of all that shapes them.
 """
 
 import dataclasses
@@ -70,7 +69,11 @@ def _reference(run: ModelRun, steps: int, agreement: float) -> Reference:
 
 def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str = BEST) -> ModelRun:
     """Return a dense run of a solver with the model's own noise shift, made or found again, with its times."""
-    setting = run_setting(model, clip, steps, solver)
+    setting = {  # all that shapes the run
+        "model": model.name, "weights": model.weights, "prompt": model.prompt(clip), "seed": model.seed(clip),
+        "call": model.call, "solver": solver, "flow_shift": shift_of(model.shipped), "steps": steps,
+        **({} if model.dtype is None else {"dtype": model.dtype}),
+    }  # fmt: skip
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / f"{name}.npz"
     if not path.exists():
@@ -82,15 +85,6 @@ def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str
         with written_whole(path) as temporary:
             np.savez(temporary, frames=run.frames.astype(np.float16), meta=json.dumps(meta))
     return _read(path, setting)
-
-
-def run_setting(model: SuiteModel, clip: int, steps: int, solver: str = BEST) -> dict[str, Any]:
-    """Return all that shapes a dense run, as JSON knows it."""
-    return {
-        "model": model.name, "weights": model.weights, "prompt": model.prompt(clip), "seed": model.seed(clip),
-        "call": model.call, "solver": solver, "flow_shift": shift_of(model.shipped), "steps": steps,
-        **({} if model.dtype is None else {"dtype": model.dtype}),
-    }  # fmt: skip
 
 
 def _read(path: Path, setting: dict[str, Any]) -> ModelRun:

@@ -1,8 +1,4 @@
-"""Runs a suite, as `dit-accel eval run` does: every arm on every clip, each a JSON line, written as it is made.
-
-Arms are compared with converged runs, or judged by themselves where the suite names a judge. A run that was stopped
-goes on where it stopped. The protocol is in eval/README.md.
-"""
+"""Runs a suite, as `dit-accel eval run` does: every arm on every clip, each a JSON line, written as it is made."""
 
 import contextlib
 import dataclasses
@@ -66,24 +62,20 @@ def run_arms(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch =
         raise ConfigError(f"accelerate launch started {ranks.count} processes, got {requested} besides; leave one out")
     with checked(job, clips) if ranks.first else contextlib.nullcontext():
         ranks.wait()
-        _run(job, ranks.own(clips), workers, lambda: watch(result_lines(job.out)))
+        ours, look = ranks.own(clips), lambda: watch(result_lines(job.out))
+        look()
+        if (processes := min(workers, len(ours))) > 1:
+            run_beside(_run_there, ours, processes, begin=_begin, given=(job,), look=look)
+        else:
+            runner = Runner(job)
+            for clip in ours:
+                runner.run_clip(clip, look)
         ranks.wait()
         if ranks.first:
             places = {arm.name: place for place, arm in enumerate(job.suite.arms)}
             lines = last_lines(result_lines(job.out)).values()  # dense runs that were added stand last
             key = lambda line: (line.clip, places.get(line.arm, len(places)), line.num_inference_steps)  # noqa: E731
             write_lines(job.out, (line.raw for line in sorted(lines, key=key)))
-
-
-def _run(job: Job, clips: Sequence[int], workers: int, look: Callable[[], None]) -> None:
-    """Run clips here or in worker processes."""
-    look()
-    workers = max(1, min(workers, len(clips)))
-    if workers > 1:
-        return run_beside(_run_there, clips, workers, begin=_begin, given=(job,), look=look)
-    runner = Runner(job)
-    for clip in clips:
-        runner.run_clip(clip, look)
 
 
 _there: "list[Runner]" = []  # what a process of a pool runs; set when it begins

@@ -6,9 +6,9 @@ from pathlib import Path
 from dit_accel import ConfigError
 
 from ..metrics.distances import ENOUGH, SETS, Distance
-from ..metrics.metric import Clip, Sample
+from ..metrics.metric import Sample
 from ..metrics.registered import check_names, metric, scores
-from ..runs.clip_files import ClipFile, clips_in, paired
+from ..runs.clip_files import clips_in, paired
 from ..runs.results import Line
 from ..vbench.prompts import prompts_by_name
 
@@ -26,7 +26,12 @@ def score_files(
     """Give a line for each clip, then one for all if distances between sets are requested."""
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]
-    comparing = _compared(single, sets, references, prompt, prompts)
+    comparing = [*(name for name in single if metric(name).reference), *sets]
+    if comparing and references is None:
+        raise ConfigError(f"{', '.join(comparing)} compares with a reference; name clips with --reference")
+    prompted = [name for name in single if metric(name).prompt]
+    if prompted and prompts is None and not prompt.strip():
+        raise ConfigError(f"{', '.join(prompted)} compares with the prompt; give --prompt, or --prompts FILE.json")
     distances = [Distance(name) for name in sets]
     clips = clips_in(path)
     pairs = list(paired(clips, path, references))
@@ -36,12 +41,16 @@ def score_files(
         warn(f"{len(lossy)} of the files are compressed with loss ({lossy[0]}), {CAP}")
     frames = 0
     for clip, reference in pairs:
-        sample = _sample(clip, reference, said.get(clip.path.name, prompt), fps, trained_frames)
+        text, other = said.get(clip.path.name, prompt), reference.frames() if reference else None
+        same = {"fps": fps, "trained_frames": trained_frames}
+        try:
+            sample = Sample(frames=clip.frames(), reference=other, prompt=text, **same)
+        except ConfigError as error:
+            raise ConfigError(f"{clip.path}: {error}") from None
         frames += len(sample.frames)
         for distance in distances:
-            ours, other = sample.pair()
-            distance.add(ours, real=False)
-            distance.add(other, real=True)
+            for frames_of_set, real in zip(sample.pair(), (False, True), strict=True):
+                distance.add(frames_of_set, real=real)
         scored = scores(single, sample)
         line: Line = {"clip": clip.name, "reference": reference and reference.path.name, "metrics": scored.values()}
         line["by_frame"] = {name: item.by_frame for name, item in scored.measured.items() if item.by_frame is not None}
@@ -51,29 +60,3 @@ def score_files(
         if frames < ENOUGH and "fid@inception" in sets:
             warn(f"fid@inception of {frames} frames is above that of many; hold it only against others of as many")
         yield {"clip": None, "frames": frames, "metrics": {distance.name: distance.value() for distance in distances}}
-
-
-def _compared(
-    single: Sequence[str], sets: Sequence[str], references: Path | None, prompt: str, prompts: Path | None
-) -> list[str]:
-    """Return the metrics that compare with references; `ConfigError` if one lacks its references or prompts."""
-    comparing = [*(name for name in single if metric(name).reference), *sets]
-    if comparing and references is None:
-        raise ConfigError(f"{', '.join(comparing)} compares with a reference; name clips with --reference")
-    prompted = [name for name in single if metric(name).prompt]
-    if prompted and prompts is None and not prompt.strip():
-        raise ConfigError(
-            f"{', '.join(prompted)} compares with the prompt; give it with --prompt, or --prompts FILE.json"
-        )
-    return comparing
-
-
-def _sample(clip: ClipFile, reference: ClipFile | None, prompt: str, fps: float, trained_frames: int | None) -> Sample:
-    frames: Clip = clip.frames()
-    try:
-        return Sample(
-            frames=frames, reference=reference.frames() if reference else None, prompt=prompt, fps=fps,
-            trained_frames=trained_frames,
-        )  # fmt: skip
-    except ConfigError as error:
-        raise ConfigError(f"{clip.path}: {error}") from None

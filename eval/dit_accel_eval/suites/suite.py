@@ -1,6 +1,8 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
-from collections.abc import Mapping, Sequence
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,14 @@ from dit_accel_pipelines.generation.request import DTYPES, Dtype, read_prompts
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS
 
 from dit_accel import ConfigError
-from dit_accel.adapters.embedded import embedded_names
+from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..protocol import USES, prompts_in_order
 from ..runs.conditions import OwnClips
-from ..runs.model import OWN
-from ..runs.results import TUNED
+from ..runs.model import OWN, ModelRun, SuiteModel
+from ..runs.results import TUNED, Line
 from .arms import Arm, check_kinds, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
 
@@ -32,9 +34,7 @@ KINDS = {
 }
 """Key of a suite -> what it must be."""
 
-LEAST = {"clips": 1, "first_clip": 0, "reference_steps": 1, "warmup": 0, "repeats": 1}
-"""Key of a suite -> the least number that it may be."""
-
+LEAST = {"clips": 1, "first_clip": 0, "reference_steps": 1, "warmup": 0, "repeats": 1}  # of a suite's keys
 PAIR_KINDS = {"arm": str, "against": str, "margin": (int, float)}  # key of a pair -> what it must be
 
 
@@ -52,15 +52,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """A comparison on prompts and seeds of a model.
-
-    Attributes:
-        judge: Python file, from the suite's folder, that judges clips by themselves; empty: converged runs do.
-        reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
-        ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
-        timed: whether seconds count; None: as the command says, and those of a processor on a CPU.
-        chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
-    """
+    """A comparison on prompts and seeds of a model."""
 
     name: str
     model: str
@@ -69,17 +61,17 @@ class Suite:
     call: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     first_clip: int = 0
-    judge: str = ""
-    reference_steps: int | None = None
+    judge: str = ""  # Python file, from the suite's folder, that judges clips by themselves; empty: converged runs do
+    reference_steps: int | None = None  # of the model's own dense run that is the reference; None: the converged run
     reference_solver: str = BEST
     folder: Path = Path()
     own: OwnClips | None = None
     dtype: Dtype | None = None
     warmup: int = 0
     repeats: int = 1
-    timed: bool | None = None
-    ladder: Ladder | None = None
-    chosen_on: tuple[int, int] | None = None
+    timed: bool | None = None  # whether seconds count; None: as the command says, and a processor's on a CPU
+    ladder: Ladder | None = None  # dense runs that arms are held against; None: the best solver's, at the model's shift
+    chosen_on: tuple[int, int] | None = None  # first and last held-out clip on which the arms' options were chosen
     pairs: tuple[Pair, ...] = ()
 
     @property
@@ -89,7 +81,9 @@ class Suite:
 
     @property
     def source(self) -> str:
-        """Return what diffusers loads of a model that is not embedded: a folder, beside the file if it is there."""
+        """Return what diffusers loads of a model: a folder, beside the file if it is there, or a hub id."""
+        if self.embedded:
+            return str(assets().model_path(self.model))
         beside = self.folder / Path(self.model).expanduser()
         return str(beside) if beside.is_dir() else self.model
 
@@ -107,10 +101,8 @@ class Suite:
         count = sum(not arm.is_dense for arm in self.arms)
         if count <= MANY:
             return None
-        return (
-            f"{self.name} has {count} arms, more than {MANY}: each must stand after Holm's correction over all of them,"
-            " so write down the few that matter before the run"
-        )
+        why = "each must stand after Holm's correction over all of them"
+        return f"{self.name} has {count} arms, more than {MANY}: {why}, so name the few that matter beforehand"
 
 
 def read_suite(path: Path) -> Suite:
@@ -181,22 +173,17 @@ def _check_judging(suite: Suite, path: Path) -> None:
     choosing |= {"its rivals": range(ladder.first_clip, ladder.first_clip + ladder.clips)} if ladder else {}
     for what, clips in choosing.items():
         if suite.own is None and {*clips} & {*judging}:
-            raise ConfigError(
-                f"{path} judges on clips {clip_words(suite.first_clip, suite.clips)}, and {what} were chosen on clips "
-                f"{clip_words(clips.start, len(clips))}; judge on others, by first_clip"
-            )
+            ours, others = clip_words(suite.first_clip, suite.clips), clip_words(clips.start, len(clips))
+            both = f"judges on clips {ours}, and {what} were chosen on clips {others}"
+            raise ConfigError(f"{path} {both}; judge on others, by first_clip")
     if suite.judge and (ladder or suite.pairs or suite.timed or suite.reference_steps):
-        raise ConfigError(
-            f"{path} has rivals, [[compare]], timed or reference_steps beside judge = {suite.judge!r}, which holds "
-            "clips against no reference; leave them out"
-        )
+        beside = f"rivals, [[compare]], timed or reference_steps beside judge = {suite.judge!r}"
+        raise ConfigError(f"{path} has {beside}, which holds clips against no reference; leave them out")
     for what in ("model", "reference_steps", "reference_solver", "call") if ladder else ():
         ours, other = getattr(suite, what), getattr(ladder, what, BEST)
         if ours != other:
-            raise ConfigError(
-                f"{path} has {what} {ours!r}, and its rivals were chosen with {other!r}; make rivals for it with "
-                "best_rival.py"
-            )
+            remedy = "make rivals for it with best_rival.py"
+            raise ConfigError(f"{path} has {what} {ours!r}, and its rivals were chosen with {other!r}; {remedy}")
 
 
 def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
@@ -204,17 +191,13 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
     file, prompts, seeds = (data.pop(key, None) for key in ("prompt_file", "prompts", "seeds"))
     if file is None and prompts is None:
         if seeds is not None:
-            raise ConfigError(
-                f"{path} has seeds but no prompts; add prompts = [...], or leave seeds out: held-out clips have theirs"
-            )
+            raise ConfigError(f"{path} has seeds but no prompts; add prompts = [...]: held-out clips have their seeds")
         return None
     if file is not None and prompts is not None:
         raise ConfigError(f"{path} has prompts and a prompt_file; give one of them")
     counted = [key for key in ("clips", "first_clip") if key in data]
     if counted:
-        raise ConfigError(
-            f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts; leave them out: all run"
-        )
+        raise ConfigError(f"{path} has {' and '.join(counted)} beside prompts, which all run; leave them out")
     try:
         if isinstance(prompts, str):
             if prompts not in USES:
@@ -233,6 +216,31 @@ def _check_model(suite: Suite, path: Path) -> None:
     if suite.embedded and suite.dtype not in (None, "float32"):
         raise ConfigError(f"{path} has dtype {suite.dtype!r}, and {suite.model} runs in float32; leave it out")
     if suite.judge and (suite.own or not suite.embedded):
-        raise ConfigError(
-            f"{path} has judge = {suite.judge!r}, which knows held-out clips of embedded models alone; leave it out"
-        )
+        raise ConfigError(f"{path} has judge = {suite.judge!r}, which knows held-out prompts alone; leave it out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """How clips are judged by themselves, by functions of these names in a suite's file."""
+
+    measures: Callable[[SuiteModel, int, ModelRun], Line]  # of a clip's number and run; ``score`` is among what it says
+    table: Callable[[Suite, Sequence[Line]], str]
+
+
+def judge_of(suite: Suite) -> Judge:
+    """Return the judge of a suite that has one."""
+    path = (suite.folder / suite.judge).resolve()
+    sys.path.insert(0, str(path.parent))
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:  # whatever a file of one's own raises
+        raise ConfigError(f"the judge {path} can't be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    if Path(module.__file__ or "").resolve() != path:
+        raise ConfigError(f"the judge {path} has the name of the module {module.__file__}; rename it")
+    functions: dict[str, Any] = {name: getattr(module, name, None) for name in Judge.__dataclass_fields__}
+    for name, function in functions.items():
+        if not callable(function):
+            raise ConfigError(f"the judge {path} has no function {name}; see Judge in {__name__}")
+    return Judge(**functions)

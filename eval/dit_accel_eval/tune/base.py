@@ -1,9 +1,7 @@
 """What all tuners share: a search that scores the points of a space and keeps each score, and what was found.
 
-Each `tune_*` is a function of a `Request`, whose methods are attached, of the file to write, of options of its own and
-of ``stages``, the progress bars (None shows none). It says what its space is and what a point scores, writes the file
-and returns what was found, a `Tuned`. It raises `ConfigError` for what can't be tuned, a file that can't be written,
-and scores of other settings that are kept beside that file; a run that was stopped goes on after its last score.
+Each `tune_*` attaches a request's methods, writes a file and returns what it found; without ``stages`` it shows no
+progress. It refuses what can't be tuned, a file that can't be written, and scores of other settings beside that file.
 """
 
 import dataclasses
@@ -24,7 +22,7 @@ from dit_accel_pipelines.processes.ranks import Ranks
 import dit_accel
 from dit_accel.attachment.layers import Observer
 from dit_accel.errors import ConfigError
-from dit_accel.files import check_writable, written_whole
+from dit_accel.files import check_writable, write_text
 from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import to_toml
@@ -38,17 +36,12 @@ Config = TypeVar("Config", bound=MethodConfig)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """What a tuner found and wrote."""
+    """What a tuner found, as plain values, and a table of it."""
 
-    output: Path
     found: Mapping[str, Any]
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     remarks: Sequence[str] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return {"output": str(self.output), **self.found}
 
 
 class TuningRun:
@@ -82,9 +75,7 @@ class TuningRun:
             if saved["version"] != VERSION:
                 raise ValueError(f"version {saved['version']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self._path} is not tuning progress that this release can read ({error}); delete it"
-            ) from None
+            raise ConfigError(f"{self._path} is no tuning progress of this release ({error}); delete it") from None
         for name, value in self._settings.items():
             if known.get(name) != value:
                 raise ConfigError(
@@ -113,9 +104,7 @@ class TuningRun:
         self._scores[_key(point)] = score
         if self._ranks.first:
             scores = [(json.loads(key), value) for key, value in self._scores.items()]
-            with written_whole(self._path) as temporary:
-                content = {"version": VERSION, "settings": self._settings, "scores": scores}
-                temporary.write_text(json.dumps(content), encoding="utf-8")
+            write_text(self._path, json.dumps({"version": VERSION, "settings": self._settings, "scores": scores}))
 
     @property
     def scored(self) -> int:
@@ -161,8 +150,7 @@ def write_config(
     output: Path, config: MethodConfig, about: Sequence[str], run: Mapping[str, Any] | None = None
 ) -> None:
     """Write the TOML that ``--config`` takes, whole or not at all, with remarks above it and what a run sets."""
-    with written_whole(output) as temporary:
-        temporary.write_text("".join(f"# {line}\n" for line in about) + to_toml([config], run), encoding="utf-8")
+    write_text(output, "".join(f"# {line}\n" for line in about) + to_toml([config], run))
 
 
 class WatchConfig(MethodConfig):

@@ -30,9 +30,7 @@ DEGREE = 4  # of TeaCache's polynomial
 Config = TypeVar("Config", bound=CalibratedConfig)
 
 Note = dict[str, Any]  # what was noted of one forward, as plain values; with ``transformer`` and ``step``
-
-Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]
-"""(handler, context, output) -> a note of a forward of the branch that decides."""
+Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]  # of an output of the branch that decides
 
 
 def tune_magcache(request: TuningRequest, output: Path, *, stages: Stages | None = None) -> Tuned:
@@ -57,7 +55,6 @@ def tune_magcache(request: TuningRequest, output: Path, *, stages: Stages | None
     write_config(output, dataclasses.replace(requested, ratios=ratios, measured_on=model), [about])
     runs.finish()
     return Tuned(
-        output=output,
         found={"model": model, "ratios": ratios, "spread": spread, "prompts": len(curves)},
         columns=("step", "ratio", "largest over smallest"),
         rows=[(str(step), f"{ratios[step]:.5f}", f"{spread[step]:.5f}") for step in range(steps)],
@@ -69,10 +66,8 @@ def _ratios(notes: Sequence[Note], steps: int) -> np.ndarray:
     sizes = {note["step"]: note["size"] for note in notes}
     for step in range(steps):
         if not sizes.get(step, 0) > 0:
-            raise ConfigError(
-                f"tune magcache needs a size above 0 for every step, got {sizes.get(step)} at step {step}; show "
-                "something else"
-            )
+            size = sizes.get(step)
+            raise ConfigError(f"tune magcache needs sizes above 0, got {size} at step {step}; show something else")
     values = np.array([sizes[step] for step in range(steps)])
     return np.concatenate([[1.0], values[1:] / values[:-1]])
 
@@ -102,7 +97,6 @@ def tune_teacache(request: TuningRequest, output: Path, *, stages: Stages | None
     runs.finish()
     numbers = ("lowest", "highest", "off", "spread")
     return Tuned(
-        output=output,
         found={"model": model, "steps": steps, "prompts": len(prompts), "fits": fits},
         columns=("transformer", "points", "smallest change", "largest", "off by", "spread"),
         rows=[(fit["transformer"], str(fit["points"]), *(f"{fit[name]:.4g}" for name in numbers)) for fit in fits],
@@ -133,10 +127,8 @@ def _fit(transformer: str, notes: Sequence[Note]) -> dict[str, Any]:
     signal, output = (np.array([note[name] for note in points]) for name in ("signal", "output"))
     different = len({*signal.round(12).tolist()})
     if different <= DEGREE:
-        raise ConfigError(
-            f"tune teacache fits {DEGREE + 1} coefficients and saw {different} changes of the signal of {transformer}; "
-            "ask for more steps"
-        )
+        saw = f"saw {different} changes of {transformer}'s signal"
+        raise ConfigError(f"tune teacache fits {DEGREE + 1} coefficients and {saw}; ask for more steps")
     if not (np.isfinite(signal).all() and np.isfinite(output).all()):
         raise ConfigError(f"tune teacache saw changes of {transformer} that are no numbers; check the model's type")
     polynomial = tuple(float(f"{value:.9g}") for value in np.polyfit(signal, output, DEGREE))
@@ -174,8 +166,6 @@ def config_of(request: TuningRequest, config_type: type[Config]) -> Config:
     config = replaced_method(request, config_type)[0]
     for name in (config.numbers, "family", "measured_on"):
         if getattr(config, name) is not None:
-            raise ConfigError(
-                f"tune {config.name} measures the {config.numbers} itself, got {config.name}.{name} = "
-                f"{getattr(config, name)!r}; leave it out"
-            )
+            given = f"{config.name}.{name} = {getattr(config, name)!r}"
+            raise ConfigError(f"tune {config.name} measures the {config.numbers} itself, got {given}; leave it out")
     return config

@@ -12,7 +12,7 @@ from dit_accel_pipelines.generation.options import option, with_option_fields
 from typer import Typer
 
 from dit_accel.cli import MethodList
-from dit_accel.cli.console import OUT, TALK, plain_table, print_json
+from dit_accel.cli.console import TALK, print_json, print_table
 from dit_accel.cli.stopping import STOP
 from dit_accel.errors import ConfigError
 from dit_accel.files import held
@@ -76,15 +76,12 @@ def _tune(name: str, shared: Shared, methods: list[Any], prompts: int, suffix: s
         module = importlib.import_module(f".{MODULES.get(name, name)}", __package__)
         tuned = getattr(module, f"tune_{name}")(request, file, stages=stages, **options)
     if first and shared.json:
-        print_json(tuned.to_dict())
+        print_json({"output": str(file), **tuned.found})
     elif first:
-        print(tuned.output)
+        print(file)
     if not first or shared.json or shared.quiet:
         return
-    table = plain_table(*tuned.columns, right=tuned.columns)
-    for row in tuned.rows:
-        table.add_row(*row)
-    OUT.print(table)
+    print_table(tuned.columns, tuned.rows, tuned.columns)
     for remark in tuned.remarks:
         TALK.print(remark, markup=False, soft_wrap=True)
 
@@ -106,9 +103,7 @@ def _prompts(shared: Shared, count: int) -> tuple[str, ...]:
         return read_prompts(shared.prompt_file)
     name = embedded_name(shared.model)
     if name is None:
-        raise ConfigError(
-            f"tune has no prompts of its own for {shared.model}; give some with --prompt or --prompt-file"
-        )
+        raise ConfigError(f"tune has no prompts of its own for {shared.model}; give --prompt or --prompt-file")
     return embedded_prompts(name, count)
 
 

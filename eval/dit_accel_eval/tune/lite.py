@@ -2,9 +2,8 @@
 
 Source: the calibration of LiteAttention (arXiv 2511.11062): at every attention call, on its own queries, keys and
 values, a threshold's votes, used on the same inputs, may change the output by a target error. Where we depart from it:
-the highest threshold found within the target is taken, and if there is none between the limits, nothing is dropped.
-Branches are tuned apart, several prompts count, the error to dense attention that has built up is reported, and a run
-can be stopped.
+the highest threshold found within the target is taken, and if there is none between the limits, nothing is dropped;
+branches are tuned apart, and several prompts count.
 """
 
 import contextlib
@@ -25,9 +24,7 @@ from torch import Tensor
 from dit_accel import ConfigError, LiteAttention
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
-from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.base import Model
-from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext, Key
 from dit_accel.plan.exact_rows import dense_rows
@@ -64,7 +61,12 @@ def tune_lite(
     One vote may add a relative L1 error of ``target_error`` to the next call. Found are of each of the ``steps`` the
     median threshold and the means of `Found`'s figures, and each prompt's PSNR to its dense run.
     """
-    config, rest = _lite_of(request)
+    config, rest = replaced_method(request, LiteAttention)
+    for name in ("threshold", "target_density", "thresholds_file"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
+    if config.criterion == "budget":
+        raise ConfigError("tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', bounded by itself; use one")
     if not 0 < target_error < 1:
         raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
     request = dataclasses.replace(request, methods=(config, *rest))
@@ -73,7 +75,11 @@ def tune_lite(
     with runs.attached() as attachment:
         layers = dict(Counter(layer.state.name for layer in attachment.engine.layers))
         lite = _handler(attachment)
-    _check_something_votes(lite.settings, steps, max(layers.values()))
+    if steps is not None and lite.settings.dense_above_sigma is None:  # noise levels are known only while it runs
+        dense = lite.settings.is_dense  # the last step's votes aren't read
+        every = range(max(layers.values()))
+        if all(sum(not dense(step, steps, layer) for step in range(steps)) < 2 for layer in every):
+            raise ConfigError(NOTHING_VOTES.format(steps=steps))
 
     def tuned_beside_dense(prompt: str) -> dict[str, Any]:
         dense = runs.run(prompt)
@@ -94,7 +100,6 @@ def tune_lite(
     by_step = _by_step(calls, table)
     about = {name: getattr(table, name) for name in ("model", "criterion", "num_inference_steps", "target_error")}
     return Tuned(
-        output=output,
         found={**about, "steps": by_step, "prompts": [{key: run[key] for key in ("prompt", "psnr")} for run in parts]},
         columns=("step", "threshold", "tiles kept", "error added", "error to dense"),
         rows=[
@@ -150,28 +155,6 @@ def tuning(runs: TuningRun, target_error: float) -> Iterator["tuple[Any, Tuner]"
             handler.check_with([other for other in handlers if other is not handler])
         execution.use(handlers)
         yield attachment, tuner
-
-
-def _check_something_votes(settings: SparseConfig, steps: int | None, layers: int) -> None:
-    """Refuse a run in which fewer than two steps are not dense, where known: the last one's votes aren't read."""
-    if steps is None or settings.dense_above_sigma is not None:  # noise levels are known only while it runs
-        return
-    if all(sum(not settings.is_dense(step, steps, layer) for step in range(steps)) < 2 for layer in range(layers)):
-        raise ConfigError(NOTHING_VOTES.format(steps=steps))
-
-
-def _lite_of(request: TuningRequest) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:
-    """Return the LiteAttention config to tune, and the other methods."""
-    config, rest = replaced_method(request, LiteAttention)
-    for name in ("threshold", "target_density", "thresholds_file"):
-        value = getattr(config, name)
-        if value is not None:
-            raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
-    if config.criterion == "budget":
-        raise ConfigError(
-            "tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error; use one"
-        )
-    return config, rest
 
 
 def error_of(out: Tensor, reference: Tensor) -> float:

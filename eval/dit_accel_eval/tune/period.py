@@ -1,10 +1,9 @@
 """Tunes UltraViCo for a model: whether its attention over frames repeats, and after how many.
 
-Measured on the model's own generations, as it is: the mean logit of tokens at one place of two frames d apart is near
-sum_i a_i cos(f_i d) + C. It repeats where the frequencies that carry most of it are multiples of one. Source: UltraViCo
-(arXiv 2511.20123), section on periodic attention. Where we depart from it: amplitudes are a least-squares fit
-to the measured curve, none below 0, and 0 for a frequency too slow to differ from C; a fundamental is the frequency of
-the largest amplitude, and others belong to it by a tolerance.
+The mean logit of tokens at one place of two frames d apart is near sum_i a_i cos(f_i d) + C, which repeats where the
+frequencies that carry most of it are multiples of one. Source: UltraViCo (arXiv 2511.20123), section on periodic
+attention. Where we depart from it: amplitudes are fitted to the curve by least squares, none below 0, and 0 for a
+frequency too slow to differ from C; a fundamental has the largest amplitude, others belong to it by a tolerance.
 """
 
 import dataclasses
@@ -27,22 +26,14 @@ from dit_accel.rules.ultravico import extended_frames
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, watched_attention, write_config
 
-TOLERANCE = 0.06
-"""How far a ratio of two frequencies may be from a whole number, as a share of it: CogVideoX's 3.16 counts as 3."""
-
+TOLERANCE = 0.06  # how far a ratio of frequencies may be from a whole number: CogVideoX's 3.16 counts as 3
 APART = 0.2  # how far it may be at most, in turns: a share alone would let any ratio above 8 pass
 
 SEPARATE = 4.0
-"""A period up to this many times the longest distance differs from a constant: its wave falls there from 1 to 0.
+"""A period up to so many longest distances differs from a constant; slower waves would fit any curve alike."""
 
-The waves of slower frequencies are alike but for rounding, so that amplitudes of any size would fit the curve.
-"""
-
-PERIODIC = 0.5
-"""Share of the amplitude above which a family of frequencies makes attention repeat: ours, between Wan and others."""
-
-BAND = 0.08
-"""Half the width of a band over its period, rounded down: HunyuanVideo's 4 frames of 50, CogVideoX's 1 of 20."""
+PERIODIC = 0.5  # share of the amplitude above which a family of frequencies repeats: ours, between Wan and others
+BAND = 0.08  # half a band over its period, rounded down: HunyuanVideo's 4 frames of 50, CogVideoX's 1 of 20
 
 
 class Logits:
@@ -73,9 +64,7 @@ def tune_period(request: TuningRequest, output: Path, *, stages: Stages | None =
     by frame distance, and what that is made of, a `Spectrum`.
     """
     if request.methods:
-        raise ConfigError(
-            f"tune period measures the model as it is, got --{request.methods[0].name}; leave the methods out"
-        )
+        raise ConfigError(f"tune period measures the model as it is, got --{request.methods[0].name}; leave it out")
     family = resolve(request)[1]
     if family is not None and family.trained_frames is not None and request.num_frames is None:
         frames = extended_frames(family.trained_frames, 2, family.vae[0])
@@ -111,7 +100,6 @@ def tune_period(request: TuningRequest, output: Path, *, stages: Stages | None =
     write_config(output, config, [f"Measured by dit-accel tune period on {name}: {about}.", *remarks])
     runs.finish()
     return Tuned(
-        output=output,
         found={"model": name, "frames": len(curve), "curve": curve.tolist(), "found": dataclasses.asdict(peaks)},
         columns=("period in frames", "share", "in the family"),
         rows=rows,

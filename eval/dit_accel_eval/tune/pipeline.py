@@ -1,36 +1,96 @@
 """Tunes a whole pipeline: among solvers, steps, caches and sparse attention the cheapest setting that meets a target.
 
-At most half of the settings are run, those set by hand first, then what optuna proposes: all on two prompts, those that
-are not behind on more. What one costs and how near it comes to the converged run is measured as `eval run` does, into
-result lines from which a run that was stopped goes on and of which `eval report` makes a page. The choice is judged
-once, on prompts that the search never saw, beside the best setting by hand, and written where it meets the target.
+Settings are measured as `eval run` does. The choice is judged once, on prompts that the search never saw.
 """
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import EMBEDDED
+from dit_accel_pipelines.generation.solvers import is_flow, shift_of
 
+from dit_accel import MagCache, TeaCache
+from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.embedded import assets
+from dit_accel.adapters.model_files import read_model_files
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.tuned import TunedResult, keep_tuned, model_key, tuned_text
-from dit_accel.files import check_writable, written_whole
+from dit_accel.files import check_writable, write_text
+from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.caches.native import DiffusersCache
+from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.verdicts import refused_by
 
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import SIZES, TuningRequest, check_given, embedded_prompts
 from ..runs.model import OWN, shipped_scheduler
 from ..runs.results import result_lines
 from ..statistics import FEWEST, frontier
-from ..suites.arms import Arm
+from ..suites.arms import Arm, dense_arm, read_arms
 from ..suites.job import Job
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
-from .pipeline_search import HELD_OUT_PROMPTS, Measurement, Prompts, Search, Target, read_target, split
-from .space import BY_HAND, default_space, space_of
+from .pipeline_search import HELD_OUT_PROMPTS, Prompts, Search, Target, read_target, split
+
+SPACE = Path(__file__).with_name("space.toml")
+
+STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20)  # denoising steps that are tried; a model's own number is added
+LARGER = (0.5, 0.6, 0.8)  # shares of a model's own number that are tried too, where that is far beyond `STEPS`
+CALIBRATED = (TeaCache, MagCache)  # caches that are tried where their numbers are known for the model
+EMBEDDED_TILES = 16  # tokens of a tile on embedded models; others have what the methods choose by themselves
+
+
+def _tables() -> list[dict[str, Any]]:
+    return tomllib.loads(SPACE.read_text(encoding="utf-8"))["arm"]
+
+
+BY_HAND = frozenset(f"{table['name']} {steps}" for table in _tables() for steps in table.get("by_hand", ()))
+"""Names of the settings that the search always runs."""
+
+
+def default_space(model: str) -> tuple[Arm, ...]:
+    """Return the settings that are tried on an embedded model where a user names none."""
+    source, own = str(assets().model_path(model)), int(assets().model_defaults(model)["num_inference_steps"])
+    return space_of(own, *read_model_files(source).identify(), scheduler=shipped_scheduler(source), tile=EMBEDDED_TILES)
+
+
+def space_of(
+    own: int, adapter: Adapter, family: Family, *, scheduler: Any = None, tile: int | None = None
+) -> tuple[Arm, ...]:
+    """Return the settings that are tried on a model: what it takes, without `ProfilingCache`, which takes a profile."""
+    further = [round(share * own) for share in LARGER] if own > max(STEPS) else []
+    usual = {*STEPS, *further, own}
+    refused = refused_by(adapter)
+    shifts = scheduler is not None and is_flow(scheduler.config)
+
+    def taken(arm: Arm) -> bool:
+        if arm.flow_shift is not None and not (shifts and arm.flow_shift != shift_of(scheduler)):
+            return False
+        known = (config.name in family.recipes or not isinstance(config, CALIBRATED) for config in arm.methods)
+        return all(known) and not any(config.name in refused for config in arm.methods)
+
+    def tiled(method: MethodConfig) -> MethodConfig:
+        sized = tile is not None and isinstance(method, SparseConfig)
+        return dataclasses.replace(method, block_size=tile) if sized else method
+
+    arms = [dense_arm(steps) for steps in usual]
+    arms += [dataclasses.replace(arm, methods=tuple(map(tiled, arm.methods))) for arm in _arms(usual) if taken(arm)]
+    return tuple(sorted(arms, key=lambda arm: arm.num_inference_steps))
+
+
+def _arms(usual: set[int]) -> tuple[Arm, ...]:
+    """Return all settings, each with the usual numbers of steps from its first on, and those of README.md."""
+    tables = _tables()
+    for table in tables:
+        first = table.pop("from", 0)
+        steps = {*table.pop("by_hand", ()), *(count for count in usual if count >= first)}
+        table["num_inference_steps"] = sorted(steps)
+    return read_arms(tables, SPACE)
 
 
 def tune_pipeline(
@@ -46,7 +106,13 @@ def tune_pipeline(
     if target is None:
         raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")
     requested, model = read_target(target), request.model or EMBEDDED
-    _check(request, output)
+    if request.methods:
+        named = ", ".join(method.name for method in request.methods)
+        raise ConfigError(f"tune pipeline chooses the methods itself, got {named}; leave them out, or give --space")
+    if output.suffix != ".toml":
+        raise ConfigError(f"the config must be a .toml, got {output}")
+    for file, what in ((output, "the config"), (output.with_suffix(".runs.jsonl"), "the runs")):
+        check_writable(file, what)
     suite, prompts = _suite(request, model, requested)
     steps = _sizes(request, suite)["num_inference_steps"]
     arms = _space(space, suite, steps)
@@ -67,41 +133,24 @@ def tune_pipeline(
     )  # fmt: skip
     path = _write(output, chosen.arm, request.guidance_scale, requested, measured)
     ran = {line.arm for line in result_lines(job.out)} & {arm.name for arm in arms}
-    return _tuned(output, path, requested, chosen, best, (len(ran), len(arms)))
-
-
-def _tuned(
-    output: Path, path: Path, target: Target, chosen: Measurement, best: list[Measurement], tried: tuple[int, int]
-) -> Tuned:
-    """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"
     if chosen.interval is not None:
         interval = f"[{chosen.interval[0]:.4g}, {chosen.interval[1]:.4g}]"
     return Tuned(
-        output=output,
         found={
-            "kept": str(path), "target": dataclasses.asdict(target), "chosen": chosen.to_dict(),
-            "frontier": [point.to_dict() for point in best], "tried": list(tried),
+            "kept": str(path), "target": dataclasses.asdict(requested), "chosen": chosen.to_dict(),
+            "frontier": [point.to_dict() for point in best], "tried": [len(ran), len(arms)],
         },
-        columns=("setting", target.quality, "work in dense steps", "speed-up"),
+        columns=("setting", requested.quality, "work in dense steps", "speed-up"),
         rows=[(point.arm.name, f"{point.quality:.4g}", f"{point.work:.2f}", f"{point.speedup:.2f}") for point in best],
         remarks=[
-            f"{chosen.arm.name}: {target.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} over "
-            f"{chosen.prompts} prompts that the search never saw; requested was {target.name} {target.value:g}",
+            f"{chosen.arm.name}: {requested.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} "
+            f"over {chosen.prompts} prompts that the search never saw; requested was {requested.name} "
+            f"{requested.value:g}",
             f"`dit-accel recommend` lists it first for this model, from {path}",
-            f"tried {tried[0]} of {tried[1]} settings",
+            f"tried {len(ran)} of {len(arms)} settings",
         ],
     )  # fmt: skip
-
-
-def _check(request: TuningRequest, output: Path) -> None:
-    if request.methods:
-        named = ", ".join(method.name for method in request.methods)
-        raise ConfigError(f"tune pipeline chooses the methods itself, got {named}; leave them out, or give --space")
-    if output.suffix != ".toml":
-        raise ConfigError(f"the config must be a .toml, got {output}")
-    for path, what in ((output, "the config"), (output.with_suffix(".runs.jsonl"), "the runs")):
-        check_writable(path, what)
 
 
 def _suite(request: TuningRequest, model: str, target: Target) -> tuple[Suite, Prompts]:
@@ -116,10 +165,8 @@ def _suite(request: TuningRequest, model: str, target: Target) -> tuple[Suite, P
         check_given(suite.source)
         suite = dataclasses.replace(suite, dtype=request.dtype)
     if target.quality == "score":
-        raise ConfigError(
-            f"--target {target.name}: the judge knows held-out prompts of embedded models alone; ask for psnr, or name "
-            "a metric"
-        )
+        known = "the judge knows held-out prompts of embedded models alone"
+        raise ConfigError(f"--target {target.name}: {known}; ask for psnr, or name a metric")
     prompts = split(len(request.prompts))
     clips = OwnClips(prompts=request.prompts, seeds=(request.seed,) if request.seed else ())
     return dataclasses.replace(suite, own=clips, clips=len(clips)), prompts
@@ -133,16 +180,12 @@ def _space(path: Path | None, suite: Suite, steps: int) -> tuple[Arm, ...]:
         return space_of(steps, adapter, family, scheduler=shipped_scheduler(suite.source))
     requested = read_suite(path)
     if requested.model != suite.model:
-        raise ConfigError(
-            f"{path} is a suite of {requested.model}, and {suite.model} is tuned; name a suite of its own"
-        )
+        raise ConfigError(f"{path} is a suite of {requested.model}, and {suite.model} is tuned; name one of its own")
     for arm in requested.arms:
         native = any(isinstance(method, DiffusersCache) for method in arm.methods)
         if arm.call or arm.guider or arm.scheduler or arm.rival or native:
-            raise ConfigError(
-                f"{path}: arm {arm.name!r} can't be written as a config; leave out its call, guider, scheduler, rival "
-                "and diffusers"
-            )
+            unwritten = "its call, guider, scheduler, rival and diffusers"
+            raise ConfigError(f"{path}: arm {arm.name!r} can't be written as a config; leave out {unwritten}")
     return requested.arms
 
 
@@ -163,8 +206,7 @@ def _write(output: Path, arm: Arm, guidance_scale: float | None, target: Target,
     run = {"num_inference_steps": arm.num_inference_steps, "solver": solver, "flow_shift": arm.flow_shift}
     run = {key: value for key, value in {**run, "guidance_scale": guidance_scale}.items() if value is not None}
     text = tuned_text(arm.methods, run, measured, arm.name)
-    with written_whole(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(output, text)
     size = f"{measured.width}x{measured.height}x{measured.num_frames}"
     goal = re.sub(r"[^\w.=-]", "-", f"{target.name}={target.value:g}")
     return keep_tuned(f"{goal}-{size}-{measured.num_inference_steps}.toml", text, measured.model)

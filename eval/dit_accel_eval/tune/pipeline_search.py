@@ -21,18 +21,13 @@ from ..suites.arms import Arm, dense_arm
 from ..suites.job import Job
 from ..suites.running import run_arms
 
-ROUNDS = (2, 4, 6)
-"""Prompts on which a setting is measured before it may be pruned, and then all; those before are among them."""
-
+ROUNDS = (2, 4, 6)  # prompts before a setting may be pruned, and then all; those before are among them
 TRIED, FEW = 0.5, 24  # share of the settings that are run at most, those set by hand among them; of so few all may be
 KEPT = 3  # of so many settings one goes on to more prompts
 REPEATS = 8  # times the number of settings that the sampler may propose: it proposes some again
 LADDER = 5  # dense runs of the space that are among the first, to tell what a quality is worth
 SPARE = 1.5  # times the work of the cheapest setting that meets the target on few prompts which others may need
-
-CACHED_LEAST = 0.25
-"""Share of its steps that a setting with a cache computes at least: its cost is not known beforehand."""
-
+CACHED_LEAST = 0.25  # share of its steps that a cache computes at least: its cost is not known beforehand
 HELD_OUT, HELD_OUT_FIRST = 6, FIRST_PROMPT + 32  # prompts on which the choice is verified, and the first of them
 FEWEST_PROMPTS = 4  # prompts of one's own that a search takes at least: half of them are held out
 
@@ -57,10 +52,8 @@ HELD_OUT_PROMPTS = Prompts(
 def split(count: int) -> Prompts:
     """Return how `FEWEST_PROMPTS` or more of one's own are shared out: half is searched, the second half held out."""
     if count < FEWEST_PROMPTS:
-        raise ConfigError(
-            f"tune pipeline takes {FEWEST_PROMPTS} prompts at least, half of them held out, got {count}; give more "
-            "with --prompt or --prompt-file"
-        )
+        least = f"{FEWEST_PROMPTS} prompts at least, half of them held out"
+        raise ConfigError(f"tune pipeline takes {least}, got {count}; give more with --prompt or --prompt-file")
     half = min(ROUNDS[-1], count // 2)
     rounds = tuple(range(most) for most in dict.fromkeys(min(most, half) for most in ROUNDS))
     return Prompts(rounds=rounds, held=range(half, min(count, half + HELD_OUT)))
@@ -170,14 +163,15 @@ class Search:
         )  # fmt: skip
 
     def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Measurement]:
-        """Return the settings that were measured on all prompts of the search.
-
-        Settings by hand and some dense runs come first, the cheapest first, then what optuna's sampler proposes.
-        One whose work can't but be too much is not run; one that is behind after a round is not run on more prompts.
-        """
+        """Return what was measured on all prompts: by hand and some dense runs, then what optuna's sampler proposes."""
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
-        optuna, kinds = _optuna(), defaultdict[str, dict[int, Arm]](dict)
+        try:
+            import optuna  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(f"tune pipeline takes optuna, which is not installed; {install('eval')}") from None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        kinds = defaultdict[str, dict[int, Arm]](dict)
         for arm in arms:
             kinds[_kind(arm)][arm.num_inference_steps] = arm
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=KEPT)
@@ -193,7 +187,10 @@ class Search:
             arm = known[min(known, key=lambda number: abs(number - count))]
             if arm.name not in losses:
                 losses[arm.name] = None
-                if arm in by_hand or max(least_work(arm), known_work(arm, seen)) <= self.most_work(seen):
+                same = [point for point in seen if point.arm.methods == arm.methods]
+                fewer = (point.work for point in same if point.arm.num_inference_steps <= arm.num_inference_steps)
+                least = max([least_work(arm), *fewer])  # no more steps of the same can well undercut fewer
+                if arm in by_hand or least <= self.most_work(seen):
                     self.stages.stage(f"setting {len(seen) + 1} of at most {most}, {len(arms)} in all: {arm.name}")
                     points = self._rounds(arm, trial, arm in by_hand)
                     seen.append(points[0])
@@ -207,9 +204,7 @@ class Search:
             objective, REPEATS * len(arms), callbacks=[lambda study, _: study.stop() if len(seen) == most else None]
         )
         if not whole:
-            raise ConfigError(
-                f"no setting can be {self.target.value:g} times as fast as {self.own} dense steps; ask for less"
-            )
+            raise ConfigError(f"no setting is {self.target.value:g} times as fast as {self.own} steps; ask for less")
         return whole
 
     def _rounds(self, arm: Arm, trial: Any, whole: bool) -> list[Measurement]:
@@ -281,23 +276,10 @@ class Search:
         self.stages.stage(f"judging {' and '.join(arms)} on {len(self.prompts.held)} held-out prompts")
         best = min(self.measured(list(arms.values()), self.prompts.held), key=self.target.rank)
         if self.target.missed(best):
-            message = f"{self.target.quality} {best.quality:.4g} and a speed-up of {best.speedup:.2f}"
-            raise ConfigError(
-                f"no setting reached {self.target.name} {self.target.value:g} on {len(self.prompts.held)} held-out "
-                f"prompts; nearest came {best.arm.name} with {message}; ask for less, or give more settings with "
-                "--space"
-            )
+            goal = f"{self.target.name} {self.target.value:g} on {len(self.prompts.held)} held-out prompts"
+            near = f"{best.arm.name} with {self.target.quality} {best.quality:.4g}, speed-up {best.speedup:.2f}"
+            raise ConfigError(f"no setting reached {goal}; nearest came {near}; ask for less, or more by --space")
         return best
-
-
-def _optuna() -> Any:
-    try:
-        import optuna  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        missing = f"tune pipeline searches with optuna, which is not installed; {install('eval')}"
-        raise ConfigError(missing) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
 
 
 def _kind(arm: Arm) -> str:
@@ -308,9 +290,3 @@ def _kind(arm: Arm) -> str:
 def least_work(arm: Arm) -> float:
     """Return the least that a setting can cost, in dense steps: its own, fewer where a method skips some."""
     return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0)
-
-
-def known_work(arm: Arm, points: Sequence[Measurement]) -> float:
-    """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
-    same = (point for point in points if point.arm.methods == arm.methods)
-    return max((point.work for point in same if point.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)

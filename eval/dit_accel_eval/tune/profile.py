@@ -16,7 +16,7 @@ from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
-from dit_accel.files import json_text, written_whole
+from dit_accel.files import write_json
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_digest
 from dit_accel.methods.find import find_transformers, resolve_model
@@ -38,12 +38,25 @@ def tune_profile(
     runs = TuningRun(request, output, ".json", stages)
     with runs.attached() as attachment:
         profiler = Profiler(attachment, criterion == "attention")
-        _check(attachment, profiler, cached)
+        skipping = (handler.name for handler in attachment.engine.handlers if "cache" in handler.exclusive)
+        if (skips := next(skipping, None)) is not None:
+            raise ConfigError(f"tune profile watches every block at each step, and {skips} skips some; leave it out")
+        for name, blocks in profiler.names.items():
+            if cached is not None and cached > len(blocks):
+                has = f"{name} has {len(blocks)} blocks"
+                raise ConfigError(f"tune profile's cached = {cached}, and {has}; ask for fewer")
 
         def profiled(prompt: str) -> dict[str, Any]:
             with profiler.watching():
                 runs.run(prompt)
-            return _part(prompt, profiler)
+            blocks = {name: range(len(listed)) for name, listed in profiler.names.items()}
+            return {
+                "prompt": prompt, "foreground": [share for _, share in sorted(profiler.foreground.items())],
+                "transformers": {
+                    name: {criterion: _matrix(scores[criterion], blocks[name]) for criterion in CRITERIA}
+                    for name, scores in profiler.scores.items()
+                },
+            }  # fmt: skip
 
         parts = runs.over_prompts(profiled)
     transformers = find_transformers(runs.pipe)
@@ -60,38 +73,15 @@ def tune_profile(
             for name, module in transformers.items()
         },
     }  # fmt: skip
-    with written_whole(output) as temporary:
-        temporary.write_text(json_text(content) + "\n", encoding="utf-8")
+    write_json(output, content)
     runs.finish()
-    return _tuned(output, content)
+    return _tuned(content)
 
 
-def _check(attachment: Any, profiler: Profiler, cached: int | None) -> None:
-    """Refuse methods that skip blocks, and more cached blocks than there are."""
-    name = next((handler.name for handler in attachment.engine.handlers if "cache" in handler.exclusive), None)
-    if name is not None:
-        raise ConfigError(f"tune profile watches every block at each step, and {name} skips some; leave it out")
-    for name, blocks in profiler.names.items():
-        if cached is not None and cached > len(blocks):
-            raise ConfigError(f"tune profile's cached = {cached}, and {name} has {len(blocks)} blocks; ask for fewer")
-
-
-def _part(prompt: str, profiler: Profiler) -> dict[str, Any]:
-    """Return what a run gave."""
-    return {
-        "prompt": prompt,
-        "foreground": [share for _, share in sorted(profiler.foreground.items())],
-        "transformers": {
-            name: {criterion: _matrix(scores[criterion], len(profiler.names[name])) for criterion in CRITERIA}
-            for name, scores in profiler.scores.items()
-        },
-    }
-
-
-def _matrix(values: Mapping[tuple[int, int], float], blocks: int) -> list[list[float | None]]:
+def _matrix(values: Mapping[tuple[int, int], float], blocks: range) -> list[list[float | None]]:
     """Return the values by block and step, None where there is none."""
     steps = 1 + max((step for _, step in values), default=-1)
-    return [[values.get((block, step)) for step in range(steps)] for block in range(blocks)]
+    return [[values.get((block, step)) for step in range(steps)] for block in blocks]
 
 
 def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached: int | None) -> dict[str, Any]:
@@ -110,7 +100,7 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
     blocks, edge = cached_blocks(scores[criterion].tolist(), cached)
     return {
         "cached": blocks, "split_at": edge, "scores": {kind: _plain(values) for kind, values in scores.items()},
-        "by_step": {kind: [_plain(row) for row in values] for kind, values in by_step.items()},
+        "by_step": {kind: [*map(_plain, values)] for kind, values in by_step.items()},
     }  # fmt: skip
 
 
@@ -119,7 +109,7 @@ def _plain(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def _tuned(output: Path, content: Mapping[str, Any]) -> Tuned:
+def _tuned(content: Mapping[str, Any]) -> Tuned:
     """Return the content with the blocks' scores by transformer as a table, and what they say together."""
     rows: list[tuple[str, ...]] = []
     remarks: list[str] = []
@@ -129,7 +119,7 @@ def _tuned(output: Path, content: Mapping[str, Any]) -> Tuned:
             rows.append((name, str(block), *spelt, "cached" if block in entry["cached"] else ""))
         remarks.append(f"{name}: blocks {spell_numbers(entry['cached']) or 'none'} may be cached")
     columns = ("transformer", "block", *CRITERIA, content["criterion"])
-    return Tuned(output=output, found=content, columns=columns, rows=rows, remarks=remarks)
+    return Tuned(found=content, columns=columns, rows=rows, remarks=remarks)
 
 
 def cached_blocks(scores: Sequence[float], count: int | None = None) -> tuple[list[int], float]:

@@ -8,10 +8,10 @@ the solver moves and how they grow; and the solver's own steps are searched besi
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
@@ -21,12 +21,136 @@ from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
+from dit_accel.rules import forecast
 
 from ..metrics.psnr import psnr
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
-from .skip_costs import Lists, SkipCosts, grown, searched
 from .traced import Trace, traced
+
+Predictor = Literal["hold", "taylor", "heun", "chebyshev"]
+
+Listed = tuple[float, tuple[int, ...]]
+Lists = dict[int, Listed]
+"""Number of computed steps -> the error that their best list is expected to leave, and the list."""
+
+ROUNDS = 3  # how often `searched` weighs the prompts anew
+SETTLES = 3  # steps after a skipped one until its error has passed a solver's corrector and history, and only grows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipCosts:
+    """What it costs to skip all steps between two computed ones.
+
+    The cost is the mean square, over prompts, of what the forecasts of the gap add to the latents: the errors of its
+    steps, each times its weight, summed before they are squared, since those of one gap point the same way.
+    """
+
+    products: np.ndarray  # float64 [P, N, N]: by prompt the mean product of what steps i and j store
+    weights: np.ndarray  # float64 [P, N]: how far the solver moves in a step, times how much of its error is left
+    times: Sequence[float]  # of each step and of the run's end, N + 1: what the polynomial is one of
+    predictor: Predictor
+    order: int = 1
+    _known: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def reads(self) -> int:
+        """How many computed steps a forecast depends on; none of Heun's is forgotten."""
+        steps = len(self.times) - 1
+        return {"hold": 1, "taylor": self.order + 1, "heun": steps, "chebyshev": 2 * self.order + 2}[self.predictor]
+
+    def __call__(self, path: Sequence[int], upto: int) -> float:
+        """Return the cost of the steps from a list's last one to ``upto``, which is computed next, or the run's end."""
+        key = (*path[-self.reads :], upto)
+        if key not in self._known:
+            self._known[key] = self._squares(path, upto)
+        return float(self._known[key].mean())
+
+    def of_list(self, path: Sequence[int]) -> np.ndarray:
+        """Return what a whole list costs each prompt, [P]."""
+        gaps = zip(range(1, len(path) + 1), [*path[1:], len(self.times) - 1], strict=True)
+        return np.sum([self._squares(path[:count], upto) for count, upto in gaps], 0)
+
+    def _squares(self, path: Sequence[int], upto: int) -> np.ndarray:
+        rows, skipped = self.forecasts(path[-self.reads :], upto), [*range(path[-1] + 1, upto)]
+        rows[np.arange(len(rows)), skipped] -= 1.0
+        off = self.weights[:, skipped] @ rows
+        return np.maximum(np.einsum("pn,pnm,pm->p", off, self.products, off), 0.0)
+
+    def forecasts(self, path: Sequence[int], upto: int) -> np.ndarray:
+        """Return the weights of the computed steps in each forecast from a list's last step to ``upto``, [gap, N]."""
+        units = np.eye(len(self.times) - 1)
+        before: tuple[float, np.ndarray] | None = None  # the forecast right before the last step, which Heun's reads
+        if self.predictor == "heun" and len(path) > 1 and path[-1] - path[-2] > 1:
+            before = self.times[path[-1] - 1], self.forecasts(path[:-1], path[-1])[-1]
+        steps = [*path[-self.reads :]] if self.predictor != "heun" else [*path[-2:]]
+        values, times = [units[step] for step in steps], [self.times[step] for step in steps]
+        if before is not None:
+            values.insert(1, before[1])
+            times.insert(1, before[0])
+        rows = np.zeros((upto - path[-1] - 1, len(units)))
+        for row, step in enumerate(range(path[-1] + 1, upto)):
+            rows[row] = np.array(self._weights(times, path[-1], step, before)) @ np.array(values)
+        return rows
+
+    def _weights(
+        self, times: Sequence[float], last: int, step: int, before: tuple[float, np.ndarray] | None
+    ) -> Sequence[float]:
+        at = self.times[step]
+        if self.predictor == "taylor":
+            return forecast.taylor(times, at, self.order)
+        if self.predictor == "chebyshev":
+            return forecast.chebyshev(times, at, self.order, (self.times[0], self.times[-1]))
+        if self.predictor == "heun":
+            skipped = [self.times[index] for index in range(last + 1, step)]
+            return forecast.heun(times, skipped, at, None if before is None else before[0])
+        return [1.0]
+
+
+def best_lists(cost: Callable[[Sequence[int], int], float], steps: int, computed: int) -> Lists:
+    """Return for each number of computed steps up to ``computed`` the least sum of costs and the list that has it.
+
+    Source: DPCache, whose state is the last computed step; LeMiCa (arXiv 2511.00090) takes the least largest gap. Here
+    the state is the last two, exact for forecasts that read two. The first step is always computed.
+    """
+    best: dict[tuple[int, int], Listed] = {(-1, 0): (0.0, (0,))}
+    lists: Lists = {}
+    for count in range(1, computed + 1):
+        lists[count] = min((so_far + cost(path, steps), path) for so_far, path in best.values())
+        longer: dict[tuple[int, int], Listed] = {}
+        for so_far, path in best.values():
+            for following in range(path[-1] + 1, steps):
+                candidate = so_far + cost(path, following), (*path, following)
+                longer[path[-1], following] = min(candidate, longer.get((path[-1], following), candidate))
+        best = longer
+    return lists
+
+
+def grown(moved: Sequence[float], early: int) -> np.ndarray:
+    """Return how much an error that is made in each step has grown by the run's end, [N]."""
+    steps = len(moved) - 1
+    since = [moved[min(max(step + 1, early + SETTLES), steps)] for step in range(steps)]
+    return moved[-1] / np.array(since) if min(since) > 0 else np.ones(steps)
+
+
+def searched(costs: SkipCosts, computed: int) -> Lists:
+    """Return `best_lists` by the mean logarithm of the prompts' costs, as a mean PSNR has it, and their errors.
+
+    A logarithm is no sum over gaps; weighing each prompt by one over what the last list cost it comes down to it.
+    """
+    steps, scale = len(costs.times) - 1, np.ones(len(costs.products))
+    lists: Lists = {}
+    for _ in range(ROUNDS):
+        even = dataclasses.replace(costs, products=costs.products / scale[:, None, None])
+        lists = best_lists(even, steps, computed)
+        total = costs.of_list(lists[computed][1])
+        scale = total if total.min() > 0 else scale
+    roots = {count: np.sqrt(costs.of_list(path)) for count, (_, path) in lists.items()}
+    return {
+        count: (float(np.exp(np.log(roots[count]).mean())) if roots[count].min() > 0 else 0.0, path)
+        for count, (_, path) in lists.items()
+    }
+
 
 FREE = ("predictor", "order", "stored")  # options of `StaticCache` that a request may set: how is forecast, not when
 EARLY = 0.1  # share of the run at which a step is skipped to see errors grow
@@ -62,11 +186,6 @@ def tune_schedule(
 
     Found are the ``placements``, the best first, each with its ``lists`` by numbers of computed steps, the RMS
     ``error`` of the last latents that they are expected to leave and, where several are tried, its ``psnr``.
-
-    Args:
-        request: may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
-        placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
-            the prompts chooses. None: the request's steps of the model's own scheduler.
     """
     config, rest = _config(request)
     tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
@@ -91,44 +210,31 @@ def tune_schedule(
     quality = np.mean(judged, 0).tolist() if judged else [None]
     order = sorted(range(len(tried)), key=lambda place: -(quality[place] or 0))
     best, path = tried[order[0]], paths[order[0]]
-    about = f"{computed} of {best.steps} steps, {half} prompts."
-    _write(output, config, best, path, f"Searched by dit-accel tune schedule on {tuner.model}: {about}")
-    runs.finish()
-    return _tuned(output, tuner.model, computed, [_found(tried[at], quality[at], lists[at]) for at in order])
-
-
-def _write(output: Path, config: StaticCache, best: Placement, path: Sequence[int], about: str) -> None:
-    """Write the best placement and its list, as shares of the run."""
+    about = f"{tuner.model}: {computed} of {best.steps} steps, {half} prompts."
     run = {"num_inference_steps": best.steps, "solver": BEST if best.text else None, "flow_shift": best.shift}
     shares = tuple(round(step / (best.steps - 1), 6) for step in path)
-    run = {key: value for key, value in run.items() if value is not None}
-    write_config(output, dataclasses.replace(config, compute_at=shares), [about], run)
-
-
-def _tuned(output: Path, model: str, computed: int, placements: Sequence[dict[str, Any]]) -> Tuned:
-    """Return what was found, with the lists as a table: all of them where one placement was tried."""
-    rows = [
+    set_by_run = {key: value for key, value in run.items() if value is not None}
+    config = dataclasses.replace(config, compute_at=shares)
+    write_config(output, config, [f"Searched by dit-accel tune schedule on {about}"], set_by_run)
+    runs.finish()
+    placements = [
+        {"steps": tried[at].steps, "flow_shift": tried[at].shift, "psnr": quality[at],
+         "lists": {count: list(path) for count, (_, path) in lists[at].items()},
+         "error": {count: error for count, (error, _) in lists[at].items()}}
+        for at in order
+    ]  # fmt: skip
+    rows = [  # all lists where one placement was tried
         (row["steps"], row["flow_shift"] or "own", count, row["error"][count], row["psnr"] or "", spell_numbers(path))
         for row in placements
         for count, path in row["lists"].items()
         if count == computed or len(placements) == 1 < count
     ]
     return Tuned(
-        output=output,
-        found={"model": model, "computed": computed, "placements": placements},
+        found={"model": tuner.model, "computed": computed, "placements": placements},
         columns=("of", "noise shift", "computed", "error", "PSNR", "steps"),
         rows=[tuple(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows],
         remarks=["error: RMS that the forecasts are expected to leave in the latents at the end"],
     )
-
-
-def _found(placement: Placement, quality: float | None, lists: Lists) -> dict[str, Any]:
-    """Return what was found for a placement: its lists and their errors by numbers of computed steps."""
-    return {
-        "steps": placement.steps, "flow_shift": placement.shift, "psnr": quality,
-        "lists": {count: list(path) for count, (_, path) in lists.items()},
-        "error": {count: error for count, (error, _) in lists.items()},
-    }  # fmt: skip
 
 
 def _config(request: TuningRequest) -> tuple[StaticCache, tuple[Any, ...]]:

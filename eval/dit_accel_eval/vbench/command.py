@@ -10,8 +10,9 @@ from dit_accel_pipelines.generation.options import fields_of, with_option_fields
 
 from dit_accel import ConfigError
 from dit_accel.cli import MethodList
-from dit_accel.cli.console import OUT, plain_table, print_error, print_json
+from dit_accel.cli.console import OUT, print_error, print_json, print_table
 from dit_accel.cli.stopping import STOP
+from dit_accel.files import make_folder
 
 from .dimensions import DIMENSIONS, read_scores, totals
 from .job import VideoJob, tell
@@ -42,7 +43,12 @@ def evaluate(job: VideoJob, *, methods: MethodList) -> None:
     _refuse(job, methods)
     if job.videos is None:
         assert job.totals is not None
-        return _print_totals(job.totals, job.json)
+        sums = totals(read_scores(job.totals))
+        if job.json:
+            return print_json(asdict(sums))
+        rows = [(name, DIMENSIONS[name].group, f"{100 * value:.2f}") for name, value in sums.normalized.items()]
+        print_table(("dimension", "group", "in its range"), rows, right=("in its range",))
+        return _print_sums(asdict(sums))
     if job.generate:
         return _generate(job, methods)
     if job.official is not None:
@@ -85,10 +91,7 @@ def _generate(job: VideoJob, methods: MethodList) -> None:
     from . import generating
     from .official import prompts_path
 
-    try:
-        job.clips.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the folder {job.clips} can't be made: {error.strerror}; name another") from None
+    make_folder(job.clips)
     if job.prompts is not None:
         texts = generating.read_texts(job.prompts, "--prompts")[: job.subset]
         work = generating.own_pieces(texts, job.clips, job.samples, job.seed)
@@ -118,25 +121,15 @@ def _print_scores(by_name: dict[str, list[Any]], results: Path, *, whole: bool, 
     if json:
         print_json({"scores": scores, "totals": sums, "results": str(results)})
         return
-    table = plain_table("dimension", "score", "videos", right=("score", "videos"))
-    for name, (score, entries) in by_name.items():
-        table.add_row(name, f"{score:.4f}", str(len(entries)))
-    OUT.print(table)
+    rows = [(name, f"{score:.4f}", str(len(entries))) for name, (score, entries) in by_name.items()]
+    print_table(("dimension", "score", "videos"), rows, right=("score", "videos"))
     if sums is not None:
-        OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
+        _print_sums(sums)
     tell(f"written to {results}")
 
 
-def _print_totals(path: Path, json: bool) -> None:
-    sums = totals(read_scores(path))
-    if json:
-        print_json(asdict(sums))
-        return
-    table = plain_table("dimension", "group", "in its range", right=("in its range",))
-    for name, value in sums.normalized.items():
-        table.add_row(name, DIMENSIONS[name].group, f"{100 * value:.2f}")
-    OUT.print(table)
-    OUT.print(f"Quality {100 * sums.quality:.2f}  Semantic {100 * sums.semantic:.2f}  Total {100 * sums.total:.2f}")
+def _print_sums(sums: dict[str, Any]) -> None:
+    OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
 
 
 def set_up_prompts(archives: Path | None, json: bool) -> None:

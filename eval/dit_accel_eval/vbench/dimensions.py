@@ -68,25 +68,7 @@ class Totals:
 
 
 def totals(raw: Mapping[str, Any]) -> Totals:
-    """Return the totals of raw scores, dimension -> score; refuses missing ones, and those that no video can have."""
-    scores = _checked(raw)
-    missing = [name for name in DIMENSIONS if name not in scores]
-    if missing:
-        raise ConfigError(
-            f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {len(missing)} are missing: "
-            f"{', '.join(missing)}; measure those, too, no total stands for a part"
-        )
-    normalized = {name: (scores[name] - bounds.low) / (bounds.high - bounds.low) for name, bounds in DIMENSIONS.items()}
-    groups = {}
-    for group in GROUP_WEIGHTS:
-        parts = [part for part in DIMENSIONS.values() if part.group == group]
-        groups[group] = sum(part.weight * normalized[part.name] for part in parts) / sum(part.weight for part in parts)
-    total = sum(weight * groups[group] for group, weight in GROUP_WEIGHTS.items()) / sum(GROUP_WEIGHTS.values())
-    return Totals(**groups, total=total, normalized=normalized)
-
-
-def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Return dimension -> score by official names; refuses other names, those given twice, and impossible scores."""
+    """Return the totals of raw scores, dimension -> score; refuses missing, doubled and impossible ones."""
     scores: dict[str, float] = {}
     for spelling, score in raw.items():
         entry = dimension(spelling)
@@ -98,20 +80,35 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
             percent = "; divide percentages by 100" if 1 < score <= 100 else ""
             raise ConfigError(f"the raw score of {entry.name} must lie in [{entry.least:g}, 1], got {score}{percent}")
         scores[entry.name] = float(score)
-    return scores
+    missing = [name for name in DIMENSIONS if name not in scores]
+    if missing:
+        listed = f"{len(missing)} are missing: {', '.join(missing)}"
+        raise ConfigError(f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {listed}; measure those, too")
+    normalized = {name: (scores[name] - bounds.low) / (bounds.high - bounds.low) for name, bounds in DIMENSIONS.items()}
+    groups = {}
+    for group in GROUP_WEIGHTS:
+        parts = [part for part in DIMENSIONS.values() if part.group == group]
+        groups[group] = sum(part.weight * normalized[part.name] for part in parts) / sum(part.weight for part in parts)
+    total = sum(weight * groups[group] for group, weight in GROUP_WEIGHTS.items()) / sum(GROUP_WEIGHTS.values())
+    return Totals(**groups, total=total, normalized=normalized)
 
 
 def read_scores(path: Path) -> dict[str, Any]:
     """Return dimension -> raw score of a JSON file: an object of numbers, or of an official result's lists."""
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
-    except OSError as error:
-        raise ConfigError(f"scores {path} can't be read: {error.strerror}; name a JSON file") from None
-    except ValueError as error:
-        raise ConfigError(f"scores {path} are not JSON ({error}); write an object dimension -> raw score") from None
+    held = read_json(path, "scores")
     if not isinstance(held, dict):
         raise ConfigError(f"scores {path} must be a JSON object dimension -> raw score, got {type(held).__name__}")
     return {name: score[0] if isinstance(score, list) and score else score for name, score in held.items()}
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return what a JSON file holds, in which no key may stand twice."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+    except OSError as error:
+        raise ConfigError(f"{what} {path} can't be read: {error.strerror}; name a JSON file") from None
+    except ValueError as error:
+        raise ConfigError(f"{what} {path} are not JSON ({error}); name a JSON file") from None
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

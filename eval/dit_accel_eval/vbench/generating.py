@@ -1,7 +1,4 @@
-"""Generates VBench's videos: all prompts of the dimensions requested, several seeds each; goes on where it stopped.
-
-Several processes, on as many devices, share the work by ``--shard``.
-"""
+"""Generates VBench's videos: all prompts of the dimensions requested, several seeds each; goes on where it stopped."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +20,7 @@ from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 SIZES = ("num_frames", "height", "width", "num_inference_steps")
 
 LONGEST_NAME = 249  # bytes that a video's name may have, so that its side-car and its lock have names, too
-
-REQUESTED = (*SIZES, "guidance_scale", "solver")
-"""What of a request an earlier video must have been made with, where it is requested."""
+REQUESTED = (*SIZES, "guidance_scale", "solver")  # what an earlier video must have been made with, where requested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +71,8 @@ def read_augmented(path: Path, every: Sequence[Prompt]) -> tuple[str, ...]:
     """Return a file's prompts, a line for each of VBench's in their order; another number of lines is refused."""
     texts = read_texts(path, "--augmented")
     if len(texts) != len(every):
-        raise ConfigError(
-            f"{path} has {len(texts)} augmented prompts, and VBench {len(every)}; give a line for each, in order, "
-            "such as VBench's repository has them in prompts/augmented_prompts"
-        )
+        where = "such as VBench's repository has them in prompts/augmented_prompts"
+        raise ConfigError(f"{path} has {len(texts)} prompts, and VBench {len(every)}; give all in order, {where}")
     return texts
 
 
@@ -120,9 +113,8 @@ def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
             raise ConfigError(f"{piece.path} has no side-car that tells how it was made; move it away") from None
         for name, value in (common | {"seed": piece.seed, "prompt": piece.prompt}).items():
             if data.get(name) != value:
-                raise ConfigError(
-                    f"{piece.path} was made with {name} {data.get(name)!r}, requested is {value!r}; name another folder"
-                )
+                other = f"{name} {data.get(name)!r}, requested is {value!r}"
+                raise ConfigError(f"{piece.path} was made with {other}; name another folder")
     return left
 
 

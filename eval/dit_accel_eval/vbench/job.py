@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 from dit_accel_pipelines.generation.options import Json, SharedOptions, option
 
-from dit_accel import ConfigError
 from dit_accel.cli.console import TALK
 from dit_accel.cli.run_options import InferenceSteps
-from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel.files import check_writable, make_folder, write_json
 
 from .prompts import known_names
 
@@ -67,14 +66,10 @@ class VideoJob(SharedOptions):
 
     def check_files(self, *files: str) -> None:
         """Make the folder of results, and refuse files there that can't be written, before anything is measured."""
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output {self.output} can't be made: {error.strerror}; name another folder") from None
+        make_folder(self.output, "output")
         for what in files:
             check_writable(self.file(what), "results")
 
     def write(self, what: str, held: Any) -> None:
         """Write a file of the results as JSON, whole or not at all."""
-        with written_whole(self.file(what)) as temporary:
-            temporary.write_text(json_text(held) + "\n", encoding="utf-8")
+        write_json(self.file(what), held)

@@ -22,10 +22,7 @@ from ..runs.loaded import file_hash
 from .prompts import Prompt
 
 BASE, LARGE = Weighted("ViT-B-32", tag="openai"), Weighted("ViT-L-14", tag="openai")  # VBench's CLIP models
-
-COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-"""Mean and deviation by colour of what they take."""
-
+COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # mean, deviation
 SIDE = 224  # pixels of its side
 
 

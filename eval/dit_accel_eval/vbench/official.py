@@ -153,7 +153,5 @@ def unpack_prompts(given: Path | None = None, tell: Callable[[str], None] = lamb
 def prompts_path(given: Path | None = None) -> Path:
     """Return the path of the official prompts: one that is given, or the unpacked one's."""
     if given is None and not unpacked().is_file():
-        raise ConfigError(
-            "VBench's prompts are not here; run dit-accel eval setup --tier 2, or name their file with --full-info"
-        )
+        raise ConfigError("VBench's prompts are not here; run dit-accel eval setup --tier 2, or give --full-info FILE")
     return given or unpacked()

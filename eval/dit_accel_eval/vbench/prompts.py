@@ -1,6 +1,5 @@
 """VBench's prompts, which dimensions each serves, and the videos of a folder that belong to them."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from .dimensions import DIMENSIONS, dimension
+from .dimensions import DIMENSIONS, dimension, read_json
 
 SAMPLES = 5  # videos of each prompt that a dimension scores
 
@@ -43,7 +42,7 @@ class Wanted:
 
 def read_full_info(path: Path) -> list[Prompt]:
     """Return the prompts of an official full-info JSON; the entry at fault is named."""
-    held = _json(path)
+    held = read_json(path, "prompts")
     if not isinstance(held, list) or not held:
         raise ConfigError(f"prompts {path} must be a JSON list of entries, got {type(held).__name__}")
     return [_prompt(entry, f"entry {number} of {path}") for number, entry in enumerate(held)]
@@ -80,10 +79,9 @@ def all_videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: i
     missing = [stem for stem in every if stem not in there]
     if missing:
         shown = ", ".join(f"'{stem}.mp4'" for stem in missing[:3])
-        raise ConfigError(
-            f"{name} takes {samples} videos of each of {len(wanted)} prompts, and {folder} lacks {len(missing)} of "
-            f"{len(every)}: {shown}{' ...' if len(missing) > 3 else ''}; generate those, or leave the dimension out"
-        )
+        takes = f"{name} takes {samples} videos of each of {len(wanted)} prompts"
+        lacks = f"{len(missing)} of {len(every)}: {shown}{' ...' if len(missing) > 3 else ''}"
+        raise ConfigError(f"{takes}, and {folder} lacks {lacks}; generate those, or leave the dimension out")
     return wanted
 
 
@@ -130,10 +128,8 @@ def check_custom(names: Sequence[str]) -> None:
     blocked = [name for name in names if name in FIXED]
     if blocked:
         free = [name for name in DIMENSIONS if name not in FIXED]
-        raise ConfigError(
-            f"{', '.join(blocked)} can't be measured of videos of one's own, since VBench's own prompts tell what they "
-            f"ask for; use {', '.join(free)}"
-        )
+        why = "VBench's own prompts tell what they ask for"
+        raise ConfigError(f"{', '.join(blocked)} can't be measured of one's own videos: {why}; use {', '.join(free)}")
 
 
 def custom_videos(folder: Path, prompts_file: Path | None) -> list[Wanted]:
@@ -147,19 +143,10 @@ def custom_videos(folder: Path, prompts_file: Path | None) -> list[Wanted]:
 
 def prompts_by_name(path: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the prompts of files by name, from a JSON {file name: prompt} that has them all."""
-    prompts = _json(path)
+    prompts = read_json(path, "prompts")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise ConfigError(f"prompts {path} must be a JSON object {{file name: prompt}}")
     missing = next((name for name in names if name not in prompts), None)
     if missing is not None:
         raise ConfigError(f"prompts {path} has no {missing!r}; {did_you_mean(missing, prompts)}")
     return prompts
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"prompts {path} can't be read: {error.strerror}; name a JSON file") from None
-    except ValueError as error:
-        raise ConfigError(f"prompts {path} are not JSON ({error})") from None

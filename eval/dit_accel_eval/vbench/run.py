@@ -1,7 +1,4 @@
-"""Measures dimensions of videos: a line each as it is measured, then the official result files.
-
-A run that was stopped goes on where it stopped; a video is measured again if its file, or a network's, has changed.
-"""
+"""Measures dimensions of videos: a line each as it is measured, then the official result files."""
 
 import json
 from collections.abc import Sequence
@@ -22,10 +19,15 @@ from .dimensions import DIMENSIONS
 from .job import VideoJob, tell
 from .measures import WAYS, VideoScore, over_videos
 from .official import prompts_path
-from .prompts import FLICKERING, SAMPLES, Prompt, Wanted
+from .prompts import FLICKERING, SAMPLES, Wanted
 
 LINES, RESULTS, INFO, ABOUT = "lines.jsonl", "eval_results.json", "full_info.json", "about.json"
 """Files: of lines, one a dimension and video; of official results; of what was measured; of what they rest on."""
+
+UNFILTERED = (
+    "it is for videos that stand still; --official ENV filters them by the vbench package, or say with --filtered that "
+    "they have passed its filter"
+)
 
 
 def measure(job: VideoJob) -> dict[str, list[Any]]:
@@ -65,8 +67,9 @@ def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
 
 def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
     """Return the dimensions to measure: those requested, or all usual ones that can be, warning of the others."""
-    names = job.dimensions or usual
-    reasons = {name: reason for name in names if name in WAYS and (reason := _missing(job, name))}
+    names, moving = job.dimensions or usual, {} if job.filtered or job.custom else {FLICKERING: UNFILTERED}
+    known = [name for name in names if name in WAYS]
+    reasons = {name: reason for name in known if (reason := moving.get(name) or WAYS[name].missing())}
     elsewhere = [name for name in names if name not in WAYS]
     texts = [f"{name} can't be measured: {reason}" for name, reason in reasons.items()]
     if elsewhere:
@@ -75,17 +78,7 @@ def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
         raise ConfigError("; ".join(texts))
     for text in texts:
         warn(text)
-    return [name for name in names if name in WAYS and name not in reasons]
-
-
-def _missing(job: VideoJob, name: str) -> str | None:
-    """Return why a dimension can't be measured here, None if it can."""
-    if name == FLICKERING and not (job.filtered or job.custom):
-        return (
-            "it is for videos that stand still; --official ENV filters them by the vbench package, or say with "
-            "--filtered that they have passed its filter"
-        )
-    return WAYS[name].missing()
+    return [name for name in known if name not in reasons]
 
 
 def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
@@ -100,7 +93,11 @@ def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
             line: Line = {"dimension": name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
                           "networks": used}  # fmt: skip
             if (before := earlier.get(_key(line))) is None:
-                before = line | _scored(name, path, videos.prompt)
+                try:
+                    frames = np.stack([np.asarray(frame) for frame in read_video(path)])
+                    before = line | asdict(WAYS[name].measure(frames, videos.prompt))
+                except ConfigError as error:
+                    raise ConfigError(f"{name} can't be measured of {path}: {error}") from None
                 append_line(job.file(LINES), before)
             scores.append((path, VideoScore(value=before["value"], parts=before["parts"], more=before["more"])))
     entries = [{"video_path": str(path), "video_results": score.value, **score.more} for path, score in scores]
@@ -109,15 +106,6 @@ def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
 
 def _key(line: Line) -> str:
     return json.dumps([line[part] for part in ("video", "size", "changed", "networks")], sort_keys=True)
-
-
-def _scored(name: str, path: Path, prompt: Prompt) -> Line:
-    """Measure a dimension of one video."""
-    try:
-        frames = np.stack([np.asarray(frame) for frame in read_video(path)])
-        return asdict(WAYS[name].measure(frames, prompt))
-    except ConfigError as error:
-        raise ConfigError(f"{name} can't be measured of {path}: {error}") from None
 
 
 def _still(job: VideoJob, wanted: Sequence[Wanted]) -> list[Wanted]:

@@ -1,31 +1,25 @@
 """Every model family: video, then images, in the order in which tables show them."""
 
 from .allegro import ALLEGRO
-from .anyflow import ANYFLOW
 from .aura_flow import AURA_FLOW
 from .bria_fibo import BRIA_FIBO, BRIA_FIBO_2
-from .chroma import CHROMA
 from .cogvideox import COGVIDEOX
 from .cogview import COGVIEW, GLM_IMAGE
 from .cosmos import COSMOS
 from .cosmos3 import COSMOS3
 from .easyanimate import EASYANIMATE
 from .ernie_image import ERNIE_IMAGE
-from .flux import FLUX, FLUX_KIN
+from .flux import CHROMA, FLUX, FLUX_KIN
 from .flux2 import FLUX2, FLUX3
-from .framepack import FRAMEPACK
-from .helios import HELIOS
 from .hidream import HIDREAM
 from .hunyuan_image import HUNYUAN_IMAGE
-from .hunyuan_video import HUNYUAN_VIDEO
-from .hunyuan_video15 import HUNYUAN_VIDEO15
+from .hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO, HUNYUAN_VIDEO15
 from .ideogram4 import IDEOGRAM4
 from .image_queries import NUCLEUS_IMAGE, PRX
 from .joyimage import JOY_IMAGE_EDIT, JOY_IMAGE_EDIT_PLUS
 from .kandinsky import KANDINSKY5, KANDINSKY6
 from .krea2 import KREA2
-from .ltx import LTX
-from .ltx2 import LTX2
+from .ltx import LTX, LTX2
 from .lumina2 import LUMINA2
 from .minimax_h3 import MINIMAX_H3
 from .mochi import MOCHI
@@ -33,9 +27,8 @@ from .motif import MOTIF_VIDEO
 from .pixart import HUNYUAN_DIT, LUMINA_NEXT, PIXART
 from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
-from .skyreels_v2 import SKYREELS_V2
 from .wan import WAN
-from .wan_animate import WAN_ANIMATE
+from .wan_kin import ANYFLOW, HELIOS, SKYREELS_V2, WAN_ANIMATE
 from .z_image import Z_IMAGE
 
 VIDEO = (WAN, WAN_ANIMATE, SKYREELS_V2, ANYFLOW, HELIOS, HUNYUAN_VIDEO, HUNYUAN_VIDEO15, FRAMEPACK, LTX, LTX2)

@@ -1,10 +1,11 @@
-"""LTX-Video: packed latents [B, S, C] whose sizes are among the forward's inputs; text comes in by cross-attention."""
+"""LTX-Video and LTX-2: packed latents [B, S, C] whose sizes are among the forward's inputs; text by cross-attention."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import VISUAL_AXES, Adapter, Axis, BlockList, CrossAttention, Grid, Rope, read_sizes
+from dit_accel.adapters import VISUAL_AXES, Adapter, Axis, BlockList, CrossAttention, Grid, Guidance, Rope, read_sizes
 from dit_accel.adapters.position_ids import last_video, read_once
 from dit_accel.errors import ConfigError
 
@@ -74,6 +75,15 @@ def fractions(config: Mapping[str, Any]) -> tuple[Axis, ...]:
     return tuple(Axis(name=name, channels=2 * count, theta=theta, exponents=exponents) for name in VISUAL_AXES)
 
 
+LTX_ROPE = Rope(
+    owner="rope",
+    form="theta of all axes",
+    axes=fractions,
+    kinds=("none", "pi"),
+    note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by one "
+    "number; none of them has a period in frames",
+)
+
 LTX = Adapter(
     name="ltx",
     transformers=("LTXVideoTransformer3DModel",),
@@ -83,13 +93,28 @@ LTX = Adapter(
     grid=packed_grid,
     signal=_modulated_input,
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
-    rope=Rope(
-        owner="rope",
-        form="theta of all axes",
-        axes=fractions,
-        kinds=("none", "pi"),
-        note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
-        "one number; none of them has a period in frames",
-    ),
+    rope=LTX_ROPE,
     families=released("ltx", patch=(1, 1, 1)),
+)
+
+# Video and sound in two streams: ``attn1`` is video's own, sound and text come in by cross-attention. Sound is never
+# thinned out: its attention and both crossings are left alone. Reference tokens of the IC-LoRA and keyframe pipelines
+# stand behind the video and count as text.
+LTX2 = Adapter(
+    name="ltx-2",
+    transformers=("LTX2VideoTransformer3DModel",),
+    guidance=Guidance(
+        alone=("LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "EchoModularPipeline"),
+        converted=("LTX2ModularPipeline",),
+    ),
+    self_attention=("transformer_blocks.*.attn1",),
+    blocks=(
+        BlockList(
+            pattern="transformer_blocks.*", takes=("hidden_states", "audio_hidden_states"), gives=(0, 1), joined=True
+        ),
+    ),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
+    grid=packed_grid,
+    rope=replace(LTX_ROPE, note="as LTX; sound, and attention between video and sound, keep their own positions"),
+    families=released("ltx-2", patch=(1, 1, 1)),
 )

@@ -28,8 +28,7 @@ MINIMAX_H3 = Adapter(
     name="minimax-h3",
     transformers=("MiniMaxH3Transformer3DModel",),
     guidance=Guidance(
-        alone=("MiniMaxH3ModularPipeline",),
-        rows=dict.fromkeys(("timestep", "token_tags", "position_ids", *INDICES)),
+        alone=("MiniMaxH3ModularPipeline",), rows=dict.fromkeys(("timestep", "token_tags", "position_ids", *INDICES))
     ),
     toward_clean=True,
     self_attention=("transformer_blocks.*.attn",),

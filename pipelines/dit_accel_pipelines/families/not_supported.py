@@ -36,5 +36,5 @@ REASONS = {
 }
 """Not supported, because ... -> class names."""
 
-NOT_SUPPORTED = {name: reason for reason, names in REASONS.items() for name in names.split()}
+NOT_SUPPORTED = dict(sorted((name, reason) for reason, names in REASONS.items() for name in names.split()))
 """Class name -> not supported, because ..."""

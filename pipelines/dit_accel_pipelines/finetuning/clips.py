@@ -2,17 +2,16 @@
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError
 
+from ..generation.batch import json_lines
 from ..generation.media import Frames
 from ..generation.request import check_words
 from .recipe import FineTuning
@@ -77,18 +76,11 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {file}"
-        try:
-            entry: Any = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{where} is not JSON: {error}; write one object a line") from None
-        known = entry if isinstance(entry, dict) else {}
-        name, text = known.get("file_name"), known.get("text", known.get("caption"))
+    example = '{"file_name": "a.mp4", "text": "..."}'
+    for where, entry in json_lines(file.read_text(encoding="utf-8-sig"), str(file), example):
+        name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ConfigError(f'{where} lacks a video or its caption; write {{"file_name": "a.mp4", "text": "..."}}')
+            raise ConfigError(f"{where} lacks a video or its caption; write, say, {example}")
         path = file.parent / name
         if not path.is_file():
             raise ConfigError(f"{where} names {name}, which is not there; put it beside the list, or strike the line")
@@ -107,7 +99,8 @@ def _checked(path: Path, caption: str, recipe: FineTuning) -> Clip:
     import imageio_ffmpeg
 
     try:
-        digest = _digest(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         reader = imageio_ffmpeg.read_frames(str(path))
         width, height = next(reader)["size"]
         reader.close()
@@ -126,14 +119,6 @@ def _checked(path: Path, caption: str, recipe: FineTuning) -> Clip:
             "with fewer --num-frames"
         )
     return Clip(caption=caption, path=path, digest=digest, frames=frames)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _decoded(path: Path, count: int) -> Frames:
@@ -165,7 +150,6 @@ def _drawn_clips(recipe: FineTuning) -> list[Clip]:
 
 
 def _drawn(model: str, number: int, size: tuple[int, int], frames: int) -> tuple[str, Frames]:
-
     try:
         return assets().drawn_clip(model, number, height=size[0], width=size[1], frames=frames)
     except ValueError as error:

@@ -21,6 +21,7 @@ from dit_accel.methods.registry import handler_of
 from ..generation.memory import check_fits
 from ..generation.ranges import check_choices, check_ranges
 from ..generation.request import EMBEDDED, NamesModel
+from ..processes.parallel import check_processes
 from .experts import EXPERTS, check_expert
 from .options import TrainingOptions
 
@@ -116,11 +117,7 @@ def _check_sizes(recipe: FineTuning, files: ModelFiles, adapter: Adapter, family
 
 def _check_processes(recipe: FineTuning, adapter: Adapter, processes: int) -> None:
     """Refuse processes that can't share a clip: by their number, or since the model's tokens can't be split."""
-    if processes % recipe.ulysses:
-        raise ConfigError(
-            f"ulysses = {recipe.ulysses} processes are to share each clip, and {processes} were started; start a "
-            f"multiple of {recipe.ulysses}, such as torchrun --nproc-per-node {recipe.ulysses}"
-        )
+    check_processes(processes, recipe.ulysses)
     if recipe.ulysses > 1 and adapter.split_text is None:
         raise ConfigError(
             f"ulysses = {recipe.ulysses} processes are to share each clip, and the adapter {adapter.name!r} does not "

@@ -15,7 +15,7 @@ from torch import nn
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.attachment.parallel import context_parallel, tells_of_loss
 from dit_accel.errors import ConfigError, DitAccelError, ProcessLost
-from dit_accel.files import held, json_text, new_folder, written_whole
+from dit_accel.files import held, new_folder, write_json
 
 from ..generation.generate import attached
 from ..generation.loading import open_pipeline, pick_device
@@ -135,8 +135,7 @@ def _trained(
         if ranks.first:
             with trainer.averaged():
                 write_lora(pipe, component_of(recipe.expert), recipe.output)
-            with written_whole(recipe.output / RECORD) as temporary:
-                temporary.write_text(json_text(record) + "\n", encoding="utf-8")
+            write_json(recipe.output / RECORD, record)
         ranks.wait()
     return Trained(lora=recipe.output / FILE, record=record)
 
@@ -196,9 +195,7 @@ def _sample(trainer: Trainer, sampler: Sampler, recipe: FineTuning, ranks: Ranks
         with trainer.averaged():
             sampler.write(trainer.step, stages, first=ranks.first)
     ranks.wait()
-    stages.stage("training", recipe.steps)
-    for _ in range(trainer.step):
-        stages.advance()
+    stages.stage("training", recipe.steps, trainer.step)
 
 
 def _record(

@@ -44,7 +44,6 @@ class Sampler:
                 contact_sheet(videos, self._prompts).save(temporary)
 
     def _made(self, number: int) -> Frames:
-
         recipe, pipe = self._recipe, self._pipe
         defaults = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
         steps = recipe.sample_steps or defaults.get("num_inference_steps")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dit_accel
 from dit_accel.errors import ConfigError
-from dit_accel.files import written_whole
+from dit_accel.files import write_text
 from dit_accel.methods.base import Place
 from dit_accel.methods.registry import handler_of
 
@@ -59,9 +59,7 @@ class Trainer:
 
     def train(self, attachment: Any, stages: Stages) -> Iterator[int]:
         """Train to the recipe's last step; gives the number of steps done after each."""
-        stages.stage("training", self.recipe.steps)
-        for _ in range(self.step):
-            stages.advance()
+        stages.stage("training", self.recipe.steps, self.step)
         self.transformer.train()
         window: list[Tensor] = []
         while self.step < self.recipe.steps:
@@ -189,8 +187,7 @@ class Trainer:
             return
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
         lines = [line for line in whole if json.loads(line)["step"] <= self.step]
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def rate_at(step: int, recipe: FineTuning) -> float:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import ConfigError
-from dit_accel.files import read_text
 from dit_accel.methods.config import MethodConfig
 
 from .named import read_named
 from .options import fields_of
-from .request import Request, read_prompts
+from .request import Request, prompt_text, read_prompts
 
 MOST = 10_000
 """Outputs of one command at most, so that a slip in a grid is noticed before the disk is full."""
@@ -111,12 +110,11 @@ def _lines(options: Any) -> list[Line]:
     path: Path = options.prompt_file
     if path.suffix.lower() not in (".csv", ".jsonl"):
         return [Line("", {"prompt": prompt}) for prompt in read_prompts(path)]
-    try:
-        text = read_text(path, "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--prompt-file {path} can't be read ({reason}); give a file of prompts") from None
-    lines = list((_csv_lines if path.suffix.lower() == ".csv" else _json_lines)(text, path))
+    text = prompt_text(path, "--prompt-file")
+    if path.suffix.lower() == ".csv":
+        lines = list(_csv_lines(text, path))
+    else:
+        lines = [Line(*line) for line in json_lines(text, f"--prompt-file {path}", '{"prompt": "a red circle"}')]
     if not lines:
         raise ConfigError(f"--prompt-file {path} has no prompt in it; write one per line")
     for line in lines:
@@ -143,19 +141,19 @@ def _csv_lines(text: str, path: Path) -> Iterator[Line]:
         ) from None
 
 
-def _json_lines(text: str, path: Path) -> Iterator[Line]:
-    """Yield the objects of a JSON Lines file; empty lines are left out."""
+def json_lines(text: str, file: str, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a JSON Lines file, each behind what errors call its line; empty lines are left out."""
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        where = f"--prompt-file {path}, line {number}"
+        where = f"{file}, line {number}"
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f'{where} is no JSON ({error}); write, say, {{"prompt": "a red circle"}}') from None
+            raise ConfigError(f"{where} is no JSON ({error}); write, say, {example}") from None
         if not isinstance(values, dict):
-            raise ConfigError(f'{where} is {line.strip()[:40]!r}, no object; write, say, {{"prompt": "a red circle"}}')
-        yield Line(where, values)
+            raise ConfigError(f"{where} is {line.strip()[:40]!r}, no object; write, say, {example}")
+        yield where, values
 
 
 def read_seeds(text: str | None) -> list[int]:

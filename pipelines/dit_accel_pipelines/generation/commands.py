@@ -14,16 +14,7 @@ from dit_accel.cli.console import OUT, TALK, print_json
 from dit_accel.cli.stopping import STOP
 from dit_accel.errors import ConfigError
 
-from .options import (
-    RUN,
-    Json,
-    Model,
-    Quiet,
-    RunOptions,
-    option,
-    require_one_document,
-    with_option_fields,
-)  # fmt: skip
+from .options import RUN, Json, Model, Quiet, RunOptions, option, require_one_document, with_option_fields
 from .ranges import between, check_ranges
 
 if TYPE_CHECKING:
@@ -37,12 +28,10 @@ class GenerateOptions(RunOptions):
 
     prompt: Annotated[str | None, typer.Argument(help="What to show.", hidden=True)] = None
     output: Annotated[
-        Path,
-        option("What to write or replace: .mp4, .webm, .gif, .png, or frames/.", "--output", "-o", metavar="FILE"),
+        Path, option("What to write or replace: .mp4, .webm, .gif, .png, or frames/.", "--output", "-o", metavar="FILE")
     ] = Path("out.mp4")
     prompt_file: Annotated[
-        Path | None,
-        option("A prompt per line; .csv or .jsonl: with any option, named as its flag.", metavar="FILE"),
+        Path | None, option("A prompt per line; .csv or .jsonl: with any option, named as its flag.", metavar="FILE")
     ] = None
     seeds: Annotated[
         str | None, option("Each prompt with each of these seeds, such as 0-3 or 0,5,9.", metavar="SEEDS")

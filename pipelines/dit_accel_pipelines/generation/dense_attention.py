@@ -6,6 +6,7 @@ from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import ConfigError, MissingBackend, did_you_mean
 
 from .quiet import quiet_diffusers
+from .weights import empty_model
 
 
 def check_attention_backend(name: str, files: ModelFiles, device: Any) -> None:
@@ -15,9 +16,7 @@ def check_attention_backend(name: str, files: ModelFiles, device: Any) -> None:
         ConfigError: for an unknown name, or a model whose layers call torch's attention itself.
         MissingBackend: for one whose package is missing, or that can't compute a small call on the device.
     """
-    import diffusers
     import torch
-    from accelerate import init_empty_weights
     from diffusers.models import attention_dispatch as dispatch
 
     names = [backend.value for backend in dispatch.AttentionBackendName]
@@ -33,9 +32,7 @@ def check_attention_backend(name: str, files: ModelFiles, device: Any) -> None:
             f"attention backend {name!r} can't be used on {device} ({reason}); leave it out, or take 'native'"
         ) from None
     cls = str(files.transformer.get("_class_name"))
-    with quiet_diffusers(), init_empty_weights():
-        transformer = getattr(diffusers, cls).from_config(files.transformer)
-    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    processors = [getattr(module, "processor", None) for module in empty_model(files.transformer).modules()]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise ConfigError(f"{cls} calls torch's attention itself, got attention backend {name!r}; leave it out")
 

@@ -22,9 +22,9 @@ class FewSteps:
 
 
 KINDS = (
-    FewSteps("lightx2v|lightning", "lightx2v on Hugging Face", 4, shift=5.0),
-    FewSteps("causvid", "Kijai/WanVideo_comfy", 6),
-    FewSteps("fusion_?x", "vrgamedevgirl84/Wan14BT2VFusioniX", 8),
+    FewSteps("qwen.*lightning", "lightx2v/Qwen-Image-Lightning", 8, shift=3.0),
+    FewSteps("lightx2v|lightning", "lightx2v/Wan2.2-Lightning", 4, shift=5.0),
+    FewSteps("causvid", "arXiv 2412.07772", 4),
     FewSteps("self_?forcing|dmd", "arXiv 2506.08009 and 2405.14867", 4),
     FewSteps("lcm", "arXiv 2311.05556", 4),
     FewSteps("hyper", "ByteDance/Hyper-SD", 8, guidance=None),

@@ -141,7 +141,8 @@ def _text_encoder(files: ModelFiles, name: str, size: int, request: RunOptions) 
     return _weights(model, size, request.quantize_text_encoder)
 
 
-def _sizes(request: RunOptions, family: Family) -> dict[str, int]:
+def sizes_of(request: RunOptions, family: Family) -> dict[str, int]:
+    """Return a request's height, width and frames, a family's default where one is not set."""
     names = "height", "width", "num_frames"
     return {name: getattr(request, name) or getattr(family, name) or 1 for name in names}
 
@@ -150,7 +151,7 @@ def denoising_bytes(request: RunOptions, family: Family | None, size: int) -> in
     """Estimate the activations of a block: its tokens, some copies in 32 bits, and the middle of its feed-forward."""
     if family is None:
         return 0
-    tokens = token_layout(family, **_sizes(request, family)).tokens
+    tokens = token_layout(family, **sizes_of(request, family)).tokens
     return tokens * (family.heads * family.head_dim * (6 * size + 8) + 2 * family.ffn_dim * size)
 
 
@@ -159,7 +160,7 @@ def decoding_bytes(config: Mapping[str, Any], request: RunOptions, family: Famil
 
     ``config``: the autoencoder's.
     """
-    height, width, frames = _sizes(request, family).values()
+    height, width, frames = sizes_of(request, family).values()
     vae, text = empty_model(config), json.dumps(config, sort_keys=True)
     whole = _decoded(text, family.vae, frames, height, width)
     tile = getattr(vae, "tile_sample_min_height", None) or getattr(vae, "tile_sample_min_size", None)

@@ -6,6 +6,7 @@ from dit_accel import UltraImage
 from dit_accel.adapters import Family
 from dit_accel.estimate.sizes import beyond_trained, token_layout
 
+from .fit import sizes_of
 from .request import Request
 
 
@@ -18,9 +19,7 @@ def prepare_larger(pipe: Any, request: Request, family: Family | None) -> list[s
     """
     if family is None or not family.beyond:
         return []
-    layout = token_layout(
-        family, height=request.height or family.height, width=request.width or family.width, num_frames=1
-    )
+    layout = token_layout(family, **{**sizes_of(request, family), "num_frames": 1})
     if not {"height", "width"} & set(beyond_trained(family, layout)):
         return []
     notes = []

@@ -14,14 +14,7 @@ from .lora import load_loras
 from .pipeline_call import pipeline_class
 from .quiet import quiet_diffusers
 from .request import EMBEDDED, Request
-from .weights import (
-    TRANSFORMERS,
-    check_quantized,
-    empty_model,
-    load_arguments,
-    load_single_files,
-    text_encoders,
-)
+from .weights import TRANSFORMERS, check_quantized, empty_model, load_arguments, load_single_files, text_encoders
 
 
 def load_pipeline(request: Request) -> Any:
@@ -120,12 +113,9 @@ def _to_device(pipe: Any, device: Any, offload: str) -> None:
         pipe.to(device)
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
-    elif offload == "text":
-        rest = [name for name in pipe.components if name not in text_encoders(pipe.config)]
-        pipe.enable_group_offload(
-            onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda", exclude_modules=rest
-        )
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
-        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+        stay = offload == "text" and [name for name in pipe.components if name not in text_encoders(pipe.config)]
+        options = {"offload_type": "leaf_level", "use_stream": device.type == "cuda"}
+        pipe.enable_group_offload(onload_device=device, exclude_modules=stay or None, **options)

@@ -2,14 +2,12 @@
 
 import functools
 import re
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import typer
-from typer.models import OptionInfo
 
 from dit_accel.errors import ConfigError
 from dit_accel.methods import registry
@@ -49,21 +47,21 @@ def read_named(cls: type[Any], values: Mapping[str, Any], where: str, *, known: 
     Raises:
         ConfigError: for a name that is no option, with the nearest, or a value that the option does not take.
     """
-    command, fields = _command(cls)
+    command, params = _command(cls)
     options: dict[str, Any] = {}
     methods: dict[str, Any] = {}
     for key, value in values.items():
-        field, (method, dot, option) = fields.get(key.strip().replace("-", "_")), key.strip().partition(".")
+        param, (method, dot, option) = params.get(key.strip().replace("-", "_")), key.strip().partition(".")
         if value is None:
             continue
-        if field is not None and (not known or field in known):
-            options[field] = _value(command, field, fields[f"--{field}"], value, where)
+        if param is not None and (not known or param.name in known):
+            options[param.name] = _value(command, param, value, where)
         elif dot and method in registry.methods():
             methods[method] = {**(methods.get(method) or {}), option: _plain(value)}
         elif not dot and key in registry.methods():
             methods[key] = _plain(value) is not False
         else:
-            taken = [name for name, of in fields.items() if of in (known or fields) and not name.startswith("--")]
+            taken = [name for name, param in params.items() if param.name in (known or params)]
             near = get_close_matches(key.replace("-", "_"), [*taken, *registry.methods()], 1)
             meant = f"did you mean {near[0].replace('_', '-')!r}? " if near else ""
             raise ConfigError(f"{where} has no option {key!r}; {meant}dit-accel generate --help lists them")
@@ -77,19 +75,20 @@ def _plain(value: Any) -> Any:
     return parse_value(f"0{value}" if re.fullmatch(r"\.\d+", value) else value)
 
 
-def _value(command: Any, field: str, flag: str, value: Any, where: str) -> Any:
+def _value(command: Any, param: Any, value: Any, where: str) -> Any:
     """Return an option's value as the command line reads it."""
-    listed = value if isinstance(value, list) else [value]
-    if flag == "":  # an argument, which is a text
+    if param.param_type_name == "argument":
         return str(value)
+    flag = _flag(param)
     if isinstance(value, dict):
         raise ConfigError(f"{where}: {flag} is one value, got a table; write {flag.lstrip('-')} = ...")
-    if _is_switch(command, field):
+    if param.is_flag:
         if str(value).lower() not in ("true", "false"):
             raise ConfigError(f"{where}: {flag} is true or false, got {value!r}; write one of them")
         return str(value).lower() == "true"
+    words = [f"{flag}={text}" for text in (value if isinstance(value, list) else [value])]
     try:
-        return getattr(command.main([f"{flag}={text}" for text in listed], standalone_mode=False), field)
+        return getattr(command.main(words, standalone_mode=False), param.name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except Exception as error:
@@ -99,13 +98,13 @@ def _value(command: Any, field: str, flag: str, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {flag.lstrip('-')} = {value!r} is refused: {reason}") from None
 
 
-def _is_switch(command: Any, field: str) -> bool:
-    return next(bool(getattr(param, "is_flag", False)) for param in command.params if param.name == field)
+def _flag(param: Any) -> str:
+    return next((name for name in param.opts if name.startswith("--")), param.opts[0])
 
 
 @functools.cache
-def _command(cls: type[Any]) -> tuple[Any, Mapping[str, str]]:
-    """Return a command that gives its options, and its fields by their flags' names; ``--FIELD`` -> the flag."""
+def _command(cls: type[Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Return a command that gives its options, and its parameters by their fields' and their flags' names."""
 
     def take(options: Any) -> Any:
         return options
@@ -113,12 +112,6 @@ def _command(cls: type[Any]) -> tuple[Any, Mapping[str, str]]:
     take.__annotations__["options"] = cls
     single = typer.Typer(add_completion=False)
     single.command()(with_option_fields(take))
-    fields: dict[str, str] = {}
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        infos = [part for part in typing.get_args(hint) if isinstance(part, typer.models.ParameterInfo)]
-        texts = [text for info in infos for text in (info.default, *(info.param_decls or ()))]  # Typer's first is there
-        flags = [text for text in texts if str(text).startswith("--")]
-        flag = str(flags[0]) if flags else f"--{name.replace('_', '-')}"
-        flag = flag if all(isinstance(info, OptionInfo) for info in infos) else ""
-        fields |= {name: name, flag.lstrip("-").replace("-", "_") or name: name, f"--{name}": flag}
-    return typer.main.get_command(single), fields
+    command = typer.main.get_command(single)
+    params = [(name, param) for param in command.params for name in (param.name, _flag(param).lstrip("-"))]
+    return command, {str(name).replace("-", "_"): param for name, param in params}

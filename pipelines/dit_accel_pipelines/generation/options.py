@@ -50,9 +50,7 @@ Device = Annotated[
 Offload = Annotated[
     str,
     option(
-        "What waits in main memory: none, text (its encoders), model, group or sequential.",
-        panel=LOAD,
-        metavar="HOW",
+        "What waits in main memory: none, text (its encoders), model, group or sequential.", panel=LOAD, metavar="HOW"
     ),
 ]
 Backend = Annotated[str, option("Kernel backend of the methods.", panel=RUN, metavar="NAME")]
@@ -106,8 +104,7 @@ class RunOptions(SharedOptions):
         ),
     ] = ()
     video: Annotated[
-        Sequence[str],
-        option("Video to start from; NAME: mask, control, pose, face ...", metavar="[NAME=]FILE"),
+        Sequence[str], option("Video to start from; NAME: mask, control, pose, face ...", metavar="[NAME=]FILE")
     ] = ()
     strength: Annotated[
         float | None,

@@ -38,10 +38,10 @@ class Stages:
             self._finish()
         self._progress.__exit__(kind, error, trace)
 
-    def stage(self, description: str, total: int | None = None) -> None:
-        """End the stage before and begin one of ``total`` parts; None where that is not known."""
+    def stage(self, description: str, total: int | None = None, done: int = 0) -> None:
+        """End the stage before and begin one of ``total`` parts (None: not known), of which some are done."""
         self._finish()
-        self._task = self._progress.add_task(description, total=total)
+        self._task = self._progress.add_task(description, total=total, completed=done)
 
     def advance(self) -> None:
         """Count one part of the stage."""

@@ -18,14 +18,14 @@ from dit_accel.attachment.backends import Dense, check_backend
 from dit_accel.errors import ConfigError, UnsupportedModel
 from dit_accel.estimate.hardware import QUANTIZATIONS, find_hardware
 from dit_accel.estimate.sizes import advice, check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
-from dit_accel.files import check_writable
+from dit_accel.files import check_writable, read_text
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .few_steps import proposals
-from .fit import check_vae, fitted, vae_ways
+from .fit import check_vae, fitted, sizes_of, vae_ways
 from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
 from .lora import Lora, check_lora, check_loras
 from .media import check_even, check_output, check_quality
@@ -202,9 +202,9 @@ def resolve(request: Request) -> Resolved:
         return Resolved(*fitted(request, files, None, notes, warnings))
     request, rounded = _resolve_sizes(request, family, call)
     warnings += _check_methods(files, family, request)
-    height, width = request.height or family.height, request.width or family.width
-    check_fits(height=height, width=width, num_frames=request.num_frames or 1)
-    check_even(request.output, height * request.scale, width * request.scale)
+    sizes = sizes_of(request, family)
+    check_fits(**sizes)
+    check_even(request.output, sizes["height"] * request.scale, sizes["width"] * request.scale)
     return Resolved(*fitted(request, files, family, notes + rounded, warnings))
 
 
@@ -262,17 +262,20 @@ def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
 
     Empty lines are left out, and those that begin with ``#``.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{named} {path} can't be read ({reason}); give a text file with one prompt per line"
-        ) from None
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    lines = [line.strip() for line in prompt_text(path, named).splitlines()]
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise ConfigError(f"{named} {path} has no prompt in it; write one per line")
     return prompts
+
+
+def prompt_text(path: Path, named: str) -> str:
+    """Return the text of a file of prompts; errors say how it was ``named``."""
+    try:
+        return read_text(path, "utf-8-sig")  # some editors write a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{named} {path} can't be read ({reason}); give a file of one prompt per line") from None
 
 
 def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
@@ -291,10 +294,7 @@ def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
 
 def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[str]:
     """Refuse methods, and a backend, that can't be attached; returns warnings of a size beyond the trained one."""
-    frames = family.num_frames if request.num_frames is None else request.num_frames
-    layout = token_layout(
-        family, height=request.height or family.height, width=request.width or family.width, num_frames=frames
-    )
+    layout = token_layout(family, **sizes_of(request, family))
     adapter = adapter_for(str(files.transformer.get("_class_name")))
     check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer)

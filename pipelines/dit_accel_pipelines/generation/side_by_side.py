@@ -64,9 +64,9 @@ class Watched(Stages):
         self._tell, self._stop = tell, stop
         self._now: tuple[str, int, int | None] = ("", 0, None)
 
-    def stage(self, description: str, total: int | None = None) -> None:
+    def stage(self, description: str, total: int | None = None, done: int = 0) -> None:
         """Begin a stage of ``total`` parts; raise `Stopped` where the run is to end."""
-        self._say((f"{self.run}{description}", 0, total))
+        self._say((f"{self.run}{description}", done, total))
 
     def advance(self) -> None:
         """Count one part of the stage; raise `Stopped` where the run is to end."""

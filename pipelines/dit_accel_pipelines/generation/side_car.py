@@ -23,13 +23,6 @@ from .timing import Timings
 
 LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
 
-AS_ASKED = (
-    "solver", "flow_shift", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "strength", "seed", "dtype",
-    "device", "offload", "vae", "max_memory", "compile", "scale", "lora", "fuse_lora", "transformer", "variant",
-    "revision", "quantize", "quantize_text_encoder", "backend", "attention_backend", "dense", "preset",
-)  # fmt: skip
-"""What a side-car says as the resolved request does."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
@@ -65,17 +58,14 @@ def side_car(
     return {
         "output": str(output),
         "prompt": generation.prompt,
-        "negative_prompt": request.negative_prompt,
+        **{field.name: getattr(request, field.name) for field in dataclasses.fields(RunOptions)},
         **{option: [str(file) for file in inputs_of(request) if file.option == option] for option in PICTURES},
-        "arg": list(request.arg),
         "model": request.model or EMBEDDED,
         "height": height,
         "width": width,
         "num_frames": frames,
         "num_inference_steps": len(timings.steps),
-        **{name: getattr(request, name) for name in AS_ASKED},
         "fps": request.output_fps,
-        "quality": request.quality,
         "sound": generation.sound and generation.sound.to_dict(),
         "methods": {method.name: method.to_dict() for method in request.methods},
         "command": list(command),

@@ -75,24 +75,22 @@ def make_scheduler(shipped: Any, solver: str | None, flow_shift: float | None = 
     if flow_shift is not None and not flow:
         raise ConfigError(f"{type(shipped).__name__} has no noise shift, got flow_shift {flow_shift}; leave it out")
     shift = {} if flow_shift is None else {"flow_shift": flow_shift, "shift": flow_shift}
-    if solver is None:
-        return _own(shipped, shift) if shift else type(shipped).from_config(shipped.config)
-    if flow_shift is not None and solver == "euler":
-        shift["use_dynamic_shifting"] = False
-    elif flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
-        shift |= {"base_shift": math.log(flow_shift), "max_shift": math.log(flow_shift)}
-    return scheduler_like(shipped, SOLVERS[solver][0 if flow else 1], **shift)
-
-
-def _own(shipped: Any, shift: dict[str, Any]) -> Any:
-    """Return a scheduler like the one that a model ships with, at another shift."""
-    taken = inspect.signature(type(shipped)).parameters
-    if type(shipped).__name__.startswith("FlowMatch"):
+    name = type(shipped).__name__ if solver is None else SOLVERS[solver][0 if flow else 1]
+    if shift and name.startswith("FlowMatch"):
         shift["use_dynamic_shifting"] = False  # a mu is taken then, and left aside
-    elif shipped.config.get("use_dynamic_shifting"):
+    elif shift and shipped.config.get("use_dynamic_shifting"):
         shift |= dict.fromkeys(("base_shift", "max_shift"), math.log(shift["shift"]))
-    scheduler = type(shipped).from_config(shipped.config, **{name: shift[name] for name in shift if name in taken})
-    scheduler.register_to_config(**{name: shift[name] for name in DYNAMIC if name in shift and name not in taken})
+    if solver is not None:
+        return scheduler_like(shipped, name, **shift)
+    taken = inspect.signature(type(shipped)).parameters
+    scheduler = type(shipped).from_config(shipped.config, **{key: shift[key] for key in shift if key in taken})
+    return _registered(scheduler, shift)
+
+
+def _registered(scheduler: Any, options: Mapping[str, Any]) -> Any:
+    """Return a scheduler whose config has what pipelines read there, whatever the scheduler knows of it."""
+    taken = inspect.signature(type(scheduler)).parameters
+    scheduler.register_to_config(**{key: options[key] for key in DYNAMIC if key in options and key not in taken})
     return scheduler
 
 
@@ -105,11 +103,8 @@ def scheduler_like(shipped: Any, name: str, **options: Any) -> Any:
     if not ({"use_flow_sigmas", "shift"} if is_flow(shipped.config) else {"trained_betas"}) & {*taken}:
         kind = "flow, which this model predicts" if is_flow(shipped.config) else "betas, which this model has"
         raise ConfigError(f"{name} knows no {kind}; take, say, UniPCMultistepScheduler")
-    scheduler = cls(**{key: value for key, value in {**schedule, **options}.items() if key in taken})
-    # where the pipeline reads them, whatever the scheduler knows of them
-    dynamic = {key: value for key, value in {**schedule, **options}.items() if key in DYNAMIC and key not in taken}
-    scheduler.register_to_config(**dynamic)
-    return scheduler
+    options = {**schedule, **options}
+    return _registered(cls(**{key: value for key, value in options.items() if key in taken}), options)
 
 
 def _schedule(shipped: Any, name: str) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def check_transformer(cls: type, config: Mapping[str, Any], degree: int, anythin
         )
     heads = config.get("num_attention_heads")
     if isinstance(heads, int) and heads % degree and not anything:
-        degrees = ", ".join(
-            str(degree_of_heads) for degree_of_heads in range(1, heads + 1) if heads % degree_of_heads == 0
-        )
+        degrees = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise ConfigError(f"ulysses = {degree} does not divide the transformer's {heads} heads; choose of {degrees}")
 
 

@@ -76,11 +76,9 @@ class Ranks:
     def _gathered(self, value: Any) -> list[Any]:
         if self.count == 1:
             return [value]
-        from torch.distributed import all_gather_object
+        from accelerate.utils import gather_object
 
-        values: list[Any] = [None] * self.count
-        all_gather_object(values, value)
-        return values
+        return gather_object([value])
 
 
 def launched() -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ....errors import ConfigError
-from ....files import read_text, written_whole
+from ....files import read_text, write_text
 
 VERSION = 1
 
@@ -103,5 +103,4 @@ def write_thresholds(path: str | Path, thresholds: LiteThresholds) -> None:
     import tomli_w
 
     fields = {name: value for name, value in asdict(thresholds).items() if value is not None}
-    with written_whole(path) as temporary:
-        temporary.write_text(tomli_w.dumps({"version": VERSION, **fields}), encoding="utf-8")
+    write_text(path, tomli_w.dumps({"version": VERSION, **fields}))
