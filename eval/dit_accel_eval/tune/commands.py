@@ -18,9 +18,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.files import held
 
 _HELP = "Find a method's numbers, or a whole setting, on a model's own generations. A run that was stopped goes on."
-
 tune_app = Typer(name="tune", help=_HELP)
-
 MODULES = {"magcache": "caches", "teacache": "caches"}  # command -> module, where that is called otherwise
 SPREAD = ("heads",)  # commands whose run several processes may share
 
