@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.metrics.pixels import psnr
 from dit_accel_eval.runs.results import result_lines
 from dit_accel_eval.runs.servers import Server
 from dit_accel_pipelines.generation.media import write_media

@@ -144,11 +144,7 @@ def test_the_launchers_variables_and_that_each_process_takes_a_device_of_its_own
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2"}
 CARDS: list[tuple[list[str], dict[str, str], str]] = [
     (["--gpus", "2"], {}, "gpus = 2, and there is no accelerator; --device cpu"),
-    (
-        ["--gpus", "3", "--device", "cuda"],
-        {},
-        "processes of this machine take a device each, and it has 2 cuda devices",
-    ),
+    (["--gpus", "3", "--device", "cuda"], {}, "take a device each, and it has 2 cuda devices"),
     (["--gpus", "2", "--device", "cuda:1"], {}, "--device cuda:1 puts all 2 processes"),
     (["--gpus", "3", "--device", "cpu", "--ulysses", "2"], {}, "ulysses = 2 does not divide the 3 processes"),
     (["--gpus", "2", "--device", "cpu", "--json"], {}, "--json prints one document, and 2 processes"),

@@ -3,11 +3,10 @@
 from .allegro import ALLEGRO
 from .aura_flow import AURA_FLOW
 from .bria_fibo import BRIA_FIBO, BRIA_FIBO_2
-from .cogvideox import COGVIDEOX
+from .cogvideox import COGVIDEOX, EASYANIMATE
 from .cogview import COGVIEW, GLM_IMAGE
 from .cosmos import COSMOS
 from .cosmos3 import COSMOS3
-from .easyanimate import EASYANIMATE
 from .ernie_image import ERNIE_IMAGE
 from .flux import CHROMA, FLUX, FLUX_KIN
 from .flux2 import FLUX2, FLUX3
