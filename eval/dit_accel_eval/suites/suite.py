@@ -23,7 +23,6 @@ from .arms import Arm, check_kinds, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
 
 SUITE_VERSION = 2
-
 MANY = 10  # arms of a suite beyond which it says that their number makes verdicts harder to reach
 
 KINDS = {

@@ -23,13 +23,12 @@ from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.rules import forecast
 
-from ..metrics.psnr import psnr
+from ..metrics.pixels import psnr
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
 from .traced import Trace, traced
 
 Predictor = Literal["hold", "taylor", "heun", "chebyshev"]
-
 Listed = tuple[float, tuple[int, ...]]
 Lists = dict[int, Listed]
 """Number of computed steps -> the error that their best list is expected to leave, and the list."""
