@@ -19,8 +19,8 @@ from dit_accel.cli.console import warn
 
 from ..metrics import weights
 from ..metrics.weights import Archive, folder
-from .command import VideoJob, tell
 from .dimensions import DIMENSIONS
+from .job import VideoJob, tell
 from .prompts import FIXED, FLICKERING, all_videos_of, check_custom, custom_videos, read_full_info
 
 PROMPTS = "vbench/VBench_full_info.json"

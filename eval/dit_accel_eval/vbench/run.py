@@ -25,8 +25,8 @@ from ..metrics.openclip import TOGETHER, Weighted
 from ..runs.loaded import file_hash
 from ..runs.results import Line, append_line, read_lines
 from . import prompts as of_prompts
-from .command import VideoJob, tell
 from .dimensions import DIMENSIONS
+from .job import VideoJob, tell
 from .official import prompts_path
 from .prompts import FLICKERING, SAMPLES, Prompt, Wanted
 
