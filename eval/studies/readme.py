@@ -39,7 +39,7 @@ PAGES = {
         "docs/guidance.md": "guidance-cost",
         "docs/kernel-predictions.md": "attention-shapes eight-bit-linears",
         "docs/evaluating.md": "false-verdicts",
-        "docs/benchmark.md": "protocol power",
+        "docs/benchmark.md": "protocol power board-wan-tiny board-flux-tiny",
         "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny",
         "docs/scaling.md": "scaling",
         "docs/finetuning.md": "finetuned-wan-plain finetuned-4x-wan-plain",

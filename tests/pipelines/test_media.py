@@ -161,13 +161,6 @@ def test_pictures_that_cannot_be_read(tmp_path: Path, read, what):
         read(tmp_path / "bad.mp4")
 
 
-def test_numbers():
-    assert media.to_uint8(np.array([-1.0, 0.0, 0.5, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
-    assert media.upscale(np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1), 2)[0, :, :, 0].tolist() == [
-        [0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3],
-    ]  # fmt: skip
-
-
 # Before the first step
 
 PROMPT = "a red circle"
