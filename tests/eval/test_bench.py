@@ -14,9 +14,8 @@ import torch
 from dit_accel_eval.bench import forwards
 from dit_accel_eval.bench.forwards import BenchArm, BenchPlan, bench_arms, bench_of, run_bench
 from dit_accel_eval.bench.loop import Beside, OutOfMemoryError, in_turn
-from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import SHAPES, BenchOptions, Shape, named_shapes
-from dit_accel_eval.bench.real_shapes import LATENTS, find_family, make_model
+from dit_accel_eval.bench.real_shapes import LATENTS, find_family, make_model, memory_of_logits, memory_of_model
 from dit_accel_eval.runs.results import read_lines
 from toy_bench import toy_bench
 from typer.testing import CliRunner

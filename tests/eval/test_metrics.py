@@ -12,9 +12,9 @@ import fake_model
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval.metrics import Measured, Metric, NotMeasured, Sample, flow, metric, metrics, scores, weights
+from dit_accel_eval.metrics import Measured, Metric, NotMeasured, Sample, metric, metrics, motion, scores, weights
 from dit_accel_eval.metrics import registered as registry
-from dit_accel_eval.metrics.flow import dis_flow
+from dit_accel_eval.metrics.motion import dis_flow
 from dit_accel_eval.metrics.perceptual import lpips
 from dit_accel_eval.metrics.registered import check_names
 from dit_accel_eval.metrics.weights import Archive, missing, set_up, tensors
@@ -121,14 +121,14 @@ def test_the_rule_of_motion_counts_as_it_is_written_and_pixels_that_leave_are_no
         ([7.0] * 2 + [0.0] * 5, 16, 1),  # every other frame
     ):
         flows = (np.full((256, 256, 2), length / np.sqrt(2), np.float32) for length in lengths)
-        monkeypatch.setattr(flow, "dis_flow", lambda one, two, flows=flows: next(flows))
+        monkeypatch.setattr(motion, "dis_flow", lambda one, two, flows=flows: next(flows))
         assert value("dynamic@dis", clip, fps=fps) == moves
         assert next(flows, None) is None
     with pytest.raises(NotMeasured, match=r"3 frames.* 2"):
         value("dynamic@dis", clip[:2], fps=16)
     clip = flat(0.2, 0.8, size=32)  # pixels that leave the frame are no warp error
     for by, error in ((40.0, 1.0), (0.0, 0.6)):  # of one that leaves, nothing is seen in both
-        monkeypatch.setattr(flow, "dis_flow", lambda one, two, by=by: np.full((32, 32, 2), by, np.float32))
+        monkeypatch.setattr(motion, "dis_flow", lambda one, two, by=by: np.full((32, 32, 2), by, np.float32))
         assert value("warp-error@dis", clip) == pytest.approx(error, abs=1e-6)
 
 

@@ -11,7 +11,7 @@ import torch
 from cache_calls import Driven, run_through, still
 from diffusers import DDIMScheduler
 from dit_accel_eval.runs.loaded import tuning_request
-from dit_accel_eval.tune.period import Logits, harmonics, spectrum, tune_period
+from dit_accel_eval.tune.period import harmonics, logits_of, spectrum, tune_period
 from dit_accel_eval.tune.schedule import Placement, SkipCosts, best_lists, grown, searched, tune_schedule
 from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import make_scheduler
@@ -232,14 +232,13 @@ LAYOUT = TokenLayout(frames=6, height=2, width=3, text_before=2, text_after=1)
 SMALL = dict(height=32, width=32, num_inference_steps=1)
 
 
-def test_logits_are_summed_by_frames():
+def test_logits_are_means_by_frames():
     torch.manual_seed(0)
-    call, logits = random_call(LAYOUT), Logits()
-    logits.add(PlannedCall(plan=AttentionPlan(), context=context_of(LAYOUT), call=call, out=call.v))
+    call = random_call(LAYOUT)
+    logits = logits_of(PlannedCall(plan=AttentionPlan(), context=context_of(LAYOUT), call=call, out=call.v))
     q, k = (x[:, :, 2:38].reshape(2, 2, 6, 6, 8) for x in (call.q, call.k))
     expected = torch.stack([(q[:, :, f] * k[:, :, g]).sum(-1).mean() for f in range(6) for g in range(6)]) * 8**-0.5
-    torch.testing.assert_close(logits.total.flatten(), expected.double(), atol=1e-5, rtol=1e-5)
-    assert logits.calls == 1
+    torch.testing.assert_close(logits.flatten(), expected.double(), atol=1e-5, rtol=1e-5)
 
 
 def test_it_writes_and_prints(tmp_path):

@@ -26,9 +26,8 @@ from dit_accel.methods.presets import PRESETS
 from ..runs.counting import Counter, Counts, attended_share, work
 from ..runs.results import Line
 from .loop import Beside, OutOfMemoryError, device_time, in_turn, quartiles, reason_of, timed_on
-from .memory import free_memory, memory_of_logits, memory_of_model
 from .options import BenchOptions, Shape
-from .real_shapes import Inputs, find_family, make_model, to_device
+from .real_shapes import Inputs, find_family, free_memory, make_model, memory_of_logits, memory_of_model, to_device
 
 WARM = 2  # steps at most with which every arm is run before it counts: compilation, allocation, lists of tiles
 

@@ -1,8 +1,7 @@
 """The metrics of this package, as its entry point gives them."""
 
 from .clip_scores import CLIP_SCORES
-from .flow import DYNAMIC, WARP_ERROR
-from .motion import FLICKERING, LOOP, MOTION, SHARPNESS
+from .motion import DYNAMIC, FLICKERING, LOOP, MOTION, SHARPNESS, WARP_ERROR
 from .perceptual import LPIPS
 from .pixels import CHANGE_PSNR, MS_SSIM, PSNR, PSNR_FRAMES, SSIM
 

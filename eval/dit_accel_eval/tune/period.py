@@ -15,6 +15,7 @@ import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import resolve
 from scipy.optimize import nnls
+from torch import Tensor
 
 from dit_accel import ConfigError, UltraViCo
 from dit_accel.adapters.adapter import Adapter
@@ -35,25 +36,16 @@ PERIODIC = 0.5  # share of the amplitude above which a family of frequencies rep
 BAND = 0.08  # half a band over its period, rounded down: HunyuanVideo's 4 frames of 50, CogVideoX's 1 of 20
 
 
-class Logits:
-    """Sums up logits by frame distance."""
-
-    def __init__(self) -> None:
-        self.total: Any = 0
-        self.calls = 0
-
-    def add(self, planned: PlannedCall) -> None:
-        """Measure a call."""
-        call, layout = planned.call, planned.context.layout
-        if layout.frames < 2:
-            raise ConfigError(f"tune period needs clips of 2 latent frames or more, got {layout.frames}; show a video")
-        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        q, k = (x[:, :, layout.visual].float() for x in (call.q, call.k))
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        by_frame = [x.unflatten(2, (layout.frames, -1)).flatten(3) for x in (q, k)]
-        logits = (by_frame[0] @ by_frame[1].mT).mean((0, 1)) * scale / layout.tokens_per_frame
-        self.total = self.total + logits.double()
-        self.calls += 1
+def logits_of(planned: PlannedCall) -> Tensor:
+    """Return the mean logit of a call's tokens at one place of two frames, by these frames, float64 [F, F]."""
+    call, layout = planned.call, planned.context.layout
+    if layout.frames < 2:
+        raise ConfigError(f"tune period needs clips of 2 latent frames or more, got {layout.frames}; show a video")
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    q, k = (x[:, :, layout.visual].float() for x in (call.q, call.k))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    by_frame = [x.unflatten(2, (layout.frames, -1)).flatten(3) for x in (q, k)]
+    return ((by_frame[0] @ by_frame[1].mT).mean((0, 1)) * scale / layout.tokens_per_frame).double()
 
 
 def tune_period(request: TuningRequest, output: Path, *, stages: Stages | None = None) -> Tuned:
@@ -76,10 +68,11 @@ def tune_period(request: TuningRequest, output: Path, *, stages: Stages | None =
     with runs.attached() as attachment:
 
         def measured(prompt: str) -> list[list[float]]:
-            logits = Logits()
-            with watched_attention(attachment, logits.add):
+            logits: list[Tensor] = []
+            with watched_attention(attachment, lambda planned: logits.append(logits_of(planned))):
                 runs.run(prompt)
-            return (logits.total / logits.calls).tolist()
+            total: Any = sum(logits)
+            return (total / len(logits)).tolist()
 
         mean = np.mean(runs.over_prompts(measured), axis=0)
     both = (mean + mean.T) / 2
