@@ -62,14 +62,6 @@ def frame_flickering(frames: Frames) -> VideoScore:
     return VideoScore(value=(255 - float(np.mean(changes))) / 255)
 
 
-def text_likeness(text: Tensor, frames: Tensor) -> VideoScore:
-    """Return the mean cosine of a text's embedding [D] with those of frames [F, D], all of unit length."""
-    cosines = (frames @ text).double().tolist()
-    return VideoScore(
-        value=float(np.mean(cosines)), parts=len(cosines), more={"frame_results": cosines, "cur_sim": cosines[-1]}
-    )
-
-
 def clip_features(by: Weighted, frames: Frames) -> Tensor:
     """Return CLIP's embeddings [F, D] of unit length of frames resized without antialiasing, bicubic."""
     from torchvision.transforms import functional as pictures
@@ -90,8 +82,12 @@ def _aesthetic(frames: Frames, prompt: Prompt) -> VideoScore:
 
 
 def _style(frames: Frames, prompt: Prompt) -> VideoScore:
+    """Return the mean cosine of the style's embedding with those of the frames, all of unit length."""
     clip = BASE.embedder()
-    return text_likeness(clip.text(prompt.style), clip.pictures(np.divide(frames, 255, dtype=np.float32)))
+    text, pictures = clip.text(prompt.style), clip.pictures(np.divide(frames, 255, dtype=np.float32))
+    cosines = (pictures @ text).double().tolist()
+    more = {"frame_results": cosines, "cur_sim": cosines[-1]}
+    return VideoScore(value=float(np.mean(cosines)), parts=len(cosines), more=more)
 
 
 @dataclass(frozen=True, slots=True)
