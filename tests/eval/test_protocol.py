@@ -15,7 +15,7 @@ from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.statistics import judge, p_value, p_values
 from dit_accel_eval.suites.figures import Comparison
 from fake_model import command, refuses, report_of, written
-from scipy.stats import nct, norm, t
+from scipy.stats import norm
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
 NORMAL = norm.ppf((np.arange(400) + 0.5) / 400)  # differences of spread 1 without skewness
@@ -35,14 +35,6 @@ def test_no_prompt_both_chooses_and_judges_and_every_start_is_even():
     assert len(groups) == 8
     for start in (8, 16, 24):
         assert {sum(prompt in group for prompt in judging[:start]) for group in groups.values()} == {start // 8}
-
-
-@pytest.mark.parametrize(("lead", "clips", "arms"), [(1.0, 12, 1), (0.5, 32, 1), (1.0, 24, 8)])
-def test_the_chance_of_a_verdict_is_that_of_the_t_test(lead, clips, arms):
-    """The noncentral t distribution gives it of normal differences; the skew-corrected interval takes a little."""
-    reach = t.ppf(1 - 0.025 / arms, clips - 1)
-    exact = nct.sf(reach, clips - 1, lead * np.sqrt(clips))
-    assert exact - 0.06 <= chance(NORMAL, lead, clips, arms=arms) <= exact + 0.03
 
 
 def test_the_chance_is_that_of_the_verdict_itself():

@@ -16,14 +16,12 @@ from dit_accel_eval.suites.suite import read_suite
 from PIL import Image
 from preset_levels import JUDGING, STEPS
 from preset_table import FIGURES, RESULTS, SOLVERS, figures_text, rows
-from readme import LONG, PAGES, filled, folded
+from readme import PAGES, filled
 from report_tables import DEMO, demo_text
-from site_pages import errors_list
 from tables import TAG
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
-from dit_accel.errors import install
 from dit_accel.methods.preset_figures import PROMPTS
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, MEASURED_ON, PRESETS
 
@@ -58,23 +56,6 @@ def test_a_missing_mark_is_an_error(tmp_path):
     (tmp_path / "docs/models.md").write_text("<!-- models -->\n<!-- /models -->\n")
     with pytest.raises(ValueError, match=r"<!-- reasons --> <!-- /reasons -->.*found 0"):
         filled(tmp_path, "docs/models.md")
-
-
-def test_long_tables_of_measurements_are_folded():
-    table = "\n".join(["| a |", "|---|", *["| 1 |"] * LONG])
-    assert folded(f"before\n\n{table}\n\nafter") == (
-        f'before\n\n<details markdown="1"><summary>Table of {LONG} rows</summary>\n\n{table}\n\n</details>\n\nafter'
-    )
-    assert folded(table.rpartition("\n")[0]) == table.rpartition("\n")[0]
-
-
-def test_advice_stands_beneath_each_error(tmp_path):
-    (tmp_path / "dit_accel/methods").mkdir(parents=True)
-    errors = """ConfigError(f"no `mode` is {x!r}; take <a>"); MissingBackend(f"there is no page; {install('ui')}")"""
-    (tmp_path / "dit_accel/methods/some.py").write_text(errors)
-    assert errors_list(tmp_path, "options").splitlines() == [
-        "- `no 'mode' is <x>`<br>take &lt;a>", f"- `there is no page`<br>{install('ui')}"
-    ]  # fmt: skip
 
 
 def test_cells_know_their_column_for_narrow_screens():

@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from dit_accel_eval.report.board import other_scores
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines
@@ -106,10 +105,3 @@ def test_a_folder_without_runs_has_no_board(tmp_path):
         ([tmp_path, "-o", "board.txt"], "the board must be a .html, got board.txt"),
     ):
         refuses(message, "board", *arguments)
-
-
-def test_scores_of_other_tools_are_means_over_their_videos():
-    scores = [(score.tool, score.metric, score.mean, score.videos) for score in other_scores({"samples": FASTVIDEO})]
-    assert scores == [("FastVideo", "common.ssim", 0.75, 2)]
-    assert [score.videos for score in other_scores(VBENCH)] == [2]
-    assert other_scores({"a": [1, 2]}) == other_scores([1]) == other_scores("x") == []
