@@ -15,8 +15,7 @@ from attention_table import page_text as shapes_text
 from dit_accel_eval.protocol import committed, power_table, protocol_rules
 from dit_accel_eval.runs.results import Line, ResultLine, markdown_table, read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_table
-from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
-from dit_accel_eval.suites.suite import Suite, read_suite
+from dit_accel_eval.suites.suite import Rung, Suite, clip_words, read_ladder, read_suite, setting_words
 from dit_accel_pipelines.generation.solvers import BEST
 from method_pages import PAGES as METHOD_PAGES
 from method_pages import TABLES as METHOD_TABLES
