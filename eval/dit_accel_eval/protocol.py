@@ -17,7 +17,6 @@ from .statistics import FEWEST, WRONG, p_values
 
 PROTOCOL = "1"  # version of the protocol; it rises when the same clips would be measured, paired or judged otherwise
 USES = ("choosing", "judging")  # of prompts: settings and rivals are chosen on the one, and judged on the other
-
 CHANCE = 0.8  # chance of a verdict with which a number of clips is enough
 COUNTS = (FEWEST, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # numbers of clips that are tried
 LEADS = (1.0, 2.0, 3.0, 5.0, 10.0)  # true leads of the table, in dB

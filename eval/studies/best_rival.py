@@ -16,10 +16,9 @@ from dit_accel_eval.runs.model import shipped_scheduler
 from dit_accel_eval.runs.results import Line, read_lines
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.job import Job
-from dit_accel_eval.suites.ladder import VERSION, Ladder, read_ladder, setting_words
 from dit_accel_eval.suites.reference import default_cache
 from dit_accel_eval.suites.running import run_arms, suite_progress
-from dit_accel_eval.suites.suite import Suite
+from dit_accel_eval.suites.suite import LADDER_VERSION, Ladder, Suite, read_ladder, setting_words
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS, shift_of
 
 from dit_accel import ConfigError
@@ -74,7 +73,7 @@ def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
     """
     whole = means(suite, lines, suite.clips)
     psnrs = means(suite, lines, min(FIRST, suite.clips)) | whole
-    data = {"version": VERSION, "model": suite.model, "first_clip": suite.first_clip, "clips": suite.clips}
+    data = {"version": LADDER_VERSION, "model": suite.model, "first_clip": suite.first_clip, "clips": suite.clips}
     data |= {"reference_steps": suite.reference_steps} if suite.reference_steps else {}
     rungs = []
     for count in sorted({arm.num_inference_steps for arm in suite.arms}):

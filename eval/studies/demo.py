@@ -15,7 +15,7 @@ import torch
 import typer
 from dit_accel_assets import held_out_prompts
 from dit_accel_eval.metrics.metric import Clip
-from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.metrics.pixels import psnr
 from dit_accel_eval.runs.conditions import OwnClips, processor_name
 from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.metrics.pixels import psnr
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.runs.results import append_line, read_lines

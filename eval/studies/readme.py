@@ -15,8 +15,7 @@ from attention_table import page_text as shapes_text
 from dit_accel_eval.protocol import committed, power_table, protocol_rules
 from dit_accel_eval.runs.results import Line, ResultLine, markdown_table, read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_table
-from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
-from dit_accel_eval.suites.suite import Suite, read_suite
+from dit_accel_eval.suites.suite import Rung, Suite, clip_words, read_ladder, read_suite, setting_words
 from dit_accel_pipelines.generation.solvers import BEST
 from method_pages import PAGES as METHOD_PAGES
 from method_pages import TABLES as METHOD_TABLES
@@ -39,7 +38,7 @@ PAGES = {
         "docs/guidance.md": "guidance-cost",
         "docs/kernel-predictions.md": "attention-shapes eight-bit-linears",
         "docs/evaluating.md": "false-verdicts",
-        "docs/benchmark.md": "protocol power",
+        "docs/benchmark.md": "protocol power board-wan-tiny board-flux-tiny",
         "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny",
         "docs/scaling.md": "scaling",
         "docs/finetuning.md": "finetuned-wan-plain finetuned-4x-wan-plain",

@@ -13,8 +13,7 @@ from dit_accel_eval.runs.results import WORKS, Line, ResultLine, markdown_table
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.figures import ArmFigures, Comparison
 from dit_accel_eval.suites.suite import Suite
-from dit_accel_eval.tune.profile import cached_blocks
-from dit_accel_eval.tune.profile_watch import CRITERIA
+from dit_accel_eval.tune.profile import CRITERIA, cached_blocks
 from dit_accel_eval.vbench.dimensions import DIMENSIONS
 from judging import paired_cell
 from scipy import stats

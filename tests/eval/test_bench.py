@@ -12,9 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 from dit_accel_eval.bench import forwards
-from dit_accel_eval.bench.beside import Beside
 from dit_accel_eval.bench.forwards import BenchArm, BenchPlan, bench_arms, bench_of, run_bench
-from dit_accel_eval.bench.loop import OutOfMemoryError, in_turn
+from dit_accel_eval.bench.loop import Beside, OutOfMemoryError, in_turn
 from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import SHAPES, BenchOptions, Shape, named_shapes
 from dit_accel_eval.bench.real_shapes import LATENTS, find_family, make_model

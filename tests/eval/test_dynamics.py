@@ -7,7 +7,7 @@ import pytest
 from dit_accel_eval.comparing import arms_table
 from dit_accel_eval.metrics.dynamics import dynamics
 from dit_accel_eval.metrics.metric import Clip, Sample
-from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.metrics.pixels import psnr
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page

@@ -57,10 +57,7 @@ def test_arms_are_held_against_the_curve_of_rivals_at_equal_time(engine, tmp_pat
     leads = [psnr["mine", clip] - (psnr["quick", clip] + psnr["middle", clip]) / 2 for clip in range(6)]
     (mine,) = report.judged
     assert [*report.leads(mine).values()] == pytest.approx(leads)
-    assert (mine.ahead["steps_in_time"].mean, mine.ahead["steps_in_time"].verdict) == (
-        pytest.approx(np.mean(leads)),
-        "ahead",
-    )
+    assert mine.ahead["steps_in_time"].verdict == "ahead"
     rows = [line.split()[:3] for line in done.stdout.splitlines()]
     assert [row for row in rows if row[0] in ERRORS][:2] == [["mine", "0.40", "2.50"], ["slow", "0.80", "1.25"]]
     assert "not on it, since another is as near in less time: worse." in done.stderr
@@ -68,9 +65,7 @@ def test_arms_are_held_against_the_curve_of_rivals_at_equal_time(engine, tmp_pat
     assert "Speed-ups are over the reference." in page
     assert "--rival slow=DIR --rival middle=DIR --rival worse=DIR --rival quick=DIR --arm mine=DIR -o page.html" in page
     before = read_lines(tmp_path / "page.jsonl")
-    assert {(line["prompt"], line["seed"], line["clip"]) for line in before} == {
-        ("a kite", seed, seed) for seed in range(6)
-    }
+    assert {(line["prompt"], line["seed"] - line["clip"]) for line in before} == {("a kite", 0)}
     seen: list[float] = []
     measured = measuring.measured_line
     monkeypatch.setattr(
@@ -79,12 +74,7 @@ def test_arms_are_held_against_the_curve_of_rivals_at_equal_time(engine, tmp_pat
     Image.new("RGB", (24, 24)).save(engine["slow"] / "a kite-3.png")  # what has changed is measured again, and no more
     run()
     assert seen == [0]
-    changed = [
-        line["clip"]
-        for line, earlier in zip(read_lines(tmp_path / "page.jsonl"), before, strict=True)
-        if line != earlier
-    ]
-    assert changed == [3]
+    assert [line["clip"] for line in read_lines(tmp_path / "page.jsonl") if line not in before] == [3]
 
 
 def test_without_seconds_each_arm_is_held_against_each_rival(engine, tmp_path):
@@ -100,19 +90,14 @@ def test_without_seconds_each_arm_is_held_against_each_rival(engine, tmp_path):
     assert (alone.exit_code, alone.stdout) == (0, f"{tmp_path}/page.html\n")
 
 
-def side_car(clip: Path, **known) -> None:
-    clip.with_suffix(".json").write_text(json.dumps(known))
-
-
 def test_prompts_and_seeds_are_read_from_tables_side_cars_and_names(engine, tmp_path):
     one, two = engine["reference"], engine["mine"]
     for folder, name in ((one, "x"), (two, "y")):
-        for path in sorted(folder.iterdir())[2:]:
-            path.unlink()
         for number, path in enumerate(sorted(folder.iterdir())):
-            side_car(
-                path.rename(folder / f"{name}{number}.png"), request={"prompt": "a fox", "seed": 7 - number}, seconds=3
-            )
+            path.rename(folder / f"{name}{number}.png") if number < 2 else path.unlink()
+        for number in range(2):
+            known = {"request": {"prompt": "a fox", "seed": 7 - number}, "seconds": 3}
+            (folder / f"{name}{number}.json").write_text(json.dumps(known))
     (tmp_path / "table.csv").write_text("folder,file,prompt,seed\nmine,y1,a cat,1\nreference,x1.png,a cat,1\n")
     both, problems = pair({"reference": one, "mine": two}, read_rows(tmp_path / "table.csv"))
     assert problems == []
@@ -188,19 +173,16 @@ def test_lossy_clips_are_measured_against_the_loss_of_their_own_encoding(tmp_pat
         else:
             Image.fromarray(clip[0]).save(exact.with_suffix(".png"))
             Image.fromarray(clip[0]).save(encoded, quality=50)
-    done = command(
-        "folders", "--reference", tmp_path / "exact", f"--arm=a={tmp_path}/encoded", "-o", tmp_path / "p.html"
-    )
+    run = partial(command, "folders", "-o", tmp_path / "p.html", "--reference")
+    done = run(tmp_path / "exact", f"--arm=a={tmp_path}/encoded")
     assert done.exit_code == 0, done.stderr
     lines = read_lines(tmp_path / "p.jsonl")
     for line in lines:  # the clip is the reference, encoded: it is as near as its encoding lets it be
         assert line["metrics"]["encoding-alone"] == pytest.approx(line["psnr"], abs=0.7)
     assert "Clips are encoded with loss, which alone leaves " in done.stderr
     assert "; most of the error is the encoding's of a." in done.stderr
-    twice = command(
-        "folders", "--reference", tmp_path / "encoded", f"--arm=a={tmp_path}/exact", "-o", tmp_path / "q.html"
-    )
-    assert "reference has clips neither lossless nor all encoded as lossless: 0." in twice.stderr
+    turned = run(tmp_path / "encoded", f"--arm=a={tmp_path}/exact")
+    assert "reference has clips neither lossless nor all encoded as lossless: 0." in turned.stderr
 
 
 def test_what_can_not_be_encoded_here_is_said(tmp_path):
@@ -225,9 +207,8 @@ def test_clips_of_a_script_of_diffusers_alone_are_judged(tmp_path):
     done = command("folders", "--reference", reference.partition("=")[2], *rivals, f"--arm={last}", "-o", page)
     assert done.exit_code == 0, done.stderr
     report = report_of(tmp_path / "page.jsonl")
-    assert report.full_steps == 5
     assert {line.prompt for line in report.results.lines} == {*plain_diffusers.PROMPTS}
     assert all(line.steps_in_time > 0 and line.metrics["encoding-alone"] > 20 for line in report.results.lines)
-    assert [arm.name for arm in report.judged] == ["fbc"]
+    assert (report.full_steps, [arm.name for arm in report.judged]) == (5, ["fbc"])
     assert report.comparison.curve
     assert (tmp_path / "page.media").is_dir()

@@ -13,7 +13,7 @@ from dit_accel_eval.judging.contract import OVERALL, Question, ShownClip
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.runs.results import keep, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import rank_correlation
-from fake_model import command, written
+from fake_model import command, refuses, written
 from scipy.stats import spearmanr
 from tiny_judge import tiny_judge
 
@@ -56,11 +56,8 @@ def psnrs(results: Path, arm: str) -> np.ndarray:
 
 def test_a_command_is_asked_in_both_orders_and_its_bias_taken_out(results, tmp_path):
     out = tmp_path / "answers.jsonl"
-    found = command(
-        "judge", results, "--arm", ARM, "--against", OTHER, "--judge", stand_in(results), "--json", "-o", out
-    )
-    assert found.exit_code == 0, found.stderr
-    data = json.loads(found.stdout)
+    options = ("--against", OTHER, "--judge", stand_in(results), "--json", "-o", out)
+    data = json.loads(command("judge", results, "--arm", ARM, *options).stdout)
     said = data["questions"][OVERALL]
     gaps = (psnrs(results, ARM) - psnrs(results, OTHER)) / 100 * 255 / 25
     assert said["preference"]["mean"] == pytest.approx(gaps.mean(), abs=0.05)
@@ -77,8 +74,7 @@ def test_a_command_is_asked_in_both_orders_and_its_bias_taken_out(results, tmp_p
 
 def test_without_another_arm_the_references_stand_beside(results):
     found = command("judge", results, "--arm", ARM, "--judge", stand_in(results), "--question", "Is it bright?")
-    assert found.exit_code == 0, found.stderr
-    assert "Is it bright?" in found.stdout
+    assert found.stdout.startswith("Is it bright?\n")
     assert "] behind\n  position bias  +0.25" in found.stdout
     assert "above the reference, 8 clips in both orders" in " ".join(found.stderr.split())
 
@@ -109,19 +105,16 @@ def test_a_class_in_a_file_is_a_judge(results, tmp_path):
     ],
 )
 def test_what_can_not_judge_is_refused_in_a_line(results, options, message):
-    found = command("judge", results, *options)
-    assert (found.exit_code, message in " ".join(found.stderr.split())) == (2, True), found.stderr
+    refuses(message, "judge", results, *options)
 
 
 def test_results_without_their_own_frames_are_refused(results, tmp_path):
     lines = written(tmp_path / "r.jsonl", read_lines(results))
-    found = command("judge", lines, "--arm", ARM, "--judge", stand_in(results))
-    assert found.exit_code == 2
-    assert "16 clips can't be shown" in found.stderr
+    refuses("16 clips can't be shown", "judge", lines, "--arm", ARM, "--judge", stand_in(results))
     (tmp_path / lines.name).write_text(results.read_text().replace('"solver": "unipc"', '"solver": "euler"'))
     for line in read_lines(results):
         (tmp_path / line["kept"]).write_bytes((results.parent / line["kept"]).read_bytes())
-    assert "solver 'unipc', not 'euler'" in command("judge", lines, "--arm", ARM, "--judge", stand_in(results)).stderr
+    refuses("solver 'unipc', not 'euler'", "judge", lines, "--arm", ARM, "--judge", stand_in(results))
 
 
 def test_rank_correlation_is_spearmans_with_an_interval():
@@ -152,12 +145,8 @@ def asked(question: str, clips: list[ShownClip]) -> list[Question]:
 
 def test_a_likert_judge_sees_every_frame_of_both_clips(model, clips, monkeypatch):
     judge, counts = judge_named(f"likert={model}", "cpu"), []
-    whole = judge.model.inputs
-
-    def counted(*args, **seen):
-        counts.append(len(seen["images"]))
-        return whole(*args, **seen)
-
+    inputs = judge.model.inputs
+    counted = lambda *args, images: counts.append(len(images)) or inputs(*args, images=images)  # noqa: E731
     monkeypatch.setattr(judge.model, "inputs", counted)
     there, back = judge.answers(asked(judge.questions[0], clips))
     assert counts == [8] * 4

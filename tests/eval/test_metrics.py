@@ -225,8 +225,8 @@ def test_a_stranger_adds_a_metric_as_the_page_says(stranger):
 
 def test_entry_points_that_are_wrong_say_so(stranger):
     for text, message in (
-        ("dit_accel_eval.metrics.psnr:PSNR", r"metric 'psnr'.*twice.*dit_accel_eval.metrics"),
-        ("dit_accel_eval.metrics.psnr:NONE", r"stranger.*: module"),
+        ("dit_accel_eval.metrics.pixels:PSNR", r"metric 'psnr'.*twice.*dit_accel_eval.metrics"),
+        ("dit_accel_eval.metrics.pixels:NONE", r"stranger.*: module"),
         ("dit_accel_eval.metrics.nothing:NONE", r"stranger.*: No module"),
         ("dit_accel_eval.metrics.registered:METRIC_GROUP", "metrics, got 'd'"),
     ):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 from urllib.parse import unquote
 
 import numpy as np
@@ -17,7 +18,7 @@ from dit_accel_eval.report.media import folder_of, kept_lines
 from dit_accel_eval.report.report import quantile_clips
 from dit_accel_eval.runs import results
 from dit_accel_pipelines.generation.media import read_image, read_video
-from fake_model import EARLIER, command, report_of, told, written
+from fake_model import EARLIER, command, refuses, report_of, written
 from PIL import Image
 
 from dit_accel.errors import ConfigError, MissingBackend
@@ -75,13 +76,10 @@ def test_a_page_has_its_clips_beside_it(tmp_path):
     data = data_of(page)
     assert data["root"] == "my%20page.media/"
     folder = tmp_path / unquote(data["root"])
-    assert folder == folder_of(page)
     (part,) = data["parts"]
-    assert part["fps"] == 8
     arms = {arm["name"]: arm for arm in part["arms"]}
-    assert set(arms) == {*ARMS[:2]}
-    assert {one["frames"] for one in part["references"].values()} == {3}
-    assert {(one["width"], one["height"]) for one in part["references"].values()} == {(64, 48)}
+    assert (folder, part["fps"], {*arms}) == (folder_of(page), 8, {*ARMS[:2]})
+    assert {(one["frames"], one["width"], one["height"]) for one in part["references"].values()} == {(3, 64, 48)}
     lines = {(line["arm"], line["clip"]): line for line in results.read_lines(tmp_path / "r.jsonl")}
     names = [one["file"] for one in part["references"].values()]
     names += [file for clips in part["rivals"].values() for file in clips.values()]
@@ -133,9 +131,8 @@ def test_kept_frames_of_another_run_are_not_shown_but_named(tmp_path):
     path, page = kept(tmp_path), tmp_path / "r.html"
     gone, other = (line for line in results.read_lines(path) if line["arm"] == ARMS[0])
     (tmp_path / gone["kept"]).unlink()
-    results.keep(
-        tmp_path / other["kept"], np.zeros((3, 48, 64, 3), np.float32), results.run_of({**other, "weights": "other"})
-    )
+    made = results.run_of({**other, "weights": "other"})
+    results.keep(tmp_path / other["kept"], np.zeros((3, 48, 64, 3), np.float32), made)
     assert run(path, "-o", page).exit_code == 0
     text = page.read_text().replace("&#39;", "'")
     assert f"Clip {gone['clip']} of {ARMS[0]} is not shown: {tmp_path / gone['kept']} holds no frames that" in text
@@ -150,12 +147,12 @@ def test_a_folder_that_holds_something_else_is_refused_before_anything_is_encode
     monkeypatch.setattr(media, "write_media", None)
     folder_of(page).mkdir()
     (folder_of(page) / "notes.txt").write_text("mine")
-    assert "r.media, which holds 'notes.txt' that no report wrote; move that away" in told(run(path, "-o", page))
+    refuses("r.media, which holds 'notes.txt' that no report wrote; move that away", "report", path, "-o", page)
     assert ((folder_of(page) / "notes.txt").read_text(), page.exists()) == ("mine", False)
     (folder_of(page) / "notes.txt").unlink()
     folder_of(page).rmdir()
     folder_of(page).write_text("a file")
-    assert "r.media, which is a file" in told(run(path, "-o", page))
+    refuses("r.media, which is a file", "report", path, "-o", page)
 
 
 def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were(tmp_path, monkeypatch):
@@ -165,13 +162,9 @@ def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were
     for line in results.read_lines(path):
         results.keep(tmp_path / line["kept"], np.full((3, 48, 64, 3), 0.7, np.float32), results.run_of(line))
 
-    def fails(*_, **__):
-        raise RuntimeError("ffmpeg ended with exit code 1")
-
-    monkeypatch.setattr(media, "write_media", fails)
-    result = run(path, "-o", page, "--json", tmp_path / "r.json")
-    assert result.exit_code == 2
-    assert "a clip of 3 frames of 64 x 48 can't be encoded (ffmpeg ended" in told(result)
+    monkeypatch.setattr(media, "write_media", Mock(side_effect=RuntimeError("ffmpeg ended with exit code 1")))
+    said = "a clip of 3 frames of 64 x 48 can't be encoded (ffmpeg ended"
+    refuses(said, "report", path, "-o", page, "--json", tmp_path / "r.json")
     assert {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())} == before
     assert not (tmp_path / "r.json").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
@@ -179,14 +172,7 @@ def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were
 
 def test_a_report_that_was_stopped_goes_on_and_clears_up(tmp_path, monkeypatch):
     path, page = kept(tmp_path), tmp_path / "r.html"
-    write, done = media.write_media, []
-
-    def stops(*arguments, **options):
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        write(*arguments, **options)
-        done.append(arguments[0])
-
+    stops = Mock(side_effect=[DEFAULT] * 3 + [KeyboardInterrupt], wraps=media.write_media)
     with monkeypatch.context() as patch:
         patch.setattr(media, "write_media", stops)
         run(path, "-o", page)

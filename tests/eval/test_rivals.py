@@ -11,9 +11,8 @@ from dit_accel_eval.runs.rivals import cached_by, check_rival, require_rivals
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.figures import pair_figures, pairs_markdown, suite_figures, suite_table
 from dit_accel_eval.suites.job import Job
-from dit_accel_eval.suites.ladder import read_ladder
 from dit_accel_eval.suites.running import run_arms
-from dit_accel_eval.suites.suite import Pair, Suite, read_suite
+from dit_accel_eval.suites.suite import Pair, Suite, read_ladder, read_suite
 from fake_model import ARM, HEAD, LADDER, THIN, command, faked, told
 
 from dit_accel import ConfigError

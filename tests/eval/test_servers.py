@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.metrics.pixels import psnr
 from dit_accel_eval.runs.results import result_lines
 from dit_accel_eval.runs.servers import Server
 from dit_accel_pipelines.generation.media import write_media
@@ -118,6 +118,8 @@ def test_a_served_arm_stands_beside_the_others_by_its_whole_time(tmp_path, liste
     assert (line.value("work"), line.raw["encoder"][:4], "encoding-alone" in line.metrics) == (None, "h264", True)
     assert "| served | " in done.stdout
     assert "nan" not in done.stdout
+    shown = command("report", tmp_path / "s.jsonl", "-o", tmp_path / "s.html", "--json", tmp_path / "s.json")
+    assert (shown.exit_code, "NaN" in (tmp_path / "s.json").read_text()) == (0, False), shown.output
 
 
 def test_what_a_server_can_not_do_is_refused_before_anything_runs(tmp_path, listening, fake):

@@ -6,11 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from dit_accel_eval.report.board import other_scores
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines
-from fake_model import EARLIER, command, report_of, told, written
+from fake_model import EARLIER, command, refuses, report_of, written
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
 WAN = RESULTS / "profiling-wan-plain.jsonl"
@@ -40,13 +39,9 @@ def test_a_runs_file_is_valid_by_its_schema_and_read_as_its_lines_are(tmp_path, 
             jsonschema.validate(short | change, SCHEMA)
     assert read_results(path).lines == read_results(results).lines
     assert command("report", path).stdout == command("report", results).stdout
-    for change, message in (
-        ({"version": 3}, "version 3 of it"),
-        ({"schema": "x"}, "another file"),
-        ({"lines": 1}, "is no"),
-    ):
+    for change, message in (({"version": 3}, "version 3 of"), ({"schema": "x"}, "another"), ({"lines": 1}, "is no ")):
         path.write_text(json.dumps(data | change))
-        assert (command("report", path).exit_code, message in told(command("diff", path, results))) == (2, True)
+        refuses(message, "report", path)
 
 
 def test_merged_runs_are_judged_together(tmp_path):
@@ -54,10 +49,10 @@ def test_merged_runs_are_judged_together(tmp_path):
     arms = [*dict.fromkeys(line["arm"] for line in lines if line["methods"])][:4]
     dense = [line for line in lines if not line["methods"]]
     of = lambda names: [line for line in lines if line["arm"] in names]  # noqa: E731
-    halves = []
-    for number in (0, 1):
-        own = [line | {"suite": str(number)} for line in dense]
-        halves.append(written(tmp_path / f"{number}.jsonl", of(arms[number::2]) + own))
+    halves = [
+        written(tmp_path / f"{number}.jsonl", [line | {"suite": number} for line in of(arms[number::2]) + dense])
+        for number in (0, 1)
+    ]
     both = tmp_path / "both.json"
     done = command("merge", travelling(tmp_path, halves[0]), halves[1], "-o", both)
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"{both}\n", "")
@@ -69,9 +64,10 @@ def test_merged_runs_are_judged_together(tmp_path):
         ([first | {"arm": "mine", "weights": "other"}], "mixes results of several weights"),
         ([first | {"arm": "mine", "prompt": "a cat"}], "and of 'a cat' in "),
     ):
-        done = command("merge", written(tmp_path / "a.jsonl", lines), written(tmp_path / "b.jsonl", other), "-o", both)
-        assert (done.exit_code, message in told(done)) == (2, True)
-    assert "a merged run is a .json, got c.jsonl" in told(command("merge", halves[0], "-o", "c.jsonl"))
+        refuses(
+            message, "merge", written(tmp_path / "a.jsonl", lines), written(tmp_path / "b.jsonl", other), "-o", both
+        )
+    refuses("a merged run is a .json, got c.jsonl", "merge", halves[0], "-o", "c.jsonl")
 
 
 def test_the_board_shows_all_runs_of_a_folder_and_what_other_tools_say(tmp_path):
@@ -83,10 +79,7 @@ def test_the_board_shows_all_runs_of_a_folder_and_what_other_tools_say(tmp_path)
     (runs / "cut.json").write_text('{"schema": ')
     done = command("board", runs, "-o", tmp_path / "board.html")
     assert (done.exit_code, done.stdout) == (0, f"{tmp_path}/board.html\n")
-    assert [line.partition(" is not")[0] for line in done.stderr.splitlines()] == [
-        "warning: cut.json",
-        "warning: odd.json",
-    ]
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["cut.json", "odd.json"]
     page = (tmp_path / "board.html").read_text()
     reports = [report_of(path) for path in (WAN, RESULTS / "knee-flux-tiny.jsonl")]
     for arm in reports[0].judged:
@@ -111,12 +104,4 @@ def test_a_folder_without_runs_has_no_board(tmp_path):
         ([tmp_path / "none"], f"there is no folder {tmp_path}/none"),
         ([tmp_path, "-o", "board.txt"], "the board must be a .html, got board.txt"),
     ):
-        done = command("board", *arguments)
-        assert (done.exit_code, message in told(done)) == (2, True)
-
-
-def test_scores_of_other_tools_are_means_over_their_videos():
-    scores = [(score.tool, score.metric, score.mean, score.videos) for score in other_scores({"samples": FASTVIDEO})]
-    assert scores == [("FastVideo", "common.ssim", 0.75, 2)]
-    assert [score.videos for score in other_scores(VBENCH)] == [2]
-    assert other_scores({"a": [1, 2]}) == other_scores([1]) == other_scores("x") == []
+        refuses(message, "board", *arguments)

@@ -12,8 +12,7 @@ from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.results import result_lines
 from dit_accel_eval.runs.servers import Server
 from dit_accel_eval.suites.job import Job, check_lines, checked
-from dit_accel_eval.suites.ladder import read_ladder
-from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.suites.suite import read_ladder, read_suite
 from fake_model import ARM, HEAD, LADDER, THIN
 
 from dit_accel import ConfigError

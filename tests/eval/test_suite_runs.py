@@ -21,7 +21,7 @@ from dit_accel_eval.runs.results import append_line, read_kept, read_lines, run_
 from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.suite import read_suite
-from fake_model import ARM, HEAD, FakeModel, command, faked, told
+from fake_model import ARM, HEAD, FakeModel, command, faked, refuses
 from model_folders import model_folder
 from tiny_stock import stock_pipeline
 
@@ -236,8 +236,7 @@ def test_what_a_model_can_not_run_is_told_before_it_is_loaded(folder, monkeypatc
         monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
         clips = "" if "prompts" in text else "clips = 1\n"
         (folder / "bad.toml").write_text(TINY + clips + text)
-        found = command("run", folder / "bad.toml", "--out", folder / "bad.jsonl", "--device", "cpu")
-        assert (found.exit_code, message in told(found)) == (2, True)
+        refuses(message, "run", folder / "bad.toml", "--out", folder / "bad.jsonl", "--device", "cpu")
         assert not (folder / "bad.jsonl").exists()
 
 

@@ -9,8 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.tune.caches import tune_magcache, tune_teacache
-from dit_accel_eval.tune.profile import cached_blocks, tune_profile
-from dit_accel_eval.tune.profile_watch import CRITERIA, attention_received, foreground_ratio
+from dit_accel_eval.tune.profile import CRITERIA, attention_received, cached_blocks, foreground_ratio, tune_profile
 from dit_accel_pipelines.families.released import PUBLISHED
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.request import resolve
@@ -214,7 +213,7 @@ def test_attention_received_is_the_mean_of_the_columns(masked, monkeypatch):
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 37, 8), torch.randn(2, 2, 37, 8)
     mask = torch.rand(2, 37) > 0.3 if masked else None
-    monkeypatch.setattr("dit_accel_eval.tune.profile_watch.SCORES", 4 * 37 * 5)  # chunks of five queries
+    monkeypatch.setattr("dit_accel_eval.tune.profile.SCORES", 4 * 37 * 5)  # chunks of five queries
     logits = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None, None], -torch.inf)

@@ -116,10 +116,10 @@ def test_a_run_with_the_file_is_the_run_that_was_tuned(tmp_path: Path, pipe):
     assert all(row["added"] <= 0.05 for row in rows)
     assert rows[0]["dense"] < 1e-5
     assert rows[2]["dense"] > rows[1]["dense"] > 0
-    dense = run(pipe, PROMPTS[0], asked)
+    dense = run(pipe, asked)
     config = LiteAttention(block_size=16, dense_steps=0, thresholds_file=str(tmp_path / "lite.toml"))
     with dit_accel.attach(pipe, config) as attachment:
-        made = run(pipe, PROMPTS[0], asked)
+        made = run(pipe, asked)
         densities = [step.density for step in attachment.report().steps]
     assert densities[0] == 1.0
     assert densities[1:] == pytest.approx([row["kept"] for row in rows], abs=0.01)

@@ -132,7 +132,7 @@ def test_what_can_not_be_searched_is_refused(tmp_path, pipe, monkeypatch):
         tune_schedule(request(prompts=PROMPTS[:1]), tmp_path / "own.toml", computed=2, placement=("4", "5"))
     assert Placement.read("30@8") == Placement(30, 8.0, "30@8")
     assert Placement.read("24") == Placement(24, None, "24")
-    monkeypatch.setattr("dit_accel_eval.tune.traced.noise_level", lambda scheduler: None)
+    monkeypatch.setattr("dit_accel_eval.tune.schedule.noise_level", lambda scheduler: None)
     with pytest.raises(ConfigError, match=r"scheduler.*noise levels.*--placement"):
         tune_schedule(request(), tmp_path / "own.toml", computed=3)
     pipe.scheduler = DDIMScheduler()

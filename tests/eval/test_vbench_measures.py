@@ -14,12 +14,12 @@ import torch
 from dit_accel_eval.metrics import clip_scores
 from dit_accel_eval.metrics.openclip import Weighted
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.vbench import measures, official, run
+from dit_accel_eval.vbench import official, run
 from dit_accel_eval.vbench.dimensions import DIMENSIONS, totals
-from dit_accel_eval.vbench.measures import WAYS, VideoScore
 from dit_accel_eval.vbench.prompts import Prompt, read_full_info
+from dit_accel_eval.vbench.run import WAYS, VideoScore
 from dit_accel_pipelines.generation.media import read_video, write_media
-from fake_model import command, drawn, told
+from fake_model import command, drawn, refuses, told
 from PIL import Image
 from tiny_vbench import MODEL, WIDTH, frames_of, weights
 from torch.nn import functional as F
@@ -119,9 +119,9 @@ def test_a_run_goes_on_where_it_stopped_and_notes_files_that_changed(work, monke
 def test_clips_dimensions_are_measured_by_its_weights_and_told_by_hash(work, monkeypatch):
     start, at = work
     by = Weighted(MODEL, file=weights(at))
-    monkeypatch.setattr(measures, "BASE", by)
+    monkeypatch.setattr(run, "BASE", by)
     for name in ("background_consistency", "appearance_style"):
-        monkeypatch.setitem(measures.WAYS, name, replace(measures.WAYS[name], clip=by))
+        monkeypatch.setitem(run.WAYS, name, replace(run.WAYS[name], clip=by))
     found = start("-d", "background-consistency", "-d", "appearance style", "--json")
     assert found.exit_code == 0, found.stderr
     score, entries = results(at)["background_consistency"]
@@ -173,7 +173,7 @@ def test_missing_and_unusable_videos_are_named_with_the_reason(work, monkeypatch
     assert why in told(found)
     path.write_bytes(b"none")
     assert f"video {path} can't be read" in told(start("-d", "temporal_flickering", "--filtered"))
-    monkeypatch.setitem(measures.WAYS, "background_consistency", measures.WAYS["temporal_flickering"])
+    monkeypatch.setitem(run.WAYS, "background_consistency", run.WAYS["temporal_flickering"])
     (at / "clips" / "alley-1.mp4").rename(at / "clips" / "aley-1.mp4")
     found = start("-d", "background_consistency")
     assert (found.exit_code, "takes 2 videos of each of 1 prompts" in told(found)) == (2, True)
@@ -247,7 +247,7 @@ def small(file, tmp_path, monkeypatch):
     """That model and a random head in the places of VBench's."""
     by = Weighted(MODEL, file=file)
     for name in ("BASE", "LARGE"):
-        monkeypatch.setattr(measures, name, by)
+        monkeypatch.setattr(run, name, by)
     monkeypatch.setattr(clip_scores, "folder", lambda: tmp_path)
     head = {"weight": torch.randn(1, WIDTH), "bias": torch.randn(1)}
     clip_scores.head_path(by).parent.mkdir(parents=True)
@@ -265,7 +265,7 @@ def measured(name: str, frames: np.ndarray, **prompt: str) -> VideoScore:
 def seen(network, frames: np.ndarray) -> torch.Tensor:
     """Return embeddings of frames of 60 x 97 pixels, resized as tensors are: 224 x 362, of which 69 lie left."""
     sized = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (224, 362), mode="bicubic")
-    mean, deviation = (torch.tensor(one)[:, None, None] for one in measures.COLORS)
+    mean, deviation = (torch.tensor(one)[:, None, None] for one in run.COLORS)
     with torch.inference_mode():
         return F.normalize(network.encode_image((sized[..., 69:293] / 255 - mean) / deviation), dim=1)
 
@@ -281,7 +281,7 @@ def test_appearance_style_is_the_likeness_of_frames_that_pillow_resized(small):
     network, _ = small
     frames = noise(2, 60, 97, 3)
     sized = [np.asarray(Image.fromarray(one).resize((362, 224), Image.Resampling.BICUBIC)) for one in frames]
-    mean, deviation = (np.array(one) for one in measures.COLORS)
+    mean, deviation = (np.array(one) for one in run.COLORS)
     given = torch.from_numpy((np.stack(sized)[:, :, 69:293] / 255 - mean) / deviation).permute(0, 3, 1, 2).float()
     with torch.inference_mode():
         looks = F.normalize(network.encode_image(given), dim=1)
@@ -297,12 +297,12 @@ def test_consistency_is_that_of_angles_with_the_frame_before_and_the_first():
     pairs = [(10, 10), (30, 40), (120, 160)]  # degrees to the one before, and to the first
     expected = np.mean([max(0, math.cos(math.radians(one))) / 2 + max(0, math.cos(math.radians(two))) / 2
                         for one, two in pairs])  # fmt: skip
-    found = measures.pair_consistency(features)
+    found = run.pair_consistency(features)
     assert found.value == pytest.approx(expected)
     assert (found.parts, found.more["cnt_per_video"]) == (3, 3)
     assert found.more["video_sim"] == pytest.approx(3 * expected)
     with pytest.raises(ConfigError, match=r"2 frames.*1"):
-        measures.pair_consistency(features[:1])
+        run.pair_consistency(features[:1])
 
 
 ROWS = list(csv.DictReader(Path(__file__).with_name("vbench_rows.csv").open(encoding="utf-8")))
@@ -353,5 +353,4 @@ def test_wrong_names_scores_and_files_are_refused(tmp_path):
         ('{"scene": []}', "scene must be a number, got []"),
     ):
         (tmp_path / "scores.json").write_text(text) if text else None
-        found = vbench("--totals", tmp_path / "scores.json")
-        assert (found.exit_code, said in " ".join(found.stderr.split())) == (2, True)
+        refuses(said, "vbench", "--totals", tmp_path / "scores.json")

@@ -133,7 +133,7 @@ def test_a_batch_loads_once_and_makes_what_each_line_makes_alone(loads):
         {"easycache.threshold": 0.5, "easycache.warmup_steps": 1, "easycache.last_steps": 0},
         {"solver": "euler", "shift": 7, "height": 48},
         {"height": 48},
-        {"guidance-scale": 1.0, "num-inference-steps": 1},
+        {"guidance-scale": 1.0, "num-inference-steps": 1, "scale": 2},
     )
     lines(*({"prompt": PROMPT, "seed": 5, **line} for line in own))
     result = cli("--prompt-file", "p.jsonl", *QUICK, "-o", "a.png")
@@ -144,6 +144,7 @@ def test_a_batch_loads_once_and_makes_what_each_line_makes_alone(loads):
         lines({"prompt": PROMPT, "seed": 5, **line})
         assert cli("--prompt-file", "p.jsonl", *QUICK, "-o", "alone.png").exit_code == 0
         assert Path("alone.png").read_bytes() == Path(f"a-0{number}.png").read_bytes(), line
+    assert [Image.open(f"a-0{number}.png").size for number in (1, 4)] == [(32, 32), (64, 64)]
     whole = len(loads)
     lines({"prompt": PROMPT}, {"prompt": PROMPT, "compile": True}, {"prompt": PROMPT, "compile": True})
     plan = [one.request for one in planned(GenerateOptions(prompt_file=Path("p.jsonl")), [])]
@@ -155,12 +156,14 @@ def test_a_side_car_repeats_its_output_and_the_command_line_wins(loads):
     Path("run.toml").write_text(
         f'[run]\nprompt = "{PROMPT}"\nnum-inference-steps = 3\nnum_frames = 1\nheight = 32\nwidth = 32\nseed = 3\n'
         'model = "wan-tiny"\nsolver = "euler"\nshift = 5.0\noutput = "t.gif"\nquiet = true\n'
+        'arg = ["max_sequence_length=64"]\nattention-backend = "_native_math"\n'
         "[easycache]\nthreshold = 0.4\n"
     )
     result = cli("--config", "run.toml")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "t.gif\n", "")
     record = json.loads(Path("t.gif.json").read_text())
     assert {"seed": 3, "solver": "euler", "flow_shift": 5.0, "num_inference_steps": 3}.items() <= record.items()
+    assert (record["arg"], record["attention_backend"]) == (["max_sequence_length=64"], "_native_math")
     assert cli("--config", "t.gif.json", "-o", "again.gif").exit_code == 0
     assert Path("again.gif").read_bytes() == Path("t.gif").read_bytes()
     over = ("--seed", 0, "--solver", "unipc", "--json", "-o", "b.gif")

@@ -187,14 +187,10 @@ def test_a_training_goes_on_exactly_with_blocks_computed_again_and_samples_in_bf
 
 
 BAD = [
-    ("hunyuan-video", {"num_frames": 16}, r"num_frames.*4 and 1 more.*such as 17, got 16"),
-    ("mochi", {"num_frames": 27}, r"num_frames.*6 and 1 more.*such as 25, got 27"),
     ("ltx", {"num_frames": 29}, r"num_frames.*8 and 1 more.*such as 25, got 29"),
     ("hunyuan-video", {"width": 72}, r"width.*16.*got 72"),
-    ("ltx", {"height": 144}, r"height.*32.*got 144"),
     ("mochi", {"num_frames": 31}, r"29 frames.*31"),
     ("wan a14b low", {"expert": None}, r"two transformers.*--expert"),
-    ("ltx", {"ulysses": 2}, "ulysses = 2.*processes, got 1"),
     ("mochi", {"expert": "low"}, "one transformer, got expert 'low'"),
 ]
 

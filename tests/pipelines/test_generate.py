@@ -80,30 +80,6 @@ def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
     assert record["peak_memory_bytes"]["host"] > 2**27
 
 
-def test_many_prompts_give_many_files(tmp_path: Path, pipe):
-    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue square going up  \n")
-    output = tmp_path / "a.gif"
-    short = [*QUICK, "--num-inference-steps", "1", "--num-frames", "5"]
-    result = cli("--prompt-file", str(tmp_path / "prompts.txt"), *short, "-o", str(output), "--scale", "2", "--json")
-    assert result.exit_code == 0, result.stderr
-    assert names(tmp_path) == ["a-01.gif", "a-01.gif.json", "a-02.gif", "a-02.gif.json", "prompts.txt"]
-    records = json.loads(result.stdout)
-    assert [record["prompt"] for record in records] == [PROMPT, "a blue square going up"]
-    assert (records[0]["report"], records[0]["methods"]) == (None, {})
-    assert [record["seed"] for record in records] == [0, 1]
-    assert Image.open(tmp_path / "a-02.gif").size == (96, 64)
-    assert cli("a red circle", *short, "--num-frames", "1", "-o", str(tmp_path / "a.png")).exit_code == 0
-    assert Image.open(tmp_path / "a.png").size == (48, 32)
-
-
-def test_sizes_are_the_familys_and_frames_rounded(tmp_path: Path):
-    asked, family, notes, _ = resolve(request(tmp_path, num_frames=10))
-    assert notes == ["10 frames are rounded to 11, as the pipeline does"]
-    assert (asked.num_frames, family.name) == (11, "wan-tiny")
-    asked, family, notes, _ = resolve(Request(prompt=PROMPT, output=tmp_path / "a.mp4"))
-    assert (asked.height, asked.num_frames, asked.dtype, notes) == (64, family.num_frames, "float32", [])
-
-
 @pytest.mark.parametrize("name", model_names())
 def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
     (prompt,) = held_out_prompts(name, 1)

@@ -139,7 +139,6 @@ def test_all_pictures_that_pipelines_take_have_an_option():
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("WanPipeline", dict(image=["@a.png"]), r"WanPipeline takes no image, got .*a\.png; leave it out"),
     ("FluxPipeline", dict(video=["@17.gif"]), r"FluxPipeline takes no video, got .*17\.gif"),
     ("WanImageToVideoPipeline", dict(image=["last=@b.png"]), r"last=.*b\.png .* got no image; add --image FILE"),
     ("WanVACEPipeline", dict(image=["mask=@m.png"]), r"mask=.*m\.png .* got no video; add --video FILE"),

@@ -1,17 +1,20 @@
 """What pipelines are called with: read off diffusers' classes, refused before weights are loaded."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import dit_accel_pipelines.generation.loading as loading
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import attention_dispatch
+from dit_accel_pipelines.generation import dense_attention
 from dit_accel_pipelines.generation.generate import frames_of, generate, run
-from dit_accel_pipelines.generation.inputs import read_pictures
 from dit_accel_pipelines.generation.media import write_media
 from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.progress import Stages
@@ -93,35 +96,6 @@ def test_defaults_go_only_to_parameters_that_are_there(tmp_path: Path):
     assert (asked.height, asked.width, asked.num_frames) == (None, None, 17)
 
 
-def test_bad_requests_are_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", lambda request: 1 / 0)
-    video = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
-    for changes, message in (
-        (dict(model=str(model_folder(tmp_path / "t2v")), image=[tmp_path / "b.png"]), "WanPipeline.*no image, got"),
-        (dict(model=video), "WanVideoToVideoPipeline.*--video"),
-        (dict(model=video, video=[tmp_path / "b.mp4"]), r"video .*b.mp4.*read"),
-        (dict(model=video, video=[tmp_path / "b.mp4"], num_frames=9), "no num_frames, got 9"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            generate([request(tmp_path, **changes)])
-
-
-def test_a_run_passes_pictures_and_nothing_else(tmp_path: Path):
-    """With a pipeline without guidance, whose default the side-car must not ask for."""
-    Image.new("RGB", (8, 6), "red").save(tmp_path / "b.png")
-    seen: dict[str, Any] = {}
-
-    class Pipe:
-        def __call__(self, image, prompt, generator, output_type, num_inference_steps=2):
-            seen.update(image=image, prompt=prompt, steps=num_inference_steps, output_type=output_type)
-            return SimpleNamespace(images=np.zeros((1, 4, 6, 3)))
-
-    made = run(Pipe(), request(tmp_path, image=[tmp_path / "b.png"]))
-    assert (seen["image"].size, seen["prompt"], seen["steps"], seen["output_type"]) == ((8, 6), PROMPT, 2, "np")
-    assert made.frames.shape == (1, 4, 6, 3)
-    assert read_pictures(request(tmp_path), CallSignature.of(Pipe)) == {}
-
-
 def test_steps_are_counted_by_the_progress_bar(tmp_path: Path, monkeypatch):
     """Pipelines without a callback have one too, and it knows how many steps there really are."""
     said: list[Any] = []
@@ -158,41 +132,22 @@ def test_frames_of_every_kind_of_output():
         assert frames_of(output).shape == shape
 
 
-class StubPipe:
-    """Records how a loaded pipeline is placed."""
-
-    def __init__(self) -> None:
-        self.said: list[Any] = []
-
-    def set_progress_bar_config(self, **options: Any) -> None: ...
-
-    def to(self, device: Any) -> None:
-        self.said = ["to", str(device)]
-
-    def enable_model_cpu_offload(self, device: Any) -> None:
-        self.said = ["model", str(device)]
-
-    def enable_sequential_cpu_offload(self, device: Any) -> None:
-        self.said = ["sequential", str(device)]
-
-    def enable_group_offload(self, onload_device: Any, offload_type: str, use_stream: bool, **_: Any) -> None:
-        self.said = ["group", str(onload_device), offload_type, use_stream]
-
-
 def test_a_pipeline_is_placed_as_asked(tmp_path: Path, monkeypatch):
-    pipe = StubPipe()
-    monkeypatch.setattr(loading, "pick_device", torch.device)
+    pipe, on = mock.Mock(), torch.device
+    monkeypatch.setattr(loading, "pick_device", on)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda source, dtype, use_safetensors: pipe)
+    group = {"exclude_modules": None, "offload_type": "leaf_level"}
     for offload, device, said in (
-        ("none", "cpu", ["to", "cpu"]),
-        ("none", "cuda:1", ["to", "cuda:1"]),
-        ("model", "cuda:1", ["model", "cuda:1"]),
-        ("sequential", "cuda:1", ["sequential", "cuda:1"]),
-        ("group", "cuda:1", ["group", "cuda:1", "leaf_level", True]),
-        ("group", "xpu", ["group", "xpu", "leaf_level", False]),
+        ("none", "cpu", mock.call.to(on("cpu"))),
+        ("none", "cuda:1", mock.call.to(on("cuda:1"))),
+        ("model", "cuda:1", mock.call.enable_model_cpu_offload(device=on("cuda:1"))),
+        ("sequential", "cuda:1", mock.call.enable_sequential_cpu_offload(device=on("cuda:1"))),
+        ("group", "cuda:1", mock.call.enable_group_offload(onload_device=on("cuda:1"), use_stream=True, **group)),
+        ("group", "xpu", mock.call.enable_group_offload(onload_device=on("xpu"), use_stream=False, **group)),
     ):
+        pipe.reset_mock()
         assert loading.load_pipeline(request(tmp_path, offload=offload, device=device)) is pipe
-        assert pipe.said == said
+        assert pipe.mock_calls[1:] == [said]  # behind the bar's
 
 
 def test_image_to_video_end_to_end(tmp_path: Path):
@@ -223,3 +178,49 @@ def test_a_pipeline_whose_latents_have_the_formats_of_its_text_runs_in_half_prec
     assert pipe.vae.dtype is torch.float32
     made = run(pipe, request(tmp_path, model="flux-tiny", num_inference_steps=1, height=32, width=32))
     assert made.frames.std() > 1
+
+
+# Options that the call or the layers take: shift, scales, attention
+
+
+def test_a_scheduler_without_a_shift_is_refused_before_weights_are_loaded(tmp_path: Path):
+    model = model_folder(tmp_path / "m", scheduler=["diffusers", "DDIMScheduler"])
+    (model / "scheduler" / "scheduler_config.json").unlink()
+    (model / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"DDIMScheduler .*flow_shift 2"):
+        resolve(request(tmp_path, model=str(model), flow_shift=2.0))
+
+
+def test_a_shift_that_a_pipeline_would_overrule_is_refused(tmp_path: Path):
+    model = str(model_folder(tmp_path / "m", _class_name="Flux2Pipeline"))
+    asked = Request(prompt="a red circle", output=tmp_path / "a.png", model=model, solver="unipc", flow_shift=2.0)
+    with pytest.raises(ConfigError, match=r"Flux2Pipeline .*'unipc' .*flow_shift 2; .*'euler'"):
+        resolve(asked)
+    assert resolve(dataclasses.replace(asked, solver="euler")).request.flow_shift == 2.0
+
+
+def test_the_scale_of_a_negative_prompt_wins_over_that_of_guidance(tmp_path: Path):
+    asked, *_ = resolve(
+        Request(
+            prompt="a red circle", output=tmp_path / "a.png", model="flux-tiny", guidance_scale=4.0, true_cfg_scale=2.0
+        )
+    )
+    call = CallSignature.of(type(loading.load_pipeline(asked)))
+    assert asked.full_call(call, {})["true_cfg_scale"] == 2.0
+    assert dataclasses.replace(asked, true_cfg_scale=None).full_call(call, {})["true_cfg_scale"] == 4.0
+
+
+def test_an_attention_backend_is_that_of_one_transformer(pipe):
+    before = attention_dispatch._AttentionBackendRegistry._active_backend
+    dense_attention.use_attention_backend(pipe.transformer, "_native_math")
+    chosen = {
+        module.processor._attention_backend for module in pipe.transformer.modules() if hasattr(module, "processor")
+    }
+    assert chosen == {attention_dispatch.AttentionBackendName._NATIVE_MATH}
+    assert attention_dispatch._AttentionBackendRegistry._active_backend is before
+
+
+def test_a_model_whose_layers_call_torch_themselves_takes_no_attention_backend(tmp_path: Path):
+    files = type("Files", (), {"transformer": {"_class_name": "PixArtTransformer2DModel", "num_layers": 1}})
+    with pytest.raises(ConfigError, match=r"PixArtTransformer2DModel .*'native'"):
+        dense_attention.check_attention_backend("native", files, torch.device("cpu"))  # type: ignore[arg-type]

@@ -61,7 +61,6 @@ def test_what_is_missing_is_a_line_each_and_the_exit_code(here: Path, monkeypatc
 
 REFUSED = [
     (["--engine", "tgi"], "there is no engine 'tgi'; known: sglang, vllm-omni"),
-    (["--setting", "swift"], "'swift' is no setting"),
     (["--setting", "none.toml"], "none.toml can't be read"),
     (["--setting", "b.toml"], "99"),
 ]

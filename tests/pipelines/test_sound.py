@@ -90,13 +90,7 @@ def test_the_sound_of_ltx2_is_in_the_file_at_the_rate_that_the_model_was_told(tm
 
 OTHERS = [
     ("Kandinsky6TI2VAPipeline", {}, {}, 44_100, 1),
-    (
-        "Cosmos3OmniPipeline",
-        dict(sound_tokenizer=("Cosmos3AVAEAudioTokenizer", TOKENS)),
-        {"enable_sound": True},
-        800,
-        2,
-    ),
+    ("Cosmos3OmniPipeline", dict(sound_tokenizer=("Cosmos3AVAEAudioTokenizer", TOKENS)), {"enable_sound": 1}, 800, 2),
 ]
 
 

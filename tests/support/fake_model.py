@@ -106,6 +106,12 @@ def told(result: Result) -> str:
     return " ".join(result.stderr.split())
 
 
+def refuses(message: str, *arguments: Any) -> None:
+    """Check that `dit-accel eval` ends with exit code 2 and says why."""
+    result = command(*arguments)
+    assert (result.exit_code, message in told(result)) == (2, True), (arguments, result.output)
+
+
 def written(path: Any, lines: Any) -> Any:
     """Write JSON lines, and return their path."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

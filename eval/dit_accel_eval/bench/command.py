@@ -13,9 +13,7 @@ from dit_accel.files import check_writable
 from .options import BenchOptions
 
 WIDTH = 150  # characters that the table takes; cells that wrap can't be compared
-
 COLUMNS = ("step, ms", "block, ms", "attention, ms", "x dense", "density", "work", "TFLOP/s", "times dense", "plan")
-
 Line = dict[str, Any]
 
 

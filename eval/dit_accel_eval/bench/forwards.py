@@ -25,8 +25,7 @@ from dit_accel.methods.presets import PRESETS
 
 from ..runs.counting import Counter, Counts, attended_share, work
 from ..runs.results import Line
-from .beside import Beside
-from .loop import OutOfMemoryError, device_time, in_turn, quartiles, reason_of, timed_on
+from .loop import Beside, OutOfMemoryError, device_time, in_turn, quartiles, reason_of, timed_on
 from .memory import free_memory, memory_of_logits, memory_of_model
 from .options import BenchOptions, Shape
 from .real_shapes import Inputs, find_family, make_model, to_device

@@ -4,8 +4,7 @@ from .clip_scores import CLIP_SCORES
 from .flow import DYNAMIC, WARP_ERROR
 from .motion import FLICKERING, LOOP, MOTION, SHARPNESS
 from .perceptual import LPIPS
-from .psnr import CHANGE_PSNR, PSNR, PSNR_FRAMES
-from .ssim import MS_SSIM, SSIM
+from .pixels import CHANGE_PSNR, MS_SSIM, PSNR, PSNR_FRAMES, SSIM
 
 METRICS = (
     PSNR, PSNR_FRAMES, CHANGE_PSNR, SSIM, MS_SSIM, *LPIPS, FLICKERING, DYNAMIC, WARP_ERROR, MOTION, SHARPNESS, LOOP,

@@ -14,9 +14,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import install
 
 Clip = npt.NDArray[np.float32]  # frames [F, height, width, 3] in [0, 1]; a picture is one frame
-
 Better = Literal["more", "less", "neither"]
-
 FAMILY = ":MODEL"  # how the name of what stands for the metrics of all models ends
 ROUNDING = 1e-3  # how far a value may lie outside [0, 1]: resampling and number formats go past it a little
 

@@ -11,7 +11,6 @@ from dit_accel.errors import did_you_mean
 from .metric import FAMILY, Measured, Metric, NotMeasured, Sample
 
 METRIC_GROUP = "dit_accel.metrics"
-
 FLOOR = "encoding-alone"  # of clips encoded with loss: PSNR of the reference to itself, encoded as they are
 
 

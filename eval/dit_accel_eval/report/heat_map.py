@@ -15,7 +15,6 @@ from dit_accel.report.sections import Strip
 
 RAN, VALUE, DENSE = "#3b528b", "#d95f02", "0.82"  # steps in which a method acted, what it measured, dense calls
 STAYED = -1.0  # stands for the kept share of attention calls that stayed dense
-
 _COLUMNS = ("transformer", "step", "branch", "dense", "planned", "density", "pooled")
 
 

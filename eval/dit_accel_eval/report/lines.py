@@ -12,12 +12,13 @@ from dit_accel import ConfigError
 
 from ..metrics.registered import metric_about
 from ..runs.results import KEPT, ResultLine, last_lines
+from ..runs.rivals import SERVERS
 
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
 NUMBER, TEXT, TABLE = "finite number", "text", "table"
-COSTS = ("work", "work_real", "attended")  # of what ran besides, which nobody knows of clips in folders
+COSTS = ("work", "work_real", "attended")  # of what ran besides, not known of folders and servers
 KINDS = {
     **dict.fromkeys(("clip", "num_inference_steps", "psnr", "ssim"), NUMBER),
     **dict.fromkeys(("reference_agreement", "reference_steps", *COSTS), NUMBER),
@@ -102,7 +103,8 @@ def _line(where: str, text: str) -> ResultLine:
         raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
     if not isinstance(line, dict):
         raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
-    needed = {key: kind for key, kind in KINDS.items() if "role" not in line or key not in COSTS}
+    unknown = COSTS if "role" in line or not {*line.get("rival", ())}.isdisjoint(SERVERS) else ()
+    needed = {key: kind for key, kind in KINDS.items() if key not in unknown}
     missing = [key for key in needed if key not in line]
     if missing:
         raise ConfigError(

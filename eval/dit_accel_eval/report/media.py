@@ -23,7 +23,6 @@ from .report import SuiteReport
 AMPLIFIED = 5  # how many times larger differences are shown
 OURS = re.compile(r".+-[0-9a-f]{12}\.(mp4|png|webp)|\.dit-accel-.*")  # what reports write, and pieces of it
 LEAST, POSTER = 160, 240  # pixels of the smaller side below which a video is enlarged, and of a poster's width
-
 Entry = dict[str, Any]
 
 

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}  # of verdicts, to sort by
 SPEEDS = {"steps_in_time": "time", "work": "work"}  # kinds of work by which the first table gives speed-ups -> in words
-
 VERSIONS = ("dit_accel", "diffusers", "torch", "python")
-
 NAMED = 4  # arms that a sentence names; the table has the others
 Shown = tuple[Entry, Sequence[str]]  # what `media.shown` returns of a report
 

@@ -26,10 +26,8 @@ from .conditions import HeldOutClips, Machine, OwnClips
 from .model import SuiteModel, shipped_scheduler
 
 FIRST_PROMPT = 64  # number of the first held-out prompt that tuning may look at; the suites evaluate those below it
-
 SIZES = ("height", "width", "num_frames")
 GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")  # which a suite sets
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -22,18 +22,14 @@ from dit_accel.files import no_space, write_text, written_whole
 from ..metrics.metric import Clip
 
 Line = dict[str, Any]
-
 TUNED = "dense"  # name of the best dense runs of a ladder of rivals, with their steps behind; see `ladder`
 AGREE = 45.0  # PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged
 ITSELF = 120.0  # the agreement in dB of a reference for which nothing was searched: `psnr` of a clip with itself
 WORKS = {"work": "own work", "work_real": "work at a = .72"}  # by which arms and dense runs are made equal
-
 TIMED = {"steps_in_time": "time"}
-
 NUMBERS = ("psnr", "ssim", "score", *WORKS, *TIMED, "seconds", "dense_seconds")  # fields that are figures
 REFERENCE = "reference"  # what stands for the arm's name in the file of a converged run
 KEPT = ("kept", "kept_reference")  # keys of a line that tell where its frames and its reference's were kept
-
 _KEY = "dit-accel"
 _SHAPING = ("model", "weights", "call", "clip", "num_inference_steps", "solver", "flow_shift", "methods")
 _FURTHER = ("seed", "dtype", "scheduler", "guider", "arm_call")

@@ -19,8 +19,7 @@ from ..metrics.registered import FLOOR, decimals_of
 from ..runs.model import OWN
 from ..runs.results import AGREE, TIMED, TUNED, WORKS, ResultLine, last_lines, markdown_table
 from ..statistics import FEWEST, TOO_FEW, ClipMean, Judged, clip_mean, frontier, judge, p_words
-from .ladder import setting_words
-from .suite import Pair, Suite, judge_of
+from .suite import Pair, Suite, judge_of, setting_words
 
 NEGLIGIBLE = 1e-3  # share of the steps' work by which a run may differ from them and still save nothing
 SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)  # of methods that leave something out

@@ -27,7 +27,6 @@ from .job import Job
 from .reference import Reference
 
 ALWAYS = ("psnr", "ssim")  # what every line of an arm that is held against a converged run holds by itself
-
 UNJUDGED = "the judge knows what held-out prompts ask for, and these are not among them"
 """Why clips of one's own prompts have no score."""
 

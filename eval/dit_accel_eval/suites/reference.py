@@ -19,7 +19,7 @@ from dit_accel import ConfigError
 from dit_accel.files import user_cache, written_whole
 
 from ..metrics.metric import Clip
-from ..metrics.psnr import psnr
+from ..metrics.pixels import psnr
 from ..runs.counting import Counts
 from ..runs.model import ModelRun, SuiteModel, Times
 from ..runs.results import AGREE, ITSELF, explained_disk_errors

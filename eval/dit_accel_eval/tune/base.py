@@ -30,7 +30,6 @@ from dit_accel.methods.toml import to_toml
 from ..runs.loaded import TuningRequest
 
 VERSION = 2
-
 Config = TypeVar("Config", bound=MethodConfig)
 
 

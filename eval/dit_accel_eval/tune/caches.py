@@ -26,9 +26,7 @@ from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
 
 DEGREE = 4  # of TeaCache's polynomial
-
 Config = TypeVar("Config", bound=CalibratedConfig)
-
 Note = dict[str, Any]  # what was noted of one forward, as plain values; with ``transformer`` and ``step``
 Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]  # of an output of the branch that decides
 

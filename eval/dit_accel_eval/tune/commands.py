@@ -18,9 +18,7 @@ from dit_accel.errors import ConfigError
 from dit_accel.files import held
 
 _HELP = "Find a method's numbers, or a whole setting, on a model's own generations. A run that was stopped goes on."
-
 tune_app = Typer(name="tune", help=_HELP)
-
 MODULES = {"magcache": "caches", "teacache": "caches"}  # command -> module, where that is called otherwise
 SPREAD = ("heads",)  # commands whose run several processes may share
 
@@ -33,13 +31,9 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 class Shared:
     """The options that all commands share."""
 
-    prompt: Annotated[
-        list[str] | None, option("What to show; may be repeated; default: some that an embedded model knows.")
-    ] = None
+    prompt: Annotated[list[str] | None, option("What to show, repeatable; default: an embedded model's.")] = None
     prompt_file: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
-    output: Annotated[
-        Path | None, option("File to write; default: named as the command.", "--output", "-o", metavar="FILE")
-    ] = None
+    output: Annotated[Path | None, option("Default: named as the command.", "--output", "-o", metavar="FILE")] = None
     model: usual.Model = None
     height: usual.Pixels = None
     width: usual.Pixels = None
@@ -179,9 +173,7 @@ def pipeline(
     shared: Shared,
     *,
     methods: MethodList,
-    target: Annotated[
-        str | None, option("What to meet, such as psnr=30, lpips=0.1 or speedup=2.", metavar="NAME=VALUE")
-    ] = None,
+    target: Annotated[str | None, option("What to meet, such as psnr=30 or speedup=2.", metavar="NAME=VALUE")] = None,
     space: Annotated[Path | None, option("Suite whose arms are tried; default: some 80.", metavar="SUITE.toml")] = None,
 ) -> None:
     """Search solver, steps, caches and sparse attention together for the cheapest setting that meets a target.
@@ -209,7 +201,7 @@ def profile(
     methods: MethodList,
     criterion: Annotated[str, option("attention, delta or error.")] = "error",
     cached: Annotated[
-        int | None, option("Cache so many blocks, of the lowest scores; default: those below the largest gap.")
+        int | None, option("Blocks cached, of the lowest scores; default: below the largest gap.")
     ] = None,
 ) -> None:
     """Tell which blocks ProfilingCache may cache.

@@ -31,9 +31,7 @@ from ..runs.loaded import FIRST_PROMPT, TuningRequest
 from .base import Tuned, TuningRun, replaced_method
 
 Objective = Callable[[Clip, str], float]  # (clip [F, height, width, 3] in [0, 1], prompt) -> a number; higher is better
-
 SEARCHED = 256  # held-out prompts of an embedded model among which one is looked for
-
 EXAMPLE = "clip-score@open_clip:ViT-L-14/openai"
 
 

@@ -30,18 +30,16 @@ from dit_accel.plan.context import CallContext, Key
 from dit_accel.plan.exact_rows import dense_rows
 from dit_accel.plan.plan import AttentionPlan, KernelResult
 
-from ..metrics.psnr import psnr
+from ..metrics.pixels import psnr
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method
 
 LOWEST, HIGHEST = -20.0, -(2.0**-6)  # Log2 levels between which thresholds are searched
 START = -10.0  # where a search begins without a hint: the published threshold
-
 FIRST_STRIDE = 0.5
 NEAR = 0.9  # share of the target error at which a search is over
 CLOSE = 0.03125  # Log2 units at which a search is over: tiles are whole, so not every error can be met
 FAINTEST = -40.0  # Log2 of a share of the mass that drops next to nothing
-
 Found = dict[str, Any]
 """What was found for one attention call: ``transformer``, ``branch``, ``layer``, ``step``, all as its context has them;
 ``threshold``, for `LiteAttention`; ``kept``, the share of the tiles that the next call keeps; ``added``, the error that

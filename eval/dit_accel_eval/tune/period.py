@@ -28,7 +28,6 @@ from .base import Tuned, TuningRun, watched_attention, write_config
 
 TOLERANCE = 0.06  # how far a ratio of frequencies may be from a whole number: CogVideoX's 3.16 counts as 3
 APART = 0.2  # how far it may be at most, in turns: a share alone would let any ratio above 8 pass
-
 SEPARATE = 4.0
 """A period up to so many longest distances differs from a constant; slower waves would fit any curve alike."""
 

@@ -38,7 +38,6 @@ from .base import Tuned
 from .pipeline_search import HELD_OUT_PROMPTS, Prompts, Search, Target, read_target, split
 
 SPACE = Path(__file__).with_name("space.toml")
-
 STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20)  # denoising steps that are tried; a model's own number is added
 LARGER = (0.5, 0.6, 0.8)  # shares of a model's own number that are tried too, where that is far beyond `STEPS`
 CALIBRATED = (TeaCache, MagCache)  # caches that are tried where their numbers are known for the model

@@ -30,7 +30,6 @@ SPARE = 1.5  # times the work of the cheapest setting that meets the target on f
 CACHED_LEAST = 0.25  # share of its steps that a cache computes at least: its cost is not known beforehand
 HELD_OUT, HELD_OUT_FIRST = 6, FIRST_PROMPT + 32  # prompts on which the choice is verified, and the first of them
 FEWEST_PROMPTS = 4  # prompts of one's own that a search takes at least: half of them are held out
-
 SPEEDUP = "speedup"
 NICKNAMES = {"checker": "score", "lpips": "lpips@alex"}
 

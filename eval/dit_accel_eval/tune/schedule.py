@@ -6,30 +6,89 @@ Where we depart from them: errors are those of the chosen predictor, by the two 
 the solver moves and how they grow; and the solver's own steps are searched beside.
 """
 
+import contextlib
 import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
+from torch import Tensor
 
 from dit_accel import ConfigError, StaticCache
+from dit_accel.attachment.steps import noise_level
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.rules import forecast
 
-from ..metrics.psnr import psnr
+from ..metrics.pixels import psnr
 from ..runs.loaded import TuningRequest
 from .base import Tuned, TuningRun, replaced_method, write_config
-from .traced import Trace, traced
+
+COLUMNS = 2**20
+"""Values of every step that are multiplied at a time, in float64."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a scheduler saw and made in a run, float32 on the CPU."""
+
+    # noise level before each step, and after the last; None where it is not told
+    sigmas: list[float | None] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)  # before each step, and after the last, each [D]
+    # of the model, guided, as the scheduler takes them, one a step, each [D]
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def products(self, residual: bool) -> np.ndarray:
+        """Return the mean product of any two steps' outputs, [N, N]; ``residual``: minus the latents, where alike."""
+        values = torch.stack(self.outputs)
+        if residual and self.outputs[0].shape == self.latents[0].shape:
+            values -= torch.stack(self.latents[:-1])
+        parts = [part.double() @ part.double().mT for part in values.split(COLUMNS, 1)]
+        return (torch.stack(parts).sum(0) / values.shape[1]).numpy()
+
+    def moved(self, other: "Trace") -> list[float]:
+        """Measure the RMS distance of another run's latents before each step and at the end."""
+        return [float((a - b).square().mean().sqrt()) for a, b in zip(self.latents, other.latents, strict=True)]
+
+
+@contextlib.contextmanager
+def traced(scheduler: Any) -> Iterator[Trace]:
+    """Give the trace of the one run that a scheduler makes inside the block."""
+    step, trace = scheduler.step, Trace()
+    signature = inspect.signature(step)
+
+    @functools.wraps(step)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        trace.sigmas.append(noise_level(scheduler))
+        trace.outputs.append(_flat(arguments["model_output"]))
+        trace.latents[len(trace.sigmas) - 1 :] = [_flat(arguments["sample"])]
+        result = step(*args, **kwargs)
+        trace.latents.append(_flat(result[0] if isinstance(result, tuple) else result.prev_sample))
+        return result
+
+    scheduler.step = noted  # on the object; its class stays as it is
+    try:
+        yield trace
+    finally:
+        del scheduler.step
+    trace.sigmas.append(noise_level(scheduler))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().flatten().clone()
+
 
 Predictor = Literal["hold", "taylor", "heun", "chebyshev"]
-
 Listed = tuple[float, tuple[int, ...]]
 Lists = dict[int, Listed]
 """Number of computed steps -> the error that their best list is expected to leave, and the list."""

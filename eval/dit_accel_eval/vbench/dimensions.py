@@ -15,7 +15,6 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 Group = Literal["quality", "semantic"]
-
 GROUP_WEIGHTS: dict[Group, int] = {"quality": 4, "semantic": 1}  # what the groups weigh in the total
 
 

@@ -18,7 +18,6 @@ from dit_accel.files import held
 from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 
 SIZES = ("num_frames", "height", "width", "num_inference_steps")
-
 LONGEST_NAME = 249  # bytes that a video's name may have, so that its side-car and its lock have names, too
 REQUESTED = (*SIZES, "guidance_scale", "solver")  # what an earlier video must have been made with, where requested
 

@@ -14,9 +14,7 @@ from dit_accel.files import check_writable, make_folder, write_json
 from .prompts import known_names
 
 tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
-
 VIDEOS, MAKING = "Videos", "Making videos"
-
 _EACH = "May be repeated. Default: all that can be measured."
 _OWN = "JSON {file name: prompt}; default: the files' names. With --generate: a prompt a line."
 _BY = "Measure by the vbench package itself, in this virtual environment, made if missing."

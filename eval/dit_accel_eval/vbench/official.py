@@ -31,7 +31,6 @@ PACKAGE = Archive(
 )  # fmt: skip
 
 DRIVER = Path(__file__).with_name("package_driver.py")
-
 RESULTS = "official_eval_results.json"  # the file of all dimensions' results, laid out as the package's own
 
 

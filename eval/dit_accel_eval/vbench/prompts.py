@@ -12,13 +12,9 @@ from dit_accel.errors import did_you_mean
 from .dimensions import DIMENSIONS, dimension, read_json
 
 SAMPLES = 5  # videos of each prompt that a dimension scores
-
 FLICKERING, STYLE = "temporal_flickering", "appearance_style"
-
 FILTERED_SAMPLES = 25  # videos of each prompt of temporal flickering from which the static filter keeps up to five
-
 SUFFIXES = (".mp4", ".gif")
-
 FIXED = ("object_class", "multiple_objects", "color", "spatial_relationship", "scene", "appearance_style")
 """Dimensions that ask for more than the prompt, which VBench's own prompts alone tell."""
 

@@ -97,7 +97,9 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, None]:
     out, lse = _exact_tiles(problem, need_lse=problem.return_lse or more)
     if more:
         out, lse = importlib.import_module(".triton.attend", __package__).add_rest(problem, out, lse)
-    return out, lse if problem.return_lse else out.new_empty(0, dtype=torch.float32), exact, None
+    if lse is None or not problem.return_lse:
+        lse = out.new_empty(0, dtype=torch.float32)
+    return out, lse, exact, None
 
 
 def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -3,16 +3,13 @@
 from .allegro import ALLEGRO
 from .aura_flow import AURA_FLOW
 from .bria_fibo import BRIA_FIBO, BRIA_FIBO_2
-from .chroma import CHROMA
-from .cogvideox import COGVIDEOX
+from .cogvideox import COGVIDEOX, EASYANIMATE
 from .cogview import COGVIEW, GLM_IMAGE
 from .cosmos import COSMOS
 from .cosmos3 import COSMOS3
-from .easyanimate import EASYANIMATE
 from .ernie_image import ERNIE_IMAGE
-from .flux import FLUX, FLUX_KIN
+from .flux import CHROMA, FLUX, FLUX_KIN
 from .flux2 import FLUX2, FLUX3
-from .helios import HELIOS
 from .hidream import HIDREAM
 from .hunyuan_image import HUNYUAN_IMAGE
 from .hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO, HUNYUAN_VIDEO15
@@ -30,7 +27,7 @@ from .pixart import HUNYUAN_DIT, LUMINA_NEXT, PIXART
 from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
 from .wan import WAN
-from .wan_kin import ANYFLOW, SKYREELS_V2, WAN_ANIMATE
+from .wan_kin import ANYFLOW, HELIOS, SKYREELS_V2, WAN_ANIMATE
 from .z_image import Z_IMAGE
 
 VIDEO = (WAN, WAN_ANIMATE, SKYREELS_V2, ANYFLOW, HELIOS, HUNYUAN_VIDEO, HUNYUAN_VIDEO15, FRAMEPACK, LTX, LTX2)

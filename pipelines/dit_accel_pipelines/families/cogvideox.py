@@ -1,4 +1,4 @@
-"""CogVideoX and CogVideoX 1.5, text to video and image to video: text first, then the video, in one attention.
+"""CogVideoX, CogVideoX 1.5 and EasyAnimate 5.1: text first, then the video, in one attention.
 
 The latents are [B, T, C, H, W]; version 1.5 takes two frames into a token. ConsisID adds attention to a face, left out.
 """
@@ -95,4 +95,16 @@ COGVIDEOX = Adapter(
             "cogvideox1.5-5b-i2v": {**SIZES_15, "in_channels": 32},
         },
     ),
+)
+EASYANIMATE = Adapter(
+    name="easyanimate",
+    transformers=("EasyAnimateTransformer3DModel",),
+    guidance=Guidance(together=("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline")),
+    self_attention=("transformer_blocks.*.attn1",),
+    blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
+    grid=partial(latents_grid, text="before", joined=("encoder_hidden_states", "encoder_hidden_states_t5")),
+    rope=Rope(owner="rope_embedding", form="theta of a function", parts=("get_3d_rotary_pos_embed",), axes=eighths),
+    joined_text="it takes the texts of two encoders, of which nag makes no negative one",
+    families=released("easyanimate", trained_frames=13),
 )

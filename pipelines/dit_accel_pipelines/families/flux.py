@@ -1,4 +1,4 @@
-"""FLUX.1 and its variants (fill, control, Kontext): text, the packed image, a reference image, in every block."""
+"""FLUX.1, its variants (fill, control, Kontext) and kin: text, the packed image, a reference image, in every block."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -101,4 +101,22 @@ FLUX_KIN = replace(
     # LongCat and Ovis lay text along height and width
     rope=replace(FLUX_ROPE, text=lambda inputs: inputs["txt_ids"].shape[-2]),
     families=(),
+)
+
+# A mask of pairs, which diffusers 0.42's pipelines hand over as numbers that attention adds to its logits (its issue
+# 12116): padded text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` and then, with its
+# embeddings, ``prompt_attention_mask=mask.bool()`` mend both.
+CHROMA = replace(
+    FLUX,
+    name="chroma",
+    transformers=("ChromaTransformer2DModel",),
+    guidance=Guidance(
+        in_turn=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+        rows={"txt_ids": None, "img_ids": None},
+    ),
+    blocks=DOUBLE_THEN_JOINED,
+    outer_masks=True,
+    signal=None,
+    joined_text="its mask of pairs is made for the prompt",
+    families=released("chroma", **FLUX_LARGER),
 )

@@ -1,12 +1,24 @@
-"""Models made from Wan 2.1: SkyReels-V2, AnyFlow and Wan 2.2 Animate, each with Wan's blocks."""
+"""Models made from Wan 2.1: SkyReels-V2, AnyFlow, Wan 2.2 Animate and Helios, each with Wan's blocks."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Guidance, Rope, latents_grid
+from dit_accel.adapters import (
+    VISUAL_AXES,
+    Adapter,
+    BlockList,
+    Grid,
+    Guidance,
+    Rope,
+    by_config,
+    latents_grid,
+    patch_count,
+)
 from dit_accel.adapters.rope_axes import same_length, thirds
 
 from .released import released
-from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, ULTRAVICO_WAN, WAN, WAN_RADIAL
+from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, ULTRAVICO_WAN, WAN, WAN21, WAN_RADIAL
 
 # Text to video, image to video, and diffusion forcing with a timestep for each frame. With causal blocks
 # (``causal_block_size``) the model masks later frames out of earlier ones; no key validity can say that, so sparse
@@ -57,4 +69,30 @@ WAN_ANIMATE = Adapter(
     rope=WAN.rope,
     families=released("wan-animate", forwards_per_step=1, **{**WAN_RADIAL, "in_channels": 36}),
     recipes={"radial": RADIAL_WAN, "nag": NAG_WAN},
+)
+
+
+def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    frames, height, width, *_ = latents_grid(config, inputs)
+    parts = (("latents_history_short", 1), ("latents_history_mid", 2), ("latents_history_long", 4))
+    history = sum(patch_count(inputs.get(name), [size * n for size in config.patch_size]) for name, n in parts)
+    return frames, height, width, history, 0
+
+
+# The history stands before the frames that are made, at three resolutions, coarsest first, and stays exact. Each chunk
+# of frames is a run of its own, for the methods' warm-up and in the report, which shows the last one.
+HELIOS = Adapter(
+    name="helios",
+    transformers=("HeliosTransformer3DModel",),
+    self_attention=("blocks.*.attn1",),
+    blocks=(BlockList(pattern="blocks.*", joined=True),),
+    grid=_history_grid,
+    rope=Rope(
+        owner="rope",
+        form="frequencies",
+        values="halves",
+        parts=("freqs_base_t", "freqs_base_y", "freqs_base_x"),
+        axes=by_config("rope_dim", VISUAL_AXES, 10000.0),
+    ),
+    families=released("helios", **WAN21),
 )

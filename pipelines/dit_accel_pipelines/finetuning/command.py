@@ -60,8 +60,7 @@ def finetune_model(options: FinetuneOptions, *, methods: MethodList) -> None:
     require_one_document(options.json, process.count)
     prompts = tuple(options.sample_prompt or ())
     recipe = FineTuning(**fields_of(FineTuning, options), methods=tuple(methods), sample_prompts=prompts)
-    where = f"checkpoints that were written stand in {recipe.output}"
-    STOP.files = f"{where}, and the same command with --resume goes on from the last"
+    STOP.files = f"checkpoints stand in {recipe.output}, and the same command with --resume goes on from the last"
     with Stages(quiet=options.quiet or process.rank > 0) as stages:
         trained = finetune(recipe, stages=stages, command=sys.argv)
     if process.rank > 0:

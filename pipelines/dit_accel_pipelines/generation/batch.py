@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,9 @@ def planned(options: Any, methods: Sequence[MethodConfig]) -> list[Planned]:
             except ConfigError as error:
                 raise ConfigError(f"{line.where}: {error}" if line.where else str(error)) from None
             made.append(Planned(request=request, **_labels(request, setting, seed, several=len(lines) > 1)))
-    _require_own_names([one.request.output for one in made])
+    for output, count in Counter(one.request.output for one in made).items():
+        if count > 1:
+            raise ConfigError(f"two outputs are named {output}; give each a name of its own")
     return made
 
 
@@ -90,14 +93,6 @@ def _labels(request: Request, setting: Mapping[str, str], seed: int | None, *, s
     parts = [f"{name} {value}" for name, value in setting.items()]
     column = f"seed {request.seed}" if seed is not None or not parts else parts.pop()
     return {"row": ", ".join([*([request.prompt] if several else []), *parts]), "column": column}
-
-
-def _require_own_names(outputs: Sequence[Path]) -> None:
-    seen: set[Path] = set()
-    for output in outputs:
-        if output in seen:
-            raise ConfigError(f"two outputs are named {output}; give each a name of its own")
-        seen.add(output)
 
 
 def _lines(options: Any) -> list[Line]:

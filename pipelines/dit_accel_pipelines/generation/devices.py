@@ -10,8 +10,7 @@ def pick_device(requested: str | None) -> Any:
     import torch
 
     if requested is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(requested)
         torch.empty(1, device=device)
@@ -24,6 +23,6 @@ def devices() -> list[str]:
     """Return the torch devices of this machine, by the names under which they are requested."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    return ["cpu", *(f"{accelerator.type}:{place}" for place in range(count) if accelerator is not None)]
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is None:
+        return ["cpu"]
+    return ["cpu", *(f"{accelerator.type}:{place}" for place in range(torch.accelerator.device_count()))]

@@ -191,7 +191,7 @@ def _check_spread(request: Request, family: Family | None, degree: int) -> None:
         )
 
 
-class Loaded:
+class Loaded(contextlib.ExitStack):
     """A pipeline that is loaded for the first of some requests, for as long as a ``with`` block lasts.
 
     Args:
@@ -203,16 +203,10 @@ class Loaded:
     def __init__(
         self, stages: Stages, command: Sequence[str] = (), *, writes: bool = True, group: Group = ALONE
     ) -> None:
+        super().__init__()  # of what is undone before a request that is prepared otherwise, and at the end
         self._stages, self._command, self._writes, self._group = stages, command, writes, group
         self._pipe: Any = None
         self._prepared_for: list[Any] = []
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> "Loaded":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
     def load(self, request: Request, family: Family | None) -> None:
         """Load what a resolved request needs, and attach its methods, where that is not there yet."""
@@ -231,23 +225,23 @@ class Loaded:
         wanted = [getattr(request, name) for name in PREPARED]
         if wanted != self._prepared_for:
             self._prepared_for = []
-            self._stack.close()
+            self.close()
             self._prepare(request, family)
             self._prepared_for = wanted
 
     def _prepare(self, request: Request, family: Family | None) -> None:
         """Attach a request's methods and its solver, until the stack is closed."""
         pipe, vae = self._pipe, getattr(self._pipe, "vae", None)
-        self._stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
+        self.callback(setattr, pipe, "scheduler", pipe.scheduler)
         pipe.scheduler = copy.deepcopy(pipe.scheduler)
         if request.solver is not None or request.flow_shift is not None:
             pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
         if vae is not None and getattr(vae, "use_tiling", None) is False:
-            self._stack.callback(vae.disable_tiling)
+            self.callback(vae.disable_tiling)
         for text in prepare_larger(pipe, request, family):
             self._stages.note(text)
         choices = {"preset": request.preset, "dense": request.dense, "quiet": self._stages.quiet}
-        self._attachment = self._stack.enter_context(attached(pipe, request.methods, request.backend, **choices))
+        self._attachment = self.enter_context(attached(pipe, request.methods, request.backend, **choices))
         if request.check and not self._attachment.report().methods:
             raise ConfigError(
                 f"check compares methods with the dense run, and the preset {request.preset!r} has none for "

@@ -134,12 +134,11 @@ class Comparing:
             accelerated = run(pipe, request, pictures={}, stages=stages, attachment=attachment)
         check = check_of(dense, accelerated)
         difference = np.clip(TIMES * np.abs(check.accelerated - check.dense), 0, 1)
-        clips = {
-            "dense": (check.dense, dense.sound),
-            "accelerated": (check.accelerated, accelerated.sound),
-            "difference": (difference, None),
+        files = {
+            "dense": _written(request, "dense", check.dense, dense.sound),
+            "accelerated": _written(request, "accelerated", check.accelerated, accelerated.sound),
+            "difference": _written(request, "difference", difference, None),
         }
-        files = {name: _written(request, name, *clip) for name, clip in clips.items()}
         report = "\n".join(str(accelerated.report).splitlines()[:REPORT_LINES])
         return SideBySide(**files, check=check, report=report, notes=tuple(stages.notes))
 

@@ -10,9 +10,6 @@ from dit_accel.errors import ConfigError
 
 from .pipeline_call import CallSignature
 
-SILENT = (".gif", ".png")
-"""Files that hold no sound."""
-
 SAMPLE_RATES = (("", "audio_sample_rate"), ("vocoder", "output_sampling_rate"), ("sound_tokenizer", "sampling_rate"))
 """Where pipelines say the samples a second: a component, "" for the pipeline itself, and the name in its config."""
 
@@ -32,7 +29,7 @@ class Sound:
 
 def lost_sound(output: Path, call: CallSignature) -> list[str]:
     """Return a note where a pipeline makes sound, as those do that may start from its noise, and a file holds none."""
-    if not call.takes("audio_latents") or output.suffix.lower() not in SILENT:
+    if not call.takes("audio_latents") or output.suffix.lower() not in (".gif", ".png"):
         return []
     return [f"{call.name} makes sound, which {output.suffix} can't hold; .mp4, .webm and a folder of frames can"]
 

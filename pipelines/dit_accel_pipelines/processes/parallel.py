@@ -62,8 +62,7 @@ def ulysses_mesh(degree: int) -> Any:
             f"them with torchrun --nproc-per-node {degree}"
         )
     check_processes(dist.get_world_size(), degree)
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = there or torch.device("cpu")
+    kind = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     shape = (dist.get_world_size() // degree, 1, degree)
     mesh = dist.device_mesh.init_device_mesh(kind.type, shape, mesh_dim_names=("groups", "ring", "ulysses"))
     mesh["ring", "ulysses"]._flatten()  # else diffusers does, in each group when it comes to it, and waits for all

@@ -1,8 +1,7 @@
 """Several processes that share the prompts of one request, as `accelerate launch` and `torchrun` start them.
 
 Each takes every n-th prompt, on a device of its own, and one that ends early leaves the others' outputs whole: unlike
-those of `ranks` they never talk to each other. Or groups of them do, which make each output
-together.
+those of `ranks` they never talk to each other. Or groups of them do, which make each output together.
 """
 
 import os

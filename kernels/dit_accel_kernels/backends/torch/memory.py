@@ -34,17 +34,14 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def buffer(name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory on the device of `like`, which the next buffer of the name and dtype in this thread reuses.
-
-    Large ones and those on other devices are new.
-    """
+    """Uninitialised memory on the device of `like`; small ones on the CPU are a thread's last of the name and dtype."""
     size, dtype = math.prod(shape), dtype or like.dtype
     if like.device.type != "cpu" or size * dtype.itemsize > KEPT_BYTES * torch.get_num_threads():
         return like.new_empty(shape, dtype=dtype)
-    flat = _KEPT.__dict__.get((name, dtype))
+    flat = _KEPT.__dict__.get(f"{name} {dtype}")
     if flat is None or len(flat) < size:
         with torch.inference_mode(False):  # what is made in it can't be written outside
-            flat = _KEPT.__dict__[name, dtype] = torch.empty(size, dtype=dtype)
+            flat = _KEPT.__dict__[f"{name} {dtype}"] = torch.empty(size, dtype=dtype)
     return flat[:size].view(shape)
 
 
