@@ -5,8 +5,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.dynamics import DYNAMICS
-from ..metrics.registered import FLOOR, decimals_of
+from ..metrics.registered import DYNAMICS, FLOOR, decimals_of
 from ..runs.results import ResultLine
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
 from ..suites.figures import NOTHING, ArmFigures, pairs_rule, rule_words, seconds_cell
