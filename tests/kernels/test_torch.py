@@ -7,7 +7,7 @@ import pytest
 import torch
 from dit_accel_kernels import FrameDecay, Selection, Vote, pack_bits, unpack_bits
 from dit_accel_kernels.backends.torch import attend as torch_attend
-from dit_accel_kernels.backends.torch import chunks
+from dit_accel_kernels.backends.torch import chunks, memory
 from dit_accel_kernels.backends.torch.chunks import chunks_of
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.features import product_dtype
@@ -179,3 +179,14 @@ def test_a_pooled_tile_weighs_in_bfloat16_what_its_tokens_do():
     tiles = lists_of([[2, 1, 1]], 64, 64, 64, 192)
     out = attend(q, k, v, tiles, scale=1.0, backend="torch")
     assert (out.double() - 2 / 3).abs().max() < 0.003
+
+
+def test_buffers_serve_later_calls_unless_they_are_large(monkeypatch):
+    like = torch.zeros(1)
+    with torch.inference_mode():
+        first = memory.buffer("x", like, (8,))
+    first.fill_(3.0)  # though it was made in inference mode
+    assert memory.buffer("x", like, (5,)).tolist() == [3.0] * 5
+    assert memory.buffer("x", like, (8,), torch.int32).data_ptr() != first.data_ptr()
+    monkeypatch.setattr(memory, "KEPT_BYTES", 4)
+    assert memory.buffer("x", like, (8,)).data_ptr() != first.data_ptr()
