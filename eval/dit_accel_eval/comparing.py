@@ -24,8 +24,7 @@ from dit_accel.methods.base import Model
 from dit_accel.methods.presets import preset_methods
 
 from .compare_options import CompareOptions
-from .metrics.dynamics import DYNAMICS
-from .metrics.registered import check_names, decimals_of
+from .metrics.registered import DYNAMICS, check_names, decimals_of
 from .report.lines import read_results
 from .report.report import SuiteReport, suite_report
 from .report.writing import write_reports

@@ -15,7 +15,7 @@ from one_layer import MODEL, OneLayer, context_of, layout_of, random_call
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
+from dit_accel import DeltaAttention, LiteAttention, RadialAttention
 from dit_accel.methods.attention.delta import DeltaHandler, groups_of, neighbour_correlation
 from dit_accel.plan.call import Call
 from dit_accel.plan.exact_rows import dense_rows
@@ -313,25 +313,6 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert data["worst"] == max(errors)
         assert data["mean"] == pytest.approx(sum(errors) / len(errors))
         assert data["probed_rows"] == probed * 0.25  # every fourth row, dense
-
-
-def test_every_sparse_method_can_be_corrected():
-    """With one row a group every visual row is exact, whatever the method leaves out."""
-    for method in (
-        RADIAL,
-        SolAttention(**ALWAYS, beta=1.5),
-        SparseD(**ALWAYS, density=0.2),
-        LiteAttention(**ALWAYS, threshold=1.0, allow_positive_threshold=True, detect_every=2),
-    ):
-        transformer = tiny_transformer()
-        plain = run(transformer)
-        with dit_accel.attach(transformer, method) as attachment:
-            assert not torch.allclose(run(transformer), plain, rtol=1e-3, atol=1e-3)
-            assert attachment.report().density < 1
-        with dit_accel.attach(transformer, method, DeltaAttention(stride=1, reactivate=False)):
-            torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match=r"delta.*--radial"):
-        dit_accel.attach(transformer, DeltaAttention())
 
 
 def test_a_stride_beyond_a_frame_is_remarked():

@@ -203,11 +203,6 @@ def text_of(page):
     return (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
-def forget_installed():
-    for cached in (installed.adapters, installed.not_supported, registry.handlers):
-        cached.cache_clear()
-
-
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """Return a function that writes a page's files to the folder where it stands, and installs them."""
@@ -225,7 +220,7 @@ def reader(tmp_path, monkeypatch):
             for group, entries in project["entry-points"].items()
         ]
         (info / "entry_points.txt").write_text("\n".join(groups) if install else "")
-        forget_installed()
+        forget()
 
     before = {*sys.modules}
     monkeypatch.chdir(tmp_path)
@@ -235,7 +230,7 @@ def reader(tmp_path, monkeypatch):
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
     monkeypatch.undo()
-    forget_installed()
+    forget()
 
 
 def printed(file):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import LuminaNextDiT2DModel, PyramidAttentionBroadcastConfig
 from torch import nn
-from wan_tiny import RADIAL, denoise, guided, tiny_transformer
+from wan_tiny import denoise, guided, tiny_transformer
 
 import dit_accel
-from dit_accel import NAG, ConfigError, FirstBlockCache, LiteAttention, SoftPAG, StaticCache
+from dit_accel import NAG, ConfigError, SoftPAG
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.installed import adapter_for
@@ -57,22 +57,6 @@ def test_projections_replaced_after_attaching_are_seen(transformer):
         assert torch.equal(denoise(transformer), expected)
     transformer.fuse_qkv_projections()
     torch.testing.assert_close(guided(transformer, METHOD)[0], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_with_sparse_methods_and_caches(transformer):
-    lite = LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True)
-    for method in (RADIAL, lite):
-        plain, _, _ = guided(transformer, method, steps=3)
-        made, _, _ = guided(transformer, method, METHOD, steps=3)
-        assert not torch.equal(made, plain)
-        assert torch.equal(guided(transformer, method, changed(METHOD, scale=1.0), steps=3)[0], plain)
-    cache = StaticCache(every=2, warmup_steps=1, last_steps=0)
-    made, report, forwards = guided(transformer, METHOD, cache)
-    assert not torch.equal(made, guided(transformer, cache)[0])
-    assert forwards == 4
-    assert report.section("nag").data["forwards"] == 2
-    never, _, _ = guided(transformer, METHOD, FirstBlockCache(threshold=0.0))
-    assert torch.equal(never, guided(transformer, METHOD)[0])
 
 
 @pytest.mark.parametrize("share", [True, False])

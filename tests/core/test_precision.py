@@ -13,10 +13,8 @@ import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention
 from dit_accel.adapters.installed import family
 from dit_accel.estimate.prediction import estimate
-from dit_accel.methods import Model, SparseConfig
+from dit_accel.methods import Model
 from dit_accel.methods.compose import make_handlers
-from dit_accel.methods.registry import handlers
-from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.plan.tiling import full_tiles
@@ -34,19 +32,6 @@ def ran(config: RadialAttention, backend: str, steps: int = 1):
     """What a short run of a tiny Wan under a config gives, and its report."""
     with dit_accel.attach(sharp_transformer(), config, preset="none", backend=backend) as attachment:
         return denoise(attachment.engine.layers[0].state.transformer, steps, branches=("cond",)), attachment.report()
-
-
-def test_every_sparse_method_has_it_and_files_keep_it():
-    sparse = [x.config_type for x in handlers().values() if issubclass(x.config_type, SparseConfig)]
-    assert {config.name for config in sparse} >= {"radial", "lite", "sol", "sparsed", "lvsa"}
-    for config in sparse:
-        for precision in ("int8", "fp8"):
-            [given] = make_handlers([config(precision=precision)], MODEL)
-            assert given.precision == precision
-            assert from_toml(to_toml([given.settings]))[0].precision == precision
-        assert make_handlers([config()], MODEL)[0].precision is None
-    with pytest.raises(ConfigError, match=r"radial\.precision must be .*'int8'.*'int4'"):
-        radial(precision="int4")
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])

@@ -286,11 +286,6 @@ def test_far_frames_are_thinned_from_128_whatever_the_tile():
             assert {d: frame_period(rule(block_size, boundary=boundary), d, s) for d in periods} == periods
 
 
-def test_the_kept_map_can_not_be_written_to():
-    with pytest.raises(ValueError, match="read-only"):
-        kept_tiles(rule(), 3, 16, 16)[0, 0] = False
-
-
 def walk_of(rows, columns, strips):
     """Strips of nearly equal height, column by column up and down in turn, and strip by strip to and fro."""
     return [

@@ -15,7 +15,7 @@ from one_layer import FAMILY, MODEL
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import LVSA, ConfigError, EasyCache, RoPE, UltraViCo
+from dit_accel import LVSA, ConfigError, RoPE, UltraViCo
 from dit_accel.methods.positions.rope import RoPEHandler
 from dit_accel.methods.positions.rope_switcher import KEPT_SIZES, inside_hooks
 from dit_accel.rules.rotary_frequencies import KINDS, corrections, dominant, edited, frequencies
@@ -157,15 +157,6 @@ def test_tables_have_an_end():
                 denoise(transformer, 1, frames=8)
                 with pytest.raises(ConfigError, match=r"wan.*8 tokens.*frames, got 9"):
                     denoise(transformer, 1, frames=9)
-
-
-def test_methods_beside_it():
-    transformer, riflex = tiny_transformer(), RoPE(trained_frames=3)
-    with dit_accel.attach(transformer, riflex, UltraViCo(trained_frames=3), EasyCache(threshold=0.5)) as attachment:
-        denoise(transformer, 4, frames=7)
-        assert "rope, kind riflex: 7 tokens along frames, trained on 3" in str(attachment.report())
-    with pytest.raises(ConfigError, match="two RoPE"):
-        dit_accel.attach(transformer, riflex, RoPE(kind="pi", trained_frames=3))
 
 
 HUNYUAN, COGVIDEOX, WAN, FLUX = (16, 256.0), (16, 1e4), (44, 1e4), (56, 1e4)  # channels and base of an axis

@@ -113,20 +113,6 @@ def test_a_run_that_perturbs_nothing_warns_once_and_says_why(transformer):
             assert "perturbed nothing" in str(attachment.report())
 
 
-def test_the_report_tells_what_was_added(transformer):
-    """To the conditional prompt alone: diffusers' guiders perturb the unconditional embeddings."""
-    config = SoftPAG(heads=("L1H0", "L2"), u=0.5, scale=2.0)
-    for branches in (("cond", "uncond"), ("cond",)):
-        with dit_accel.attach(transformer, config) as attachment, recorded(attachment) as calls:
-            denoise(transformer, branches=branches)
-            data = attachment.report().to_dict()["sections"]["softpag"]
-        assert {call.context.branch for call in calls} == {"cond/softpag"}
-        assert data["perturbed"] == "L1H0, L2 with u = 0.5, scale 2.0"
-        assert (data["steps"], data["branches"], data["forwards_added"]) == ([0, 1, 2, 3], ["cond"], 4)
-        assert sorted(data["distance"]) == [0, 1, 2, 3]
-        assert all(0 < value < 1 for value in data["distance"].values())
-
-
 def test_what_the_model_does_not_have_is_refused(transformer):
     for config, text in (
         (SoftPAG(), r"softpag\.heads.*published.*a wan"),

@@ -51,15 +51,6 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
     return out, entry
 
 
-def test_unset_options_take_the_recipe_then_the_method_s_value():
-    usual = {key: value for key, value in SolAttention.defaults.items() if value is not None}
-    assert SolAttention().filled().to_dict().items() >= usual.items()
-    assert SolAttention(beta=0.0).filled({"beta": 2.0, "dense_layers": 2}).beta == 0.0
-    assert SolAttention().filled(WAN.recipe("sol", WAN.families[-1])).block_size == 16
-    with pytest.raises(ConfigError, match=r"recipe.*sol.*'sink'"):
-        SolAttention().filled({"sink": "first_frame"})
-
-
 def test_beta_moves_linearly_over_the_sparse_steps():
     config = SolAttention(beta=1.3, beta_last=0.8, dense_steps=2, dense_last_steps=1, block_size=512)
     betas = [config.filled().beta_at(step, 9) for step in range(2, 8)]
@@ -187,17 +178,6 @@ def test_a_falling_beta_keeps_a_mean():
 
 
 SOL = SolAttention(block_size=16, dense_steps=1, dense_layers=1, beta=0.5)
-
-
-def test_the_report_counts_what_each_call_kept():
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, SOL) as attachment, recorded(attachment) as calls:
-        denoise(transformer)
-        report = attachment.report()
-    assert [(s.dense_layers, s.sparse_layers) for s in report.steps[:4]] == [(3, 0), (3, 0), (1, 2), (1, 2)]
-    kept = [float(count_bits(call.exact).sum()) / (2 * 5 * 5) for call in calls]
-    assert report.sparse_density == pytest.approx(sum(kept) / len(kept))
-    require_as_planned(calls)
 
 
 @pytest.mark.slow

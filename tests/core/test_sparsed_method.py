@@ -1,7 +1,6 @@
 """SparseD: the masses that it chooses by, what it chooses, how much, how it meets the other methods, and its state."""
 
 import dataclasses
-import itertools
 import re
 
 import numpy as np
@@ -15,7 +14,7 @@ from one_layer import MODEL, context_of, layout_of, random_call
 from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, LiteAttention, SparseD
+from dit_accel import ConfigError, SparseD
 from dit_accel.methods.attention.sparsed import SparseDHandler, heaviest
 from dit_accel.methods.compose import make_handlers
 from dit_accel.plan import tile_masses as masses
@@ -195,37 +194,6 @@ def test_a_training_forward_finds_its_own_pattern_and_keeps_none():
     assert not made.bits
     assert not torch.equal(first, second)
     assert torch.equal(chosen_of(planned(handler(), calls[1])), second)
-
-
-def test_it_runs_inside_radial_whatever_the_order():
-    transformer, config = tiny_transformer(), dataclasses.replace(SPARSED, block_size=None)
-    layout, results = TokenLayout(frames=5, height=4, width=4), []
-    listed = RADIAL.filled().tiles(layout).states().eq(EXACT).sum(-1)
-    for methods in ((RADIAL, config), (config, RADIAL)):
-        with dit_accel.attach(transformer, *methods, preset="none") as attachment:
-            results.append(denoise(transformer))
-            steps = attachment.report().steps
-        assert steps[0].density == pytest.approx(float(listed.sum()) / 25)
-        assert steps[-1].density == pytest.approx(float(listed.clamp(max=2).sum()) / 25)
-    assert torch.equal(*results)
-
-
-def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
-    transformer, config = tiny_transformer(), dataclasses.replace(SPARSED, density=0.6)
-    lite = LiteAttention(dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True)
-    results = []
-    for methods in ((config, lite), (lite, config)):
-        with dit_accel.attach(transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
-            results.append(denoise(transformer, steps=5, branches=("cond",)))
-            densities = [step.density for step in attachment.report().steps]
-            bits = [attachment.engine.handlers[0].bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
-        for layer in range(3):
-            first, *mine = [call.plan.selection.keep for call in calls[layer::3]]
-            assert first is None
-            assert all(torch.equal(before & after, after) for before, after in itertools.pairwise(mine))
-            assert all(torch.equal(keep & bits[layer], keep) for keep in mine)
-        assert densities[-1] < densities[1] <= 0.6 + 1e-6
-    assert torch.equal(*results)
 
 
 def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives_way_to_mass():

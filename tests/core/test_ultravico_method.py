@@ -18,7 +18,6 @@ from dit_accel import ConfigError, DeltaAttention, UltraViCo
 from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapters
-from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.attention.delta import DeltaHandler
 from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key
 from dit_accel.methods.base import Model, Phase
@@ -167,22 +166,6 @@ def test_every_call_is_the_formula(name, changes):
     assert layout.frames > rule.trained_frames
     expected = by_hand(call.q, call.k, call.v, layout, config, rule)  # centring twice changes nothing
     torch.testing.assert_close(call.out, expected)
-
-
-def test_length_after_length_generation_after_generation_and_none_after_detach():
-    transformer = tiny_transformer()
-    short, long = run(transformer, frames=2), run(transformer, frames=6)
-    with dit_accel.attach(transformer, ACTIVE) as attachment:
-        first = run(transformer, frames=6)
-        assert not torch.equal(first, long)
-        assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(0, 3)] * 6
-        assert torch.equal(run(transformer, frames=2), short)
-        assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(3, 0)] * 6
-        with pytest.warns(UnplannedRun, match=r"ultravico.*nothing: 2 lat"):
-            other = run(transformer, frames=7)
-        assert torch.equal(run(transformer, frames=6), first)
-        assert torch.equal(run(transformer, frames=7), other)
-    assert torch.equal(run(transformer, frames=6), long)
 
 
 @pytest.mark.parametrize("masked", [False, True])

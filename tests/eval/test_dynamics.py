@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.comparing import arms_table
-from dit_accel_eval.metrics.dynamics import dynamics
 from dit_accel_eval.metrics.metric import Clip, Sample
 from dit_accel_eval.metrics.pixels import psnr
+from dit_accel_eval.metrics.registered import dynamics
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page

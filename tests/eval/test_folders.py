@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import imageio.v2 as imageio
 import numpy as np
@@ -66,14 +67,11 @@ def test_arms_are_held_against_the_curve_of_rivals_at_equal_time(engine, tmp_pat
     assert "--rival slow=DIR --rival middle=DIR --rival worse=DIR --rival quick=DIR --arm mine=DIR -o page.html" in page
     before = read_lines(tmp_path / "page.jsonl")
     assert {(line["prompt"], line["seed"] - line["clip"]) for line in before} == {("a kite", 0)}
-    seen: list[float] = []
-    measured = measuring.measured_line
-    monkeypatch.setattr(
-        measuring, "measured_line", lambda clip, *_: seen.append(clip.frames.max()) or measured(clip, *_)
-    )
+    measured = Mock(wraps=measuring.measured_line)
+    monkeypatch.setattr(measuring, "measured_line", measured)
     Image.new("RGB", (24, 24)).save(engine["slow"] / "a kite-3.png")  # what has changed is measured again, and no more
     run()
-    assert seen == [0]
+    assert [call.args[0].frames.max() for call in measured.call_args_list] == [0]
     assert [line["clip"] for line in read_lines(tmp_path / "page.jsonl") if line not in before] == [3]
 
 

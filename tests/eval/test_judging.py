@@ -111,7 +111,7 @@ def test_what_can_not_judge_is_refused_in_a_line(results, options, message):
 def test_results_without_their_own_frames_are_refused(results, tmp_path):
     lines = written(tmp_path / "r.jsonl", read_lines(results))
     refuses("16 clips can't be shown", "judge", lines, "--arm", ARM, "--judge", stand_in(results))
-    (tmp_path / lines.name).write_text(results.read_text().replace('"solver": "unipc"', '"solver": "euler"'))
+    lines.write_text(results.read_text().replace('"solver": "unipc"', '"solver": "euler"'))
     for line in read_lines(results):
         (tmp_path / line["kept"]).write_bytes((results.parent / line["kept"]).read_bytes())
     refuses("solver 'unipc', not 'euler'", "judge", lines, "--arm", ARM, "--judge", stand_in(results))

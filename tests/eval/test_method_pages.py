@@ -219,11 +219,3 @@ def test_leads_are_drawn_of_the_settings_that_have_one(tmp_path):
     lead_picture.draw({"wan-tiny": arms, "flux-tiny": arms}, tmp_path / "a.png")
     lead_picture.draw({"wan-tiny": [*arms, *DENSE], "flux-tiny": arms}, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_a_suite_without_results_says_so(tmp_path, capsys):
-    assert (
-        suite_picture.main([str(ROOT / "eval/suites/knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")])
-        == 2
-    )
-    assert "knee-wan-tiny: wan-tiny, 12 held-out clips has no results to draw" in capsys.readouterr().err

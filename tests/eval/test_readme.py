@@ -17,11 +17,9 @@ from PIL import Image
 from preset_levels import JUDGING, STEPS
 from preset_table import FIGURES, RESULTS, SOLVERS, figures_text, rows
 from readme import PAGES, filled
-from report_tables import DEMO, demo_text
 from tables import TAG
 from typer.testing import CliRunner
 
-from dit_accel import ConfigError
 from dit_accel.methods.preset_figures import PROMPTS
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, MEASURED_ON, PRESETS
 
@@ -145,29 +143,3 @@ def test_the_picture_is_of_the_seed_of_median_lead_and_the_middle_prompt_of_thos
     assert demo.middle_seed(ours, fewer) == 2
     # PSNRs of the preset's cache in 30 steps on clips 200 and 203: 42.5 and 45.7 dB
     assert demo.shown_prompt("wan-tiny") == "two cyan grainy circles shrinking on a grainy black background"
-
-
-@pytest.mark.parametrize(
-    ("leads", "found"),
-    [
-        ([3.0, 1.0], "with too few seeds to compare its distance to the full run with {}: +2.0 dB over 2 seeds"),
-        ([0.5, 1.5, 1.0, 0.8, 1.2, 1.0], "nearer to the full run than {}: +1.0 [+0.6, +1.4] dB over 6 seeds"),
-        ([-0.5, -1.5, -1.0, -0.8, -1.2, -1.0], "farther from the full run than {}: -1.0 [-1.4, -0.6] dB over 6 seeds"),
-        ([-1.0, 1.0, -2.0, 2.0, 0.0, 0.0], "with no sure difference in distance to the full run from {}: +0.0 ["),
-    ],
-)  # fmt: skip
-def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path, leads, found):
-    dense = {"num_inference_steps": 20, "psnr": [], "seconds": [4.0, 4.0]}
-    fewer = {"num_inference_steps": 13, "psnr": [30.0] * len(leads), "seconds": [2.5, 2.7]}
-    ours = {"arm": "preset fast", "psnr": [30.0 + lead for lead in leads], "seconds": [2.4, 2.4]}
-    run = {"device": "a processor, 2 cores", "threads": 1, "model": "wan-tiny", "arms": [dense, fewer, ours]}
-    (tmp_path / DEMO).parent.mkdir(parents=True)
-    (tmp_path / DEMO).write_text(json.dumps(run))
-    found = found.format("as much time spent on fewer steps (13, in 2.6 s)")
-    assert demo_text(tmp_path).startswith(f"**1.7 times as fast** (the whole call, 2.4 s for 4.0), and {found}")
-    assert demo_text(tmp_path).endswith(f" (one thread, a processor, 2 cores; [the run]({DEMO})).")
-
-
-def test_a_prompt_of_unknown_words_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"word\(s\) kite"):
-        demo.main(out=tmp_path, model="wan-plain", prompt="a kite", seeds=1, num_frames=None)

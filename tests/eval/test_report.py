@@ -275,13 +275,6 @@ def test_the_first_screen_ranks_arms_by_lead_time_and_verdict():
     assert "speed-up by time" not in untimed
 
 
-def test_a_judge_that_tells_no_arm_apart_is_told_first(tmp_path):
-    words = "The judge's score can't tell any of these arms from fewer steps"
-    assert first_words(EARLIER).startswith(f"{words} (95 % intervals of up to ±")
-    lines = [{**line, "score": (0.8 if line["methods"] else 0.2) + line["clip"] / 100} for line in read_lines(EARLIER)]
-    assert words not in first_words(written(tmp_path / "r.jsonl", lines))
-
-
 def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(tmp_path):
     path = EVAL / "results" / "presets-wan-tiny.jsonl"
     found = report(path)

@@ -214,16 +214,6 @@ def test_shares_by_layer_head_and_step():
     assert np.isnan(shares[:, :, 2]).all()
 
 
-def test_it_is_a_png_written_whole(tmp_path):
-    path = tmp_path / "map.png"
-    write_heat_map(REPORT, path)
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        colours = {pixel[:3] for _, pixel in image.convert("RGB").getcolors(1 << 20)}
-    assert (209, 209, 209) in colours  # dense calls, grey
-    assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
-
-
 def bars_of(report, path):
     """Return where the bars of a drawn report's strip begin, and whether a line of what decided is there."""
     write_heat_map(report, path)

@@ -49,10 +49,8 @@ def test_merged_runs_are_judged_together(tmp_path):
     arms = [*dict.fromkeys(line["arm"] for line in lines if line["methods"])][:4]
     dense = [line for line in lines if not line["methods"]]
     of = lambda names: [line for line in lines if line["arm"] in names]  # noqa: E731
-    halves = [
-        written(tmp_path / f"{number}.jsonl", [line | {"suite": number} for line in of(arms[number::2]) + dense])
-        for number in (0, 1)
-    ]
+    parts = [[line | {"suite": number} for line in of(arms[number::2]) + dense] for number in (0, 1)]
+    halves = [written(tmp_path / f"{number}.jsonl", part) for number, part in enumerate(parts)]
     both = tmp_path / "both.json"
     done = command("merge", travelling(tmp_path, halves[0]), halves[1], "-o", both)
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"{both}\n", "")

@@ -198,11 +198,6 @@ def test_another_stream_waits_for_a_value_and_holds_its_memory(monkeypatch):
     assert held == [(size, second) for size in (2, 3, 5, 5)]
 
 
-def test_compilers_leave_the_op_out_of_their_graphs():
-    for name in ("block_sparse_attention", "block_sparse_attention_backward"):
-        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.dit_accel_kernels, name).default.tags
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreted(), reason="interprets its kernels: TRITON_INTERPRET=0 runs them on a GPU")
 @pytest.mark.parametrize("warm", [False, True])

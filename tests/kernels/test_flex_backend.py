@@ -67,12 +67,6 @@ def eager(monkeypatch) -> list:
     return calls
 
 
-def test_decay_alone_is_followed(eager):
-    tensors, options = qkv(1, 2, 2, 40, 80, 8, torch.float32), dict(frame_decay=frame_decay(40, 80))
-    out = attend(*tensors, full(40, 80, 16), backend="flex", **options)
-    torch.testing.assert_close(out, attend(*tensors, full(40, 80, 16), backend="reference", **options))
-
-
 def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, mask: bool, decay: bool) -> dict:
     """A head scale and, where asked for, keys of which a whole tile and some others are invalid, and frame decay."""
     arguments: dict = dict(head_scale=0.5 + torch.rand(batch, heads))

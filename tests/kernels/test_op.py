@@ -7,11 +7,10 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
-from dit_accel_kernels import Routing, Selection, Vote, api, block_sparse_attention_backward, pack_bits
+from dit_accel_kernels import Routing, Selection, Vote, block_sparse_attention_backward, pack_bits
 from dit_accel_kernels.checks import problem_of
-from dit_accel_kernels.choice import candidates
 from dit_accel_kernels.packing import flatten, restore
-from kernel_cases import CALLS, attend, frame_decay, full, qkv, random_lists, with_masks
+from kernel_cases import CALLS, attend, frame_decay, qkv, random_lists, with_masks
 
 EVERYTHING = dict(
     scale=0.4, key_length=torch.tensor([30, 17]), frame_decay=frame_decay(30, frame=8, table=(1.0, 0.8, 0.5)),
@@ -71,15 +70,6 @@ def test_compiles_to_one_full_graph_and_serves_other_lists(partial):
         assert torch.equal(lse, expected_lse)
         torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected)))
     assert counter.frame_count <= 2  # the second list makes its length dynamic, no more after that
-
-
-def test_auto_is_triton_where_it_takes_both_head_dims(monkeypatch):
-    missing = lambda device, dtype, dim, precision: None if dim == 16 else "a head dim of 16"  # noqa: E731
-    monkeypatch.setattr(candidates.triton_support, "missing_requirement", missing)
-    monkeypatch.setitem(candidates.CANDIDATES, "triton", candidates.CANDIDATES["triton"]._replace(on=("meta",)))
-    q, k, v = (x.to("meta") for x in qkv(1, 1, 1, 20, 20, 16, torch.float32))
-    problems = [problem_of(q, k, v[..., :dim], full(20).to("meta"), layout="bhsd") for dim in (16, 8)]
-    assert list(map(api._backend, problems)) == ["triton", "torch"]
 
 
 @pytest.mark.parametrize(("backend", "leaf"), [("triton", None), ("triton", "q"), ("triton", "v"), ("torch", "q")])

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, Selection, Vote, checks, pack_bits, problem, unpack_bits
+from dit_accel_kernels import FrameDecay, Selection, Vote, pack_bits, unpack_bits
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import chunks, memory
 from dit_accel_kernels.backends.torch.chunks import chunks_of
-from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import assert_within_rounding, attend, check_against_reference, full, lists_of, qkv, random_lists
@@ -125,38 +124,6 @@ def test_a_pooled_tile_far_above_every_exact_one_while_tiles_vote(vote):
     check_against_reference(q, k, v, tiles, layout="bhsd")
     out = attend(q, k, v, tiles, selection=Selection(vote=vote), backend="torch")[0]
     torch.testing.assert_close(out, attend(q, k, v, tiles, backend="reference"))
-
-
-@pytest.mark.usefixtures("by_operations")
-@pytest.mark.parametrize("masked", [False, True])
-def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, masked):
-    calls, real = [], chunks._build
-    monkeypatch.setattr(chunks, "_build", lambda *args: calls.append(args[1]) or real(*args))
-    leaves = [x.requires_grad_() for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)]
-    tiles = random_lists(1, 40, 40, 16, 16)
-    for _ in range(3):
-        mask = torch.rand(1, 40) > 0.2 if masked else None
-        attend(*leaves, tiles, key_mask=mask, backend="torch").sum().backward()
-    most = (2 << 20) // (16 * 4)
-    assert calls == [most, most // 4]  # in smaller chunks for gradients
-
-
-@pytest.mark.usefixtures("by_operations")
-def test_lists_of_one_call_are_not_remembered(monkeypatch):
-    inputs, mask = qkv(1, 2, 2, 40, 40, 8, torch.float32), torch.rand(1, 40) > 0.2
-    tiles, asked, real = random_lists(1, 40, 40, 8, 8), [], StorageCache.get
-
-    def get(self, *args, **more):
-        asked.append(self)
-        return real(self, *args, **more)
-
-    monkeypatch.setattr(StorageCache, "get", get)
-    for options in (dict(), dict(key_mask=mask)):
-        selection = Selection(keep=pack_bits(torch.rand(1, 2, 5, 5) > 0.5))
-        attend(*inputs, tiles, selection=selection, backend="torch", **options)
-    assert set(asked) == {checks._CHECKED, problem._VALID}  # valid keys are kept with their mask
-    attend(*inputs, tiles, backend="torch")
-    assert set(asked) == {checks._CHECKED, problem._VALID, chunks._CHUNKS}
 
 
 @pytest.mark.usefixtures("cpu_path")

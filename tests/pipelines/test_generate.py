@@ -95,16 +95,6 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
         assert dataclasses.replace(asked, guidance_scale=1.0).beside(call)["true_cfg_scale"] == 1.0
 
 
-def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, monkeypatch):
-    own = {**model_defaults("wan-plain"), "max_sequence_length": 7, "true_cfg_scale": 3.0}
-    monkeypatch.setattr("dit_accel_assets.model_defaults", lambda name: own)
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(type(pipe), "encode_prompt", lambda self, **given: seen.update(given) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(pipe, request(tmp_path))
-    assert seen["max_sequence_length"] == 7  # and no true_cfg_scale, which the pipeline does not take
-
-
 ONE = "generate takes a prompt in quotes or --prompt-file, got"
 PURPLE = "unknown word(s) purple; the embedded model knows only: a, above, and"
 BAD: list[tuple[list[str], str]] = [

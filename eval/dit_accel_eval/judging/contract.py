@@ -73,8 +73,9 @@ class CommandJudge:
 
     def __post_init__(self) -> None:
         if not shutil.which(shlex.split(self.name)[0]):
-            known = "name a command, likert=MODEL, videoscore2 or FILE.py:CLASS"
-            raise ConfigError(f"there is no judge {self.name!r}: {known}")
+            raise ConfigError(
+                f"there is no judge {self.name!r}; take a command, likert=MODEL, videoscore2, FILE.py:CLASS"
+            )
 
     def answers(self, asked: Sequence[Question]) -> list[tuple[float, float]]:
         """Return what the command prints, which sees frames as PNG files that are deleted afterwards."""

@@ -49,8 +49,7 @@ class VisionModel:
             model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-            remedy = f"name a folder, or fetch it: hf download {source}"
-            raise ConfigError(f"the judge {source} can't be loaded ({reason}); {remedy}") from None
+            raise ConfigError(f"judge {source} can't be loaded ({reason}); fetch it: hf download {source}") from None
         self.model: Any = model.to(self.device).eval()
 
     def inputs(self, content: list[dict[str, str]], stem: str, **seen: Any) -> Any:

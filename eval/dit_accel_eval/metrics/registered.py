@@ -1,9 +1,10 @@
-"""The registry of metrics, which installed packages give by entry point, and the measuring of a sample by names."""
+"""The registry of metrics, by entry point; measures a sample by names, and whether it moves as its reference does."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
+from types import MappingProxyType
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
@@ -105,3 +106,34 @@ def scores(names: Iterable[str], sample: Sample) -> Scores:
         except NotMeasured as reason:
             results.skipped[name] = str(reason)
     return results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamic:
+    """A metric of motion in the words of tables, and what a clip does that lies above or below its reference."""
+
+    head: str
+    above: str
+    below: str
+
+
+DYNAMICS = MappingProxyType(
+    {
+        "dynamic@dis": Dynamic(head="dynamic degree", above="moves more", below="moves less"),
+        "flickering": Dynamic(head="flicker score", above="changes less", below="flickers more"),
+    }
+)
+"""Metric -> its words; points of each are hundredths, as VBench counts them."""
+
+
+def dynamics(sample: Sample) -> dict[str, list[float]]:
+    """Return metric of `DYNAMICS` -> its value of a video and of the video's reference.
+
+    Of a picture, and of a video without a reference, there is none; a metric that can't be measured here is left out.
+    """
+    if sample.reference is None or len(sample.frames) < 2:
+        return {}
+    clip, reference = (
+        scores(DYNAMICS, Sample(frames=frames, fps=sample.fps)).values() for frames in (sample.frames, sample.reference)
+    )
+    return {name: [clip[name], reference[name]] for name in clip if name in reference}

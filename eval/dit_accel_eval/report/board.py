@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from dit_accel import ConfigError
 
-from ..metrics.dynamics import DYNAMICS
+from ..metrics.registered import DYNAMICS
 from ..protocol import PROTOCOL, protocol_rules
 from .lines import SCHEMA, read_results
 from .page import SPEEDS, arm_rows, templates

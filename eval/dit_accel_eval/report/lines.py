@@ -30,6 +30,7 @@ KINDS = {
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 4  # of a file that travels; its JSON Schema lies beside this
 OF_A_FILE = ("suite", "folder", *KEPT)  # keys in which lines of one run may differ between files
 ONE = ("model", "weights", "dtype", "call", "reference")  # what all lines of one report must share
+SETTING = ("num_inference_steps", "solver", "flow_shift", "methods", "scheduler", "guider", "arm_call")  # an arm's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +147,6 @@ def _check_one(path: Path, lines: Sequence[ResultLine]) -> None:
             raise ConfigError(f"{path} mixes results of several {key}: {mixed}; report each from a file of its own")
     settings: dict[str, str] = {}
     for line in last_lines(lines).values():
-        keys = ("num_inference_steps", "solver", "flow_shift", "methods", "scheduler", "guider", "arm_call")
-        setting = json.dumps([line.raw.get(key) for key in keys], sort_keys=True)
+        setting = json.dumps([line.raw.get(key) for key in SETTING], sort_keys=True)
         if settings.setdefault(line.arm, setting) != setting:
             raise ConfigError(f"{path} has arm {line.arm!r} with two settings; rename one, or delete its lines")

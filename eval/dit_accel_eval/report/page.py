@@ -5,8 +5,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.dynamics import DYNAMICS
-from ..metrics.registered import FLOOR, decimals_of
+from ..metrics.registered import DYNAMICS, FLOOR, decimals_of
 from ..runs.results import ResultLine
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
 from ..suites.figures import NOTHING, ArmFigures, pairs_rule, rule_words, seconds_cell
@@ -52,10 +51,11 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
     """Return what the templates take of a report."""
     lines, groups, scores = report.results.lines, _groups(report), score_leads(report)
     scored = any("score" in arm.means for arm in report.arms)
+    reference = f"the model's own {report.full_steps} steps" if report.own else "the converged run"
     return {
         "prefix": prefix, "level": level, "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores), "report": report, "first": lines[0].raw,
-        "reference": reference_words_of(report), "whole": whole_of(report),
+        "reference": "the reference's clips" if report.of_folders else reference, "whole": whole_of(report),
         "warnings": [*report.warnings, *failed], "rows": arm_rows(report, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report), "hues": hues(report), "groups": groups,
@@ -74,12 +74,6 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "machines": "; ".join(_machines(lines)),
         "tokens": lines[0].raw.get("tokens"), "data": _data(report, media, prefix),
     }  # fmt: skip
-
-
-def reference_words_of(report: SuiteReport) -> str:
-    """Return in words what clips are held against."""
-    own = f"the model's own {report.full_steps} steps" if report.own else "the converged run"
-    return "the reference's clips" if report.of_folders else own
 
 
 def whole_of(report: SuiteReport) -> str:
@@ -102,8 +96,9 @@ def summary(report: SuiteReport, scores: Mapping[str, Judged]) -> str:
         clips = max(lead.count for lead in leads.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
     names = {word: [name for name, lead in leads.items() if lead.verdict == word] for word in ("ahead", "behind")}
-    alike = f"The judge's score can't tell any of these arms from fewer steps{_reach(scores)}."
-    parts = [alike] if _alike(scores) else []
+    parts = (
+        [f"The judge's score can't tell any of these arms from fewer steps{_reach(scores)}."] if _alike(scores) else []
+    )
     parts.append(f"Against fewer steps at equal {report.works[report.main]}, {len(names['ahead'])} of {len(leads)} arms"
                  f" are ahead, {len(names['behind'])} behind; of the others these clips do not tell.")  # fmt: skip
     idle = [arm.name for arm in report.judged if arm.saved_nothing]

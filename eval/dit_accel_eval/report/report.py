@@ -12,8 +12,7 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..metrics.dynamics import DYNAMICS
-from ..metrics.registered import FLOOR
+from ..metrics.registered import DYNAMICS, FLOOR
 from ..runs.encodings import LOSSLESS
 from ..runs.results import ITSELF, TIMED, WORKS, ResultLine
 from ..statistics import FEWEST

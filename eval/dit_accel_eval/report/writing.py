@@ -8,16 +8,13 @@ from typing import Any
 from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel import ConfigError
-from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel.files import check_writable, write_json, write_text
 
 from ..suites.figures import ArmFigures, arms_markdown, pairs_markdown, rule_words
-from .lines import SCHEMA, SCHEMA_VERSION, better_of
+from .lines import SCHEMA, SCHEMA_VERSION, SETTING, better_of
 from .media import Media, kept_lines, shown
 from .page import package_versions, page
 from .report import SuiteReport
-
-SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
-FURTHER = ("scheduler", "guider", "arm_call")  # what only some arms set
 
 
 def write_reports(
@@ -35,8 +32,7 @@ def write_reports(
     if "html" in wanted:
         _write_page(reports, wanted["html"], clips)
     if "json" in wanted:
-        with written_whole(wanted["json"]) as temporary:
-            temporary.write_text(json_text(data_of(reports[0])) + "\n", encoding="utf-8")
+        write_json(wanted["json"], data_of(reports[0]))
     return list(wanted.values())
 
 
@@ -48,8 +44,7 @@ def _write_page(reports: Sequence[SuiteReport], path: Path, clips: int | None) -
         with Stages() as stages:
             stages.stage("clips", total)
             entries = [shown(report, media, most, stages.advance) for report in reports]
-    with written_whole(path) as temporary:
-        temporary.write_text(page(*reports, shown=entries, folder=media.folder.name if media else ""), encoding="utf-8")
+    write_text(path, page(*reports, shown=entries, folder=media.folder.name if media else ""))
     if media is not None:
         media.tidy()
 
@@ -79,7 +74,7 @@ def _arm(report: SuiteReport, arm: ArmFigures) -> dict[str, Any]:
     setting = report.settings[arm.name].raw
     return {
         "name": arm.name, "dense": report.is_dense(arm), "clips": arm.clips,
-        **{key: setting[key] for key in SETTING}, **{key: setting[key] for key in FURTHER if key in setting},
+        **{key: setting[key] for key in SETTING if key in setting},
         "psnr": asdict(arm.psnr), "means": dict(arm.means),
         **({"dynamics": {name: asdict(moved) for name, moved in arm.dynamics.items()}} if arm.dynamics else {}),
         "against_fewer_steps": {key: asdict(lead) for key, lead in arm.ahead.items()},

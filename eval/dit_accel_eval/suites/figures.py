@@ -14,8 +14,7 @@ from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..metrics.dynamics import DYNAMICS
-from ..metrics.registered import FLOOR, decimals_of
+from ..metrics.registered import DYNAMICS, FLOOR, decimals_of
 from ..runs.model import OWN
 from ..runs.results import AGREE, TIMED, TUNED, WORKS, ResultLine, last_lines, markdown_table
 from ..statistics import FEWEST, TOO_FEW, ClipMean, Judged, clip_mean, frontier, judge, p_words

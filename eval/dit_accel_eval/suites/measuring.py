@@ -13,9 +13,8 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 
-from ..metrics.dynamics import dynamics
 from ..metrics.metric import Clip, Sample
-from ..metrics.registered import FLOOR, scores
+from ..metrics.registered import FLOOR, dynamics, scores
 from ..protocol import PROTOCOL
 from ..runs.conditions import card_state, device_name, processor_name
 from ..runs.counting import Counts, work, works
