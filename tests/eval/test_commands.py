@@ -146,7 +146,7 @@ WORKS = """
 import os, signal, sys, time
 from pathlib import Path
 
-def work(item):
+def work(made, item):
     from dit_accel.files import written_whole
     with written_whole(f"{item}.txt"):
         Path(f"at-{item}").write_text(str(os.getpid()))
@@ -154,7 +154,7 @@ def work(item):
 
 def both():
     from dit_accel_eval.runs.pool import run_beside
-    run_beside(work, [0, 1, 2], 2)
+    run_beside(dict, work, [0, 1, 2], 2)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)

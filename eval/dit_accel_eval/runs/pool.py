@@ -6,24 +6,27 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import active_children, get_context, parent_process
-from typing import Any
+from typing import Any, TypeVar
 
 from dit_accel.files import remove_temporaries
 
+Maker = TypeVar("Maker")
+
 LOOK = 1.0  # seconds between two looks at what the processes have made
+_maker: list[Any] = []  # what this process works with, if it is one of a pool
 
 
 def run_beside(
-    work: Callable[[Any], object], items: Sequence[Any], workers: int, *, begin: Callable[..., None] | None = None,
-    given: tuple[Any, ...] = (), look: Callable[[], None] = lambda: None,
+    make: Callable[[], Maker], work: Callable[[Maker, Any], object], items: Sequence[Any], workers: int, *,
+    look: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Do some work in processes; what stops this one ends them at once."""
+    """Do some work in processes, each with what it makes when it begins; what stops this one ends them at once."""
     running, ctrl_c = set(active_children()), {signal.SIGINT}
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(begin, given)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(make,)) as pool:
         try:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, ctrl_c)  # which the processes inherit: it is for this one
             try:
-                pending = {pool.submit(work, item) for item in items}
+                pending = {pool.submit(_do, work, item) for item in items}
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             while pending:
@@ -37,10 +40,13 @@ def run_beside(
             raise
 
 
-def _begin(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+def _begin(make: Callable[[], Any]) -> None:
     end_with_parent()
-    if begin is not None:
-        begin(*given)
+    _maker.append(make())
+
+
+def _do(work: Callable[[Any, Any], object], item: Any) -> None:
+    work(_maker[-1], item)
 
 
 def end_with_parent() -> None:

@@ -65,7 +65,7 @@ def run_arms(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch =
         ours, look = ranks.own(clips), lambda: watch(result_lines(job.out))
         look()
         if (processes := min(workers, len(ours))) > 1:
-            run_beside(_run_there, ours, processes, begin=_begin, given=(job,), look=look)
+            run_beside(functools.partial(Runner, job), Runner.run_clip, ours, processes, look=look)
         else:
             runner = Runner(job)
             for clip in ours:
@@ -76,17 +76,6 @@ def run_arms(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch =
             lines = last_lines(result_lines(job.out)).values()  # dense runs that were added stand last
             key = lambda line: (line.clip, places.get(line.arm, len(places)), line.num_inference_steps)  # noqa: E731
             write_lines(job.out, (line.raw for line in sorted(lines, key=key)))
-
-
-_there: "list[Runner]" = []  # what a process of a pool runs; set when it begins
-
-
-def _begin(job: Job) -> None:
-    _there.append(Runner(job))
-
-
-def _run_there(clip: int) -> None:
-    _there[-1].run_clip(clip)
 
 
 class Runner:
