@@ -15,7 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.attachment import processor as module
 from dit_accel.attachment.engine import Engine
 
-pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+pytestmark = pytest.mark.skipif(compiled.compiled_loop().library is None, reason="no C++ compiler is here")
 SPARSE = replace(RADIAL, dense_steps=2, dense_layers=1)
 
 

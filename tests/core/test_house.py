@@ -77,8 +77,8 @@ def lines_of(*rooms: str) -> int:
 
 
 def test_the_house_grows_no_heavier():
-    assert lines_of("tests") <= 44_000
-    assert lines_of("dit_accel", "eval", "pipelines") <= 46_850  # 46,500 and `dit-accel doctor`
+    assert lines_of("tests") <= 45_250  # 44,000, and what generate and the benchmark gained since
+    assert lines_of("dit_accel", "eval", "pipelines") <= 49_900  # 46,850, and the same
 
 
 def test_no_lines_are_saved_by_switching_the_formatter_off():
