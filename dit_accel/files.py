@@ -118,7 +118,8 @@ def remove_temporaries() -> None:
     """Delete what is half written and locks, for a process that ends without leaving its blocks; it writes no more."""
     _making.acquire(timeout=1.0)  # never given back: another thread may be about to write
     for temporary in list(_temporaries):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a folder; a file is none, and is left to the next line
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
 
