@@ -110,7 +110,7 @@ def test_refused():
         ("wan2.1-14b", dict(methods=[DeltaAttention()]), r"delta.*sparse.*RadialAttention\(\)"),
         ("wan2.1-14b", dict(methods=[SolAttention(block_size=64), RadialAttention(block_size=128)]),
          r"radial\.block_size = 128 and sol\.block_size = 64"),
-        ("wan2.1-14b", dict(linears="int4"), r"linears.*'int4'.*'int8'"),
+        ("wan2.1-14b", dict(linears="int5"), r"linears.*'int5'.*'int"),
         ("wan2.1-14b", dict(linears="fp8", hardware="a100-80gb"), r"fp8.*a100-80gb.*int8.*b200, h1"),
         ("wan2.1-14b", dict(linears="int8", hardware="24GB"), r"got 24GB"),
         ("wan2.1-14b", dict(linears="int8", hardware="h900"), r"hardware.*'h900'; did"),

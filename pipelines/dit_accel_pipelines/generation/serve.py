@@ -98,7 +98,7 @@ def _missing(name: str, environ: Mapping[str, str]) -> Iterator[str]:
     try:
         version(name)
     except PackageNotFoundError:
-        yield f"{name} is not installed here; pip install it, and dit-accel with --no-deps, since it pins diffusers"
+        yield f"{name} is not installed here; install it, then dit-accel with --no-deps, since it pins diffusers"
     if not entry_points(group=engine.plugins, name=PLUGIN):
         yield f"the plugin {PLUGIN} is not registered for {name}; pip install dit-accel beside it"
     allowed = environ.get(engine.allowed)
