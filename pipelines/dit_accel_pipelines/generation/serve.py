@@ -100,7 +100,7 @@ def _missing(name: str, environ: Mapping[str, str]) -> Iterator[str]:
     except PackageNotFoundError:
         yield f"{name} is not installed here; install it, then dit-accel with --no-deps, since it pins diffusers"
     if not entry_points(group=engine.plugins, name=PLUGIN):
-        yield f"the plugin {PLUGIN} is not registered for {name}; pip install dit-accel beside it"
+        yield f"the plugin {PLUGIN} is not registered for {name}; install dit-accel beside it"
     allowed = environ.get(engine.allowed)
     if allowed is not None and PLUGIN not in allowed.split(","):
         yield f"{engine.allowed}={allowed} leaves the plugin out; add {PLUGIN} to it, or unset it"
