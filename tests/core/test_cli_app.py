@@ -149,6 +149,12 @@ def test_the_help_says_what_the_commands_say_in_the_order_of_use():
         assert summary == first_line(getattr(import_module(module, "dit_accel.cli"), name))
         assert summary in " ".join(run(name, "--help").stdout.split())
         assert summary[:30] in text
+    text = run("generate", "--help").stdout
+    panels = ["Options", "Weights", "Running", "Methods"]
+    assert re.findall(r"^╭─ (\w+)", text, re.MULTILINE) == panels
+    assert text.index("--prompt-file") < text.index("--lora") < text.index("--device") < text.rindex("--radial ")
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) < 240
     for command in ((), ("generate",), ("eval", "compare"), ("eval",), ("bench",)):
         assert "<bool>" not in run(*command, "--help").stdout
 

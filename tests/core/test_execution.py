@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import call_path
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,7 +194,7 @@ def test_lists_run_where_a_backend_is_named_or_they_mean_more_or_a_backward_may_
     assert all((layer.attended, layer.engine.recorder.backends) == (0, {"torch"}) for layer in layers)
 
 
-# What a forward inside another leaves whole.
+# What a forward inside another leaves whole, and how short the way to the kernels is.
 
 
 def test_a_forward_inside_another_leaves_all_of_its_state_as_it_was():
@@ -224,6 +225,24 @@ def test_a_forward_inside_another_leaves_all_of_its_state_as_it_was():
     assert [layer.processor._dit_accel_sparse for layer in layers] == [True, False]
     assert [int(size) for size in state.grid] == [2, 2, 2, 0, 0]
     assert state.layout.tokens == 8
+
+
+def test_who_acts_is_asked_once_a_layer_and_forward(monkeypatch):
+    transformer, asked = tiny_transformer(), []
+    with dit_accel.attach(transformer, call_path.RADIAL, backend="torch") as attachment:
+        (handler,) = attachment.engine.handlers
+        is_active = handler.is_active
+        monkeypatch.setattr(handler, "is_active", lambda step, depth: asked.append(depth) or is_active(step, depth))
+        call_path.forward_of(transformer)  # of a shape that is not known when its context begins
+        asked.clear()
+        call_path.forward_of(transformer)
+    assert asked == [0, 1, 2]
+
+
+def test_the_way_from_the_processor_to_the_kernels_stays_short():
+    _, whole = call_path.traced_call()
+    assert whole.total() <= 30, whole
+    assert len({where.split(":")[0] for where in whole}) <= 7, whole
 
 
 def test_a_transformer_that_is_compiled_whole_follows_a_clip_whose_length_changes_within_a_run():

@@ -77,7 +77,7 @@ def lines_of(*rooms: str) -> int:
 
 
 def test_the_house_grows_no_heavier():
-    assert lines_of("tests") <= 45_250  # 44,000, and what generate and the benchmark gained since
+    assert lines_of("tests") <= 45_330  # 44,000, and what generate and the benchmark gained since
     assert lines_of("dit_accel", "eval", "pipelines") <= 49_900  # 46,850, and the same
 
 

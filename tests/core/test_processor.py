@@ -11,10 +11,12 @@ from diffusers.models.attention_processor import Attention, CogVideoXAttnProcess
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from one_layer import MODEL, OneLayer
 from tiny_models import MODELS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from wan_tiny import RADIAL
 
 import dit_accel
 from dit_accel import ConfigError
+from dit_accel.attachment import processor as module
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import NO_TICKET, planned_attention
 from dit_accel.attachment.processor import dense_attention_of, stand_in, unwrap_processor, wrap_processor
@@ -139,6 +141,25 @@ def test_a_plan_is_of_all_processes_tokens_and_the_model_s_own_call_has_its_mask
     dense = stand_in(lambda *_, attn_mask, **call: attn_mask, True, one.engine)
     assert torch.equal(dense(*own, mask, **parallel), mask.flip(-1))
     assert dense(*own, mask, parallel_config=None) is mask
+
+
+def test_an_eager_call_goes_straight_to_the_plan_and_others_through_the_operator(one, attend, monkeypatch):
+    through = []
+
+    def operator(*given):
+        through.append(given[-1])
+        return planned_attention(*given)
+
+    monkeypatch.setattr(module, "planned_attention", operator)
+    q, k, v = tensors()
+    out = attend(q, k, v)
+    assert not through
+    assert torch.equal(out, planned_attention(*arguments(one.engine.number, q, k, v))[0])
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        made = attend(*(fake.from_tensor(x) for x in (q, k, v)))
+    assert (through, made.shape, type(made)) == ([False], out.shape, FakeTensor)
+    assert torch.equal(attend(q.requires_grad_(), k, v), out)
+    assert through == [False, True]
 
 
 def test_the_operator_passes_opcheck_and_gives_a_ticket_with_and_without_a_backward(one):
