@@ -27,6 +27,7 @@ from .methods.caches.db import FirstBlockCache as FirstBlockCache
 from .methods.caches.easy import EasyCache as EasyCache
 from .methods.caches.mag import MagCache as MagCache
 from .methods.caches.profiling import ProfilingCache as ProfilingCache
+from .methods.caches.progressive import ProgressiveResolution as ProgressiveResolution
 from .methods.caches.prune import DBPrune as DBPrune
 from .methods.caches.sea import SeaCache as SeaCache
 from .methods.caches.static import StaticCache as StaticCache

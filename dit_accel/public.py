@@ -22,6 +22,7 @@ MODULES = {
     "methods.caches.easy": "EasyCache",
     "methods.caches.mag": "MagCache",
     "methods.caches.profiling": "ProfilingCache",
+    "methods.caches.progressive": "ProgressiveResolution",
     "methods.caches.prune": "DBPrune",
     "methods.caches.sea": "SeaCache",
     "methods.caches.static": "StaticCache",

@@ -120,7 +120,9 @@ class ForwardWrapper:
                 fresh = {name: _own_list(value) for name, value in kwargs.items()}
                 return self._observed(run, tuple(map(_own_list, args)), fresh, grid, inputs)
             arguments = {name: _own_list(value) for name, value in {**inputs, **changed}.items()}
-            return self._observed(run, (), arguments, self._look(arguments), arguments)
+            seen = self._look(arguments)
+            self._engine.recorder.reduced += seen != grid  # no dense forward, with which others are compared
+            return self._observed(run, (), arguments, seen, arguments)
 
         around = innermost
         for function in self._functions:
@@ -163,6 +165,8 @@ class ForwardWrapper:
         denoising, state = self._denoising, self._state
 
         def around(**changed: Any) -> Any:
+            if state.adapter.latents in changed:
+                self._look({**inputs, **changed})  # they may be of another size
             # only now: a function further out may have opened a nested branch
             context = denoising.forward_context(state, {**inputs, **changed})
             out = function(context, (lambda **further: run(**{**changed, **further})) if changed else run)

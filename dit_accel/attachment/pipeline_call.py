@@ -71,7 +71,7 @@ def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any])
     height, width = arguments.get("height"), arguments.get("width")
     if wanting is None or height is None or width is None:
         return pipe(**arguments)
-    if not wanting.model.adapter.flow:
+    if not (wanting.model.adapter.flow and wanting.model.adapter.makes_images):
         raise ConfigError(
             f"ultraimage.guided and ultraimage.view are not described for {type(pipe).__name__}: its adapter does not "
             "say that it predicts a flow of packed latents (Adapter.flow); leave them out"

@@ -34,6 +34,7 @@ class Phase(enum.IntEnum):
     PATTERNS = enum.auto()
     SELECTIONS = enum.auto()
     CORRECTIONS = enum.auto()
+    SIZES = enum.auto()
     CACHES = enum.auto()
     GUIDANCE = enum.auto()
 

@@ -37,7 +37,7 @@ _TEXT: Cause = (
     "attention calls over a part of the keys (the text alone, image prompts), which stay dense",
     "no option changes this; a step cache skips them",
 )
-_ADDED: Cause = ("further forwards that guidance adds", "narrow its window (start, stop)")
+_ADDED: Cause = ("further forwards beside the model's own", "narrow guidance's window (start, stop), or leave out tau")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +216,7 @@ def _cause(name: str, reason: str, options: Mapping[str, Any], half: float | Non
             "steps that are listed to be computed",
             f"list fewer in {option('steps' if 'steps' in options else 'compute_at')}",
         ),
+        "full size": ("steps at full size", f"lower {option('until')}, or raise {option('every')}"),
         "threshold 0": (f"{name} skips nothing", f"raise {option('threshold')}"),
         "not a number": (f"steps in which {name} measured no number", "look for nan in the model's outputs"),
         "its own rule": (f"steps that diffusers' {options.get('config')} computed", "loosen its options"),

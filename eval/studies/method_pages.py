@@ -21,7 +21,7 @@ FOLDER = Path("docs/methods")
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "sparse": ("sol", "radial", "lite", "sparsed"),
     "correcting": ("delta",),
-    "steps": ("easycache", "seacache", "magcache", "teacache", "staticcache"),
+    "steps": ("easycache", "seacache", "magcache", "teacache", "staticcache", "progressive"),
     "blocks": ("dbcache", "firstblockcache", "profilingcache", "dbprune", "dfa"),
     "longer": ("ultravico", "lvsa", "rope", "ultraimage"),
     "guidance": ("slg", "pag", "softpag", "seg", "autoguidance", "nag"),

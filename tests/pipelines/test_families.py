@@ -137,7 +137,7 @@ def test_a_model_without_sizes_is_refused():
 # What is planned
 
 THINNING = {"radial", "sol", "sparsed", "delta"}  # delta beside sparsed
-STATIC = {"magcache", "staticcache"}
+STATIC = {"magcache", "staticcache", "progressive"}
 GUIDED = {"softpag": "heads", "pag": "layers", "seg": "layers", "slg": "layers"}
 COUNTED = THINNING | STATIC | {"ultravico", "lvsa", "rope", "ultraimage", *GUIDED, "autoguidance", "profilingcache"}
 """Methods of which a plan knows what they save: some of them nothing at the trained size."""

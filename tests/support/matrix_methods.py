@@ -51,6 +51,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "ultravico": _of(d.UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5)),
     **{name: _row(name) for name in ("lvsa", "rope", "ultraimage")},
     "staticcache": _row("staticcache, taylor"),
+    "progressive": _of(d.ProgressiveResolution(until=0.0)),
     "easycache": _of(d.EasyCache(threshold=50.0, warmup_steps=1, last_steps=0)),
     "teacache": _row("teacache"),
     "magcache": _of(d.MagCache(threshold=1e9, ratios=(1.0,) * STEPS, warmup_steps=1, last_steps=0)),

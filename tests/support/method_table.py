@@ -192,6 +192,15 @@ TABLE: dict[str, MethodCase] = {
         ({"measured_on": "wan2.1-14b"}, "magcache.measured_on = 'wan2.1-14b'", "family"), held=2 * OUTPUT,
     ),
     "seacache": _row("seacache", *each(threshold=(-0.1,)), held=(2 + 1) * OUTPUT),
+    "progressive": _case(
+        *each(until=(1.5,), every=(0,), tau=(1,), warmup_steps=(-1,), last_steps=(1.5,)),
+        neutral=d.ProgressiveResolution(until=1.0), active=d.ProgressiveResolution(until=0.0, last_steps=0),
+        beside=(RADIAL, LITE, SPARSED, d.EasyCache(threshold=0.0), d.UltraViCo(trained_frames=2, alpha=0.5)), held=0,
+    ),
+    "progressive, every": _case(
+        neutral=d.ProgressiveResolution(until=1.0, every=1), warm=1, beside=(RADIAL, LITE),
+        active=d.ProgressiveResolution(until=1.0, every=3, last_steps=0), held=2 * (OUTPUT + OUTPUT // 4),
+    ),
     "firstblockcache": _row("firstblockcache", *each(threshold=(-1.0,)), held=(2 + 1) * TOKENS),
     "dbcache": _case(
         *each(threshold=(-0.1,), first_blocks=(0,), last_blocks=(-1,)), held=(2 + 1) * TOKENS,

@@ -118,5 +118,6 @@ CHROMA = replace(
     outer_masks=True,
     signal=None,
     joined_text="its mask of pairs is made for the prompt",
+    refused={"progressive": "its mask names every token of the picture, which a small one has not"},
     families=released("chroma", **FLUX_LARGER),
 )

@@ -92,6 +92,7 @@ WAN = Adapter(
     name="wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
     guidance=Guidance(in_turn=("WanVideoToVideoPipeline", "ChronoEditPipeline")),
+    flow=True,
     self_attention=("blocks.*.attn1",),
     split_text="none",
     side_attention=("vace_blocks.*.attn1",),

@@ -1,0 +1,229 @@
+"""Progressive resolution: steps at half the height and width, while noise hides what the full size would add.
+
+Sources: Bottleneck Sampling (arXiv 2503.18940), Jenga (arXiv 2505.16864) and SGLang's ``--progressive-mode`` change the
+size in the pipeline. Here its scheduler and latents keep their size: the transformer alone runs small, on pooled
+latents at the noise level that pooling leaves, and its prediction is enlarged to the velocity of the full size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...plan.layout import TokenLayout
+from ...report.sections import Section
+from ..base import Handler, Model, Phase, Place
+from ..config import MethodConfig
+from ..gradients import is_recorded
+from ..noise import FLOW, NeedsNoise
+from ..options import Count, Share, Steps
+from ..saving import Saving
+from ..site import ForwardContext, Site, sample_of, with_sample
+from ..steps import end_steps
+from .log import CachedForward, section_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressiveResolution(MethodConfig):
+    """Runs noisy steps, or those between full ones, at half the height and width, with a quarter of the tokens.
+
+    Attributes:
+        until: noise level from 0 to 1 above which steps are small; 1: none is.
+        every: below that one step in so many is full, and those between are small and keep the high frequencies that it
+            predicted: a step cache whose skipped steps compute a little. 1: all are full.
+        tau: correct the small steps of ``every`` by what both sizes differed by at the last full one, as multigrid's
+            full approximation scheme does, which takes a small forward beside each full one.
+        warmup_steps: first steps that are full; below 1 a share of the run's steps, rounded up.
+        last_steps: last steps that are full, likewise.
+    """
+
+    name: ClassVar[str] = "progressive"
+
+    until: Share = 0.8
+    every: Count = 1
+    tau: bool = True
+    warmup_steps: Steps = 0
+    last_steps: Steps = 1
+
+    def noise_needed(self) -> NeedsNoise:
+        """Return that the small forward is told the noise level of a flow."""
+        return NeedsNoise(asks=self.name, instead="take a step cache such as EasyCache", kinds=FLOW)
+
+    def is_small(self, index: int, count: int | None, sigma: float, since: int | None) -> bool:
+        """Tell whether a step is small, ``since`` steps after the branch's last full one, if it had any."""
+        first, last = end_steps(self, "warmup_steps", "last_steps", count)
+        inside = index >= first and (count is None or index < count - last)
+        return inside and (sigma > self.until or (since is not None and since < self.every))
+
+
+class ProgressiveHandler(Handler):
+    """ProgressiveResolution on one model."""
+
+    config_type = ProgressiveResolution
+    phase = Phase.SIZES
+    places = frozenset({Place.FORWARD})
+    settings: ProgressiveResolution
+
+    def __init__(self, config: ProgressiveResolution, model: Model) -> None:
+        super().__init__(config, model)
+        # (transformer, branch) -> its last full step, what this predicted of high frequencies, and what it adds to low
+        self._full: dict[tuple[str, str], tuple[int, Tensor, Tensor]] = {}
+        self._log: list[CachedForward] = []
+        self.exclusive = frozenset({"cache"} if config.every > 1 else ())  # type: ignore[misc] - of these settings
+        taken, given = ((model.config or {}).get(f"{side}_channels") for side in ("in", "out"))
+        if taken and given and taken not in (given, 4 * given):
+            raise _refused(f"a transformer that takes {taken} channels, conditions among them, and gives {given}")
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Refuse what makes a small picture too and, beside steps of two sizes, what follows a step's one forward."""
+        for other in others:
+            follows = self.settings.every > 1 and "perturbed prediction" in other.exclusive
+            if follows or getattr(other, "two_stages", False):
+                raise ConfigError(
+                    f"progressive (every = {self.settings.every}) and {other.name} both run further forwards; attach "
+                    "one of them, or leave every out"
+                )
+
+    def install(self, site: Site) -> None:
+        """Run around every forward of the transformer."""
+        site.around_forward(lambda context, run: self._around(site, context, run))
+
+    def _around(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
+        latents, sigma, settings = context.inputs[site.adapter.latents], context.sigma, self.settings
+        if context.training or is_recorded(latents) or sigma == 0:
+            return run()
+        if sigma is None or context.noise != "flow":
+            raise settings.noise_needed().untold(noise="none" if sigma is None else context.noise)
+        index, count, key = context.step_index, context.num_inference_steps, (context.transformer, context.branch)
+        full = self._full.pop(key, None)
+        small = settings.is_small(index, count, sigma, full and index - full[0])
+        self._log.append(CachedForward(
+            transformer=key[0], step_index=index, branch=key[1], reused=small, reason="" if small else "full size",
+        ))  # fmt: skip
+        if not (small or settings.is_small(index + 1, count, 0.0, 1)):
+            return run()
+        layout = _poolable_layout(site, context)
+        x = unpacked(latents.to(torch.promote_types(latents.dtype, torch.float32)), layout)
+        low, output = x.new_zeros(()), None
+        if small or settings.tau:  # before the full forward, beside which no method would learn from it
+            low, output = _run_small(site, context, run, x, layout)
+        if small:
+            clean = doubled(low) if full is None else doubled(low + full[2]) + full[1]
+            output = with_sample(output, packed((x - clean) / sigma, like=latents))
+        else:
+            output = run()
+            clean = x - sigma * unpacked(sample_of(output), layout)
+            half = halved(clean)
+            full = index, clean - doubled(half), half - low if settings.tau else low
+        if full is not None:
+            self._full[key] = full
+            self.note_held(sum(high.nbytes + tau.nbytes for _, high, tau in self._full.values()))
+        return output
+
+    def reset(self) -> None:
+        self._full.clear()
+
+    def begin_run(self) -> None:
+        self._log.clear()
+
+    def report(self) -> Section | None:
+        section, small = section_of(self.name, self._log, None), sum(entry.reused for entry in self._log)
+        title = f"progressive: {small} of {len(self._log)} forwards at half the height and width (# full, . small)"
+        return section and replace(section, title=title)
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        settings, family, full, small = self.settings, self.model.family, None, set[int]()
+        assert family is not None
+        for index in range(steps):
+            if settings.is_small(index, steps, 1 - index / steps, None if full is None else index - full):
+                small.add(index)
+            else:
+                full = index
+        width, sizes = family.heads * family.head_dim, (halved_layout(layout).tokens, layout.tokens)
+        one, whole = (tokens * (2 * width + family.ffn_dim + tokens) for tokens in sizes)  # FLOPs, but for a factor
+        beside = steps - len(small) if settings.every > 1 and settings.tau else 0
+        note = (
+            f"progressive is counted with {len(small)} of {steps} small steps; a noise shift above 1 has more of them"
+        )
+        return Saving(
+            forwards=family.forwards_per_step * len(small), skipped=frozenset(small), notes=(note,) if small else (),
+            extra_forwards=family.forwards_per_step * (len(small) + beside) * one / whole,
+        )  # fmt: skip
+
+
+def _run_small(
+    site: Site, context: ForwardContext, run: Callable[..., Any], x: Tensor, layout: TokenLayout
+) -> tuple[Tensor, Any]:
+    """Run a forward at half the height and width; return the clean latents that it predicts, and its output.
+
+    The mean of 2 x 2 latents (1 - s) clean + s noise has half the noise, (1 - s) clean + s / 2 noise. Divided by
+    1 - s / 2 they are latents of the noise level s / (2 - s).
+    """
+    inputs, adapter, half, sigma = context.inputs, site.adapter, halved_layout(layout), context.sigma or 0.0
+    pooled, level = halved(x) / (1 - sigma / 2), sigma / (2 - sigma)
+    # the last of an odd number of rows or columns is laid twice
+    ends = zip((2 * half.height, 2 * half.width), pooled.shape[-2:], strict=True)
+    rows, columns = (torch.arange(end, device=x.device).clamp(max=size - 1) for end, size in ends)
+    even = pooled[..., rows[:, None], columns]
+    timestep = inputs[adapter.timestep] * (level / sigma)
+    given = {adapter.latents: packed(even, like=inputs[adapter.latents]), adapter.timestep: timestep}
+    if (ids := inputs.get("img_ids")) is not None:  # those of the first rows and columns, as of a small picture
+        placed = ids.unflatten(-2, (layout.height, layout.width))
+        given["img_ids"] = placed[..., : half.height, : half.width, :].flatten(-3, -2)
+    if (shapes := inputs.get("img_shapes")) is not None:
+        given["img_shapes"] = [[half.grid[:3]]] * len(shapes)
+    with site.branch("small"):
+        output = run(**given)
+    clean = even - level * unpacked(sample_of(output).to(x.dtype), half)
+    return clean[..., : pooled.shape[-2], : pooled.shape[-1]], output
+
+
+def _poolable_layout(site: Site, context: ForwardContext) -> TokenLayout:
+    """Return a forward's layout; raise `ConfigError` for tokens or other inputs that can't be pooled."""
+    layout, latents = context.layout, context.inputs[site.adapter.latents]
+    further = [name for name, value in context.inputs.items() if "control" in name and value is not None]
+    if layout is None or not isinstance(latents, Tensor):
+        raise _refused("latents whose rows and columns are not known")
+    if further or (latents.dim() == 3 and latents.shape[1] != layout.visual_tokens):
+        raise _refused(f"control or reference tokens, which came in {[*further, site.adapter.latents][0]}")
+    if context.inputs[site.adapter.timestep].dim() > 1:
+        raise _refused("a timestep for each token")
+    return layout
+
+
+def halved_layout(layout: TokenLayout) -> TokenLayout:
+    """Return the layout of a small step."""
+    return replace(layout, height=-(-layout.height // 2), width=-(-layout.width // 2))
+
+
+def halved(x: Tensor) -> Tensor:
+    """Return the means of 2 x 2 of a tensor [..., H, W]."""
+    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean((-3, -1))
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Return a tensor [..., H, W] with each value four times, [..., 2 H, 2 W]."""
+    return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def unpacked(latents: Tensor, layout: TokenLayout) -> Tensor:
+    """Return latents [..., H, W], also of those packed as [B, tokens, 4 C], a token's channels one after the other."""
+    if latents.dim() != 3:
+        return latents
+    squares = latents.unflatten(1, layout.grid[:3]).unflatten(-1, (-1, 2, 2))  # [B, F, Y, X, C, 2, 2]
+    return squares.permute(0, 1, 4, 2, 5, 3, 6).flatten(-2).flatten(-3, -2)
+
+
+def packed(x: Tensor, like: Tensor) -> Tensor:
+    """Return latents [..., H, W] as those of ``like`` lie, packed or not, in their dtype."""
+    if like.dim() == 3:
+        squares = x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, F, C, Y, 2, X, 2]
+        x = squares.permute(0, 1, 3, 5, 2, 4, 6).flatten(-3).flatten(1, 3)
+    return x.to(like.dtype)
+
+
+def _refused(what: str) -> ConfigError:
+    return ConfigError(f"progressive can't halve {what}; detach it, or take a step cache such as EasyCache")
