@@ -123,7 +123,9 @@ def declared(trial: Trial) -> str | None:
         return STILL[trial.method]
     if trial.method in COUNTED and "scheduler" not in trial.pipe.components:
         return "needs the number of steps"
-    if trial.method == "seacache" and not hasattr(trial.pipe.components.get("scheduler"), "sigmas"):
+    if trial.method == "progressive" and (why := _not_pooled(transformer.config, names)):
+        return why
+    if trial.method in ("seacache", "progressive") and not hasattr(trial.pipe.components.get("scheduler"), "sigmas"):
         return "needs the noise level"
     if trial.method == "profilingcache" and not adapter.guidance.share_prefix:
         return "whose results it takes besides its streams"
@@ -132,6 +134,14 @@ def declared(trial: Trial) -> str | None:
     if trial.method == "diffusers-cache":
         return _no_native(adapter, transformer, trial)
     return _not_guided(adapter, trial) if trial.method in GUIDING else None
+
+
+def _not_pooled(config: Any, names: set[str]) -> str | None:
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if given and taken not in (given, 4 * given):
+        return "conditions among them"
+    beside = any(word in name for name in names for word in ("ControlNet", "VACE", "Kontext", "Edit", "Layered"))
+    return "control or reference tokens" if beside else None
 
 
 def _flows(pipe: Any) -> bool:
