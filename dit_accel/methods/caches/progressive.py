@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -135,13 +136,12 @@ class ProgressiveHandler(Handler):
         return section and replace(section, title=title)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        settings, family, full, small = self.settings, self.model.family, None, set[int]()
+        settings, family, small, since = self.settings, self.model.family, set[int](), None
         assert family is not None
-        for index in range(steps):
-            if settings.is_small(index, steps, 1 - index / steps, None if full is None else index - full):
+        for index in range(steps):  # as if noise levels fell evenly
+            if settings.is_small(index, steps, 1 - index / steps, since):
                 small.add(index)
-            else:
-                full = index
+            since = 1 if index not in small else since and since + 1
         width, sizes = family.heads * family.head_dim, (halved_layout(layout).tokens, layout.tokens)
         one, whole = (tokens * (2 * width + family.ffn_dim + tokens) for tokens in sizes)  # FLOPs, but for a factor
         beside = steps - len(small) if settings.every > 1 and settings.tau else 0
@@ -210,19 +210,14 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def unpacked(latents: Tensor, layout: TokenLayout) -> Tensor:
-    """Return latents [..., H, W], also of those packed as [B, tokens, 4 C], a token's channels one after the other."""
-    if latents.dim() != 3:
-        return latents
-    squares = latents.unflatten(1, layout.grid[:3]).unflatten(-1, (-1, 2, 2))  # [B, F, Y, X, C, 2, 2]
-    return squares.permute(0, 1, 4, 2, 5, 3, 6).flatten(-2).flatten(-3, -2)
+    """Return latents [..., H, W], also of those packed as [B, tokens, 4 C]."""
+    tokens = latents.dim() == 3
+    return F.pixel_shuffle(latents.unflatten(1, layout.grid[:3]).movedim(-1, 2), 2) if tokens else latents
 
 
 def packed(x: Tensor, like: Tensor) -> Tensor:
     """Return latents [..., H, W] as those of ``like`` lie, packed or not, in their dtype."""
-    if like.dim() == 3:
-        squares = x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, F, C, Y, 2, X, 2]
-        x = squares.permute(0, 1, 3, 5, 2, 4, 6).flatten(-3).flatten(1, 3)
-    return x.to(like.dtype)
+    return (F.pixel_unshuffle(x, 2).movedim(2, -1).flatten(1, 3) if like.dim() == 3 else x).to(like.dtype)
 
 
 def _refused(what: str) -> ConfigError:
