@@ -192,8 +192,7 @@ class Adapter:
         makes_images: the models make single images, on which methods for several frames make no sense.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
-        refused: method name -> why it makes no sense here; `IMAGE_REFUSED` is added where a model makes images, and
-            ``progressive`` without ``flow``.
+        refused: method name -> why it makes no sense here; `IMAGE_REFUSED` is added where a model makes images.
 
     Raises:
         ConfigError: for names, families or functions of another type.
@@ -230,9 +229,6 @@ class Adapter:
     def __post_init__(self) -> None:
         if self.makes_images:
             object.__setattr__(self, "refused", {**IMAGE_REFUSED, **self.refused})
-        if not self.flow:
-            unsaid = "its adapter does not say that it predicts a flow of latents that can be pooled (Adapter.flow)"
-            object.__setattr__(self, "refused", {"progressive": unsaid, **self.refused})
         for name in ("transformers", "self_attention", "side_attention"):
             self._check_tuple(name, str, "names")
         self._check_tuple("families", Family, "Family objects")

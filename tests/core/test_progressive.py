@@ -106,8 +106,8 @@ def test_a_plan_counts_small_forwards_by_their_size():
     ("config", "options", "beside", "words"),
     [
         ({"in_channels": 36, "out_channels": 16}, {}, [], "36.*16"),
-        ({}, {"every": 2}, [PAG(layers="L1")], r"every = 2.*pag"),
-        ({}, {}, [UltraImage(guided=True, trained_height=4, trained_width=4, correct=False)], r"ultraimage.*small"),
+        ({}, {"every": 2}, [PAG(layers="L1")], r"pag.*every = 2"),
+        ({}, {}, [UltraImage(guided=True, trained_height=4, trained_width=4, correct=False)], "ultraimage"),
     ],
 )
 def test_what_cannot_be_pooled_or_followed_is_refused(config, options, beside, words):

@@ -53,7 +53,7 @@ FIXED = {
     "ultravico": {"center_keys": True},
     "rope": {"kind": "riflex"},
     "delta": {"stride": 64, "reuse": 1, "shrink": True, "rotate": True, "margin": 1.0},
-    "progressive": {"until": 0.8, "every": 1, "tau": True, "warmup_steps": 0, "last_steps": 1},
+    "progressive": {"until": 0.8, "every": 1, "tau": True, "last_steps": 1},
     "dfa": {"every": 2, "share": None, "strict": False, "warmup_steps": 0.2, "last_steps": 1},
     "pag": {"rescale": 0.0, "mode": "branch", "rows": "all", "share_prefix": True},
     "slg": {"rescale": 0.0, "mode": "branch", "share_prefix": True},

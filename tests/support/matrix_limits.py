@@ -123,7 +123,7 @@ def declared(trial: Trial) -> str | None:
         return STILL[trial.method]
     if trial.method in COUNTED and "scheduler" not in trial.pipe.components:
         return "needs the number of steps"
-    if trial.method == "progressive" and (why := _not_pooled(transformer.config, names)):
+    if trial.method == "progressive" and (why := _not_pooled(adapter, transformer.config, names)):
         return why
     if trial.method in ("seacache", "progressive") and not hasattr(trial.pipe.components.get("scheduler"), "sigmas"):
         return "needs the noise level"
@@ -136,7 +136,9 @@ def declared(trial: Trial) -> str | None:
     return _not_guided(adapter, trial) if trial.method in GUIDING else None
 
 
-def _not_pooled(config: Any, names: set[str]) -> str | None:
+def _not_pooled(adapter: Adapter, config: Any, names: set[str]) -> str | None:
+    if not adapter.flow:
+        return "Adapter.flow"
     taken, given = config.get("in_channels"), config.get("out_channels")
     if given and taken not in (given, 4 * given):
         return "conditions among them"

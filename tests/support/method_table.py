@@ -193,7 +193,7 @@ TABLE: dict[str, MethodCase] = {
     ),
     "seacache": _row("seacache", *each(threshold=(-0.1,)), held=(2 + 1) * OUTPUT),
     "progressive": _case(
-        *each(until=(1.5,), every=(0,), tau=(1,), warmup_steps=(-1,), last_steps=(1.5,)),
+        *each(until=(1.5,), every=(0,), tau=(1,), last_steps=(1.5,)),
         neutral=d.ProgressiveResolution(until=1.0), active=d.ProgressiveResolution(until=0.0, last_steps=0),
         beside=(RADIAL, LITE, SPARSED, d.EasyCache(threshold=0.0), d.UltraViCo(trained_frames=2, alpha=0.5)), held=0,
     ),

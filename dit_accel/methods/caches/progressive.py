@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
+from ...rules.steps import whole_steps
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..gradients import is_recorded
@@ -23,7 +24,6 @@ from ..noise import FLOW, NeedsNoise
 from ..options import Count, Share, Steps
 from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
-from ..steps import end_steps
 from .log import CachedForward, section_of
 
 
@@ -37,8 +37,7 @@ class ProgressiveResolution(MethodConfig):
             predicted: a step cache whose skipped steps compute a little. 1: all are full.
         tau: correct the small steps of ``every`` by what both sizes differed by at the last full one, as multigrid's
             full approximation scheme does, which takes a small forward beside each full one.
-        warmup_steps: first steps that are full; below 1 a share of the run's steps, rounded up.
-        last_steps: last steps that are full, likewise.
+        last_steps: last steps that are full; below 1 a share of the run's steps, rounded up.
     """
 
     name: ClassVar[str] = "progressive"
@@ -46,7 +45,6 @@ class ProgressiveResolution(MethodConfig):
     until: Share = 0.8
     every: Count = 1
     tau: bool = True
-    warmup_steps: Steps = 0
     last_steps: Steps = 1
 
     def noise_needed(self) -> NeedsNoise:
@@ -55,9 +53,8 @@ class ProgressiveResolution(MethodConfig):
 
     def is_small(self, index: int, count: int | None, sigma: float, since: int | None) -> bool:
         """Tell whether a step is small, ``since`` steps after the branch's last full one, if it had any."""
-        first, last = end_steps(self, "warmup_steps", "last_steps", count)
-        inside = index >= first and (count is None or index < count - last)
-        return inside and (sigma > self.until or (since is not None and since < self.every))
+        wanted = sigma > self.until or (since is not None and since < self.every)
+        return wanted and (count is None or index < count - whole_steps(self.last_steps, count))
 
 
 class ProgressiveHandler(Handler):
@@ -74,6 +71,10 @@ class ProgressiveHandler(Handler):
         self._full: dict[tuple[str, str], tuple[int, Tensor, Tensor]] = {}
         self._log: list[CachedForward] = []
         self.exclusive = frozenset({"cache"} if config.every > 1 else ())  # type: ignore[misc] - of these settings
+        if not model.adapter.flow:
+            raise _refused(
+                f"what {model.adapter.name} predicts: its adapter does not say that it is a flow (Adapter.flow)"
+            )
         taken, given = ((model.config or {}).get(f"{side}_channels") for side in ("in", "out"))
         if taken and given and taken not in (given, 4 * given):
             raise _refused(f"a transformer that takes {taken} channels, conditions among them, and gives {given}")
@@ -83,10 +84,7 @@ class ProgressiveHandler(Handler):
         for other in others:
             follows = self.settings.every > 1 and "perturbed prediction" in other.exclusive
             if follows or getattr(other, "two_stages", False):
-                raise ConfigError(
-                    f"progressive (every = {self.settings.every}) and {other.name} both run further forwards; attach "
-                    "one of them, or leave every out"
-                )
+                raise _refused(f"the forwards of {other.name} with progressive.every = {self.settings.every}")
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer."""
@@ -106,11 +104,10 @@ class ProgressiveHandler(Handler):
         ))  # fmt: skip
         if not (small or settings.is_small(index + 1, count, 0.0, 1)):
             return run()
-        layout = _poolable_layout(site, context)
+        layout = poolable_layout(site, context)
         x = unpacked(latents.to(torch.promote_types(latents.dtype, torch.float32)), layout)
-        low, output = x.new_zeros(()), None
-        if small or settings.tau:  # before the full forward, beside which no method would learn from it
-            low, output = _run_small(site, context, run, x, layout)
+        # before the full forward, beside which no method would learn from it
+        low, output = _run_small(site, context, run, x) if small or settings.tau else (x.new_zeros(()), None)
         if small:
             clean = doubled(low) if full is None else doubled(low + full[2]) + full[1]
             output = with_sample(output, packed((x - clean) / sigma, like=latents))
@@ -145,25 +142,21 @@ class ProgressiveHandler(Handler):
         width, sizes = family.heads * family.head_dim, (halved_layout(layout).tokens, layout.tokens)
         one, whole = (tokens * (2 * width + family.ffn_dim + tokens) for tokens in sizes)  # FLOPs, but for a factor
         beside = steps - len(small) if settings.every > 1 and settings.tau else 0
-        note = (
-            f"progressive is counted with {len(small)} of {steps} small steps; a noise shift above 1 has more of them"
+        note = f"{len(small)} of {steps} steps of progressive are counted as small; a noise shift above 1 has more"
+        saved, further = (
+            family.forwards_per_step * count for count in (len(small), (len(small) + beside) * one / whole)
         )
-        return Saving(
-            forwards=family.forwards_per_step * len(small), skipped=frozenset(small), notes=(note,) if small else (),
-            extra_forwards=family.forwards_per_step * (len(small) + beside) * one / whole,
-        )  # fmt: skip
+        return Saving(forwards=saved, skipped=frozenset(small), extra_forwards=further, notes=(note,) if small else ())
 
 
-def _run_small(
-    site: Site, context: ForwardContext, run: Callable[..., Any], x: Tensor, layout: TokenLayout
-) -> tuple[Tensor, Any]:
+def _run_small(site: Site, context: ForwardContext, run: Callable[..., Any], x: Tensor) -> tuple[Tensor, Any]:
     """Run a forward at half the height and width; return the clean latents that it predicts, and its output.
 
     The mean of 2 x 2 latents (1 - s) clean + s noise has half the noise, (1 - s) clean + s / 2 noise. Divided by
     1 - s / 2 they are latents of the noise level s / (2 - s).
     """
-    inputs, adapter, half, sigma = context.inputs, site.adapter, halved_layout(layout), context.sigma or 0.0
-    pooled, level = halved(x) / (1 - sigma / 2), sigma / (2 - sigma)
+    inputs, adapter, sigma, layout = context.inputs, site.adapter, context.sigma or 0.0, poolable_layout(site, context)
+    half, pooled, level = halved_layout(layout), halved(x) / (1 - sigma / 2), sigma / (2 - sigma)
     # the last of an odd number of rows or columns is laid twice
     ends = zip((2 * half.height, 2 * half.width), pooled.shape[-2:], strict=True)
     rows, columns = (torch.arange(end, device=x.device).clamp(max=size - 1) for end, size in ends)
@@ -181,7 +174,7 @@ def _run_small(
     return clean[..., : pooled.shape[-2], : pooled.shape[-1]], output
 
 
-def _poolable_layout(site: Site, context: ForwardContext) -> TokenLayout:
+def poolable_layout(site: Site, context: ForwardContext) -> TokenLayout:
     """Return a forward's layout; raise `ConfigError` for tokens or other inputs that can't be pooled."""
     layout, latents = context.layout, context.inputs[site.adapter.latents]
     further = [name for name, value in context.inputs.items() if "control" in name and value is not None]
