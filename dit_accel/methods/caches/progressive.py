@@ -1,8 +1,7 @@
 """Progressive resolution: steps at half the height and width, while noise hides what the full size would add.
 
-Sources: Bottleneck Sampling (arXiv 2503.18940), Jenga (arXiv 2505.16864) and SGLang's ``--progressive-mode`` change the
-size in the pipeline. Here its scheduler and latents keep their size: the transformer alone runs small, on pooled
-latents at the noise level that pooling leaves, and its prediction is enlarged to the velocity of the full size.
+Sources: Bottleneck Sampling (arXiv 2503.18940), Jenga (arXiv 2505.16864). They change the size in the pipeline; here
+the transformer alone runs small, on pooled latents, and its prediction is enlarged to the velocity of the full size.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,10 +32,10 @@ class ProgressiveResolution(MethodConfig):
 
     Attributes:
         until: noise level from 0 to 1 above which steps are small; 1: none is.
-        every: below that one step in so many is full, and those between are small and keep the high frequencies that it
+        every: below that one step in so many is full, and small ones between keep the high frequencies that it
             predicted: a step cache whose skipped steps compute a little. 1: all are full.
-        tau: correct the small steps of ``every`` by what both sizes differed by at the last full one, as multigrid's
-            full approximation scheme does, which takes a small forward beside each full one.
+        tau: correct those by what both sizes differed by at the full one, as multigrid's full approximation scheme
+            does, which takes a small forward beside each full one.
         last_steps: last steps that are full; below 1 a share of the run's steps, rounded up.
     """
 
@@ -114,8 +113,7 @@ class ProgressiveHandler(Handler):
         else:
             output = run()
             clean = x - sigma * unpacked(sample_of(output), layout)
-            half = halved(clean)
-            full = index, clean - doubled(half), half - low if settings.tau else low
+            full = index, clean - doubled(halved(clean)), halved(clean) - low if settings.tau else low
         if full is not None:
             self._full[key] = full
             self.note_held(sum(high.nbytes + tau.nbytes for _, high, tau in self._full.values()))
@@ -133,13 +131,13 @@ class ProgressiveHandler(Handler):
         return section and replace(section, title=title)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        settings, family, small, since = self.settings, self.model.family, set[int](), None
-        assert family is not None
+        family: Any = self.model.family
+        settings, small, since = self.settings, set[int](), None
         for index in range(steps):  # as if noise levels fell evenly
             if settings.is_small(index, steps, 1 - index / steps, since):
                 small.add(index)
             since = 1 if index not in small else since and since + 1
-        width, sizes = family.heads * family.head_dim, (halved_layout(layout).tokens, layout.tokens)
+        width, sizes = family.heads * family.head_dim, (_half(layout).tokens, layout.tokens)
         one, whole = (tokens * (2 * width + family.ffn_dim + tokens) for tokens in sizes)  # FLOPs, but for a factor
         beside = steps - len(small) if settings.every > 1 and settings.tau else 0
         note = f"{len(small)} of {steps} steps of progressive are counted as small; a noise shift above 1 has more"
@@ -156,7 +154,7 @@ def _run_small(site: Site, context: ForwardContext, run: Callable[..., Any], x: 
     1 - s / 2 they are latents of the noise level s / (2 - s).
     """
     inputs, adapter, sigma, layout = context.inputs, site.adapter, context.sigma or 0.0, poolable_layout(site, context)
-    half, pooled, level = halved_layout(layout), halved(x) / (1 - sigma / 2), sigma / (2 - sigma)
+    half, pooled, level = _half(layout), halved(x) / (1 - sigma / 2), sigma / (2 - sigma)
     # the last of an odd number of rows or columns is laid twice
     ends = zip((2 * half.height, 2 * half.width), pooled.shape[-2:], strict=True)
     rows, columns = (torch.arange(end, device=x.device).clamp(max=size - 1) for end, size in ends)
@@ -187,8 +185,7 @@ def poolable_layout(site: Site, context: ForwardContext) -> TokenLayout:
     return layout
 
 
-def halved_layout(layout: TokenLayout) -> TokenLayout:
-    """Return the layout of a small step."""
+def _half(layout: TokenLayout) -> TokenLayout:
     return replace(layout, height=-(-layout.height // 2), width=-(-layout.width // 2))
 
 
@@ -204,8 +201,7 @@ def doubled(x: Tensor) -> Tensor:
 
 def unpacked(latents: Tensor, layout: TokenLayout) -> Tensor:
     """Return latents [..., H, W], also of those packed as [B, tokens, 4 C]."""
-    tokens = latents.dim() == 3
-    return F.pixel_shuffle(latents.unflatten(1, layout.grid[:3]).movedim(-1, 2), 2) if tokens else latents
+    return latents if latents.dim() != 3 else F.pixel_shuffle(latents.unflatten(1, layout.grid[:3]).movedim(-1, 2), 2)
 
 
 def packed(x: Tensor, like: Tensor) -> Tensor:
