@@ -1,7 +1,6 @@
 """Progressive resolution: steps at half the height and width, while noise hides what the full size would add.
 
-Sources: Bottleneck Sampling (arXiv 2503.18940), Jenga (arXiv 2505.16864). They change the size in the pipeline; here
-the transformer alone runs small, on pooled latents, and its prediction is enlarged to the velocity of the full size.
+Bottleneck Sampling (arXiv 2503.18940) and Jenga (arXiv 2505.16864) change the size in the pipeline, this in the forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -127,7 +126,7 @@ class ProgressiveHandler(Handler):
 
     def report(self) -> Section | None:
         section, small = section_of(self.name, self._log, None), sum(entry.reused for entry in self._log)
-        title = f"progressive: {small} of {len(self._log)} forwards at half the height and width (# full, . small)"
+        title = f"progressive: {small} of {len(self._log)} forwards small (# full, . small)"
         return section and replace(section, title=title)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
@@ -150,8 +149,7 @@ class ProgressiveHandler(Handler):
 def _run_small(site: Site, context: ForwardContext, run: Callable[..., Any], x: Tensor) -> tuple[Tensor, Any]:
     """Run a forward at half the height and width; return the clean latents that it predicts, and its output.
 
-    The mean of 2 x 2 latents (1 - s) clean + s noise has half the noise, (1 - s) clean + s / 2 noise. Divided by
-    1 - s / 2 they are latents of the noise level s / (2 - s).
+    The means of 2 x 2 latents (1 - s) clean + s noise, by 1 - s / 2, are latents of the noise level s / (2 - s).
     """
     inputs, adapter, sigma, layout = context.inputs, site.adapter, context.sigma or 0.0, poolable_layout(site, context)
     half, pooled, level = _half(layout), halved(x) / (1 - sigma / 2), sigma / (2 - sigma)
