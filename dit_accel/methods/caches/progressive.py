@@ -1,6 +1,6 @@
 """Progressive resolution: steps at half the height and width, while noise hides what the full size would add.
 
-Bottleneck Sampling (arXiv 2503.18940) and Jenga (arXiv 2505.16864) change the size in the pipeline, this in the forward.
+Bottleneck Sampling (arXiv 2503.18940) and Jenga (arXiv 2505.16864) change it in the pipeline, here the forward does.
 """
 
 from collections.abc import Callable, Sequence
@@ -126,8 +126,7 @@ class ProgressiveHandler(Handler):
 
     def report(self) -> Section | None:
         section, small = section_of(self.name, self._log, None), sum(entry.reused for entry in self._log)
-        title = f"progressive: {small} of {len(self._log)} forwards small (# full, . small)"
-        return section and replace(section, title=title)
+        return section and replace(section, title=f"progressive: {small} of {len(self._log)} small (# full, . small)")
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         family: Any = self.model.family
