@@ -251,7 +251,7 @@ def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_p
     for name in ("num_layers", "num_single_layers"):
         monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], name, 1)
     vae = train_image.ImageVaeTraining(steps=2, picture=48, crop=32, batch=1)
-    flux = train_image.FluxTraining(steps=3, picture=48, batch=2)
+    flux = train_image.FluxTraining(steps=3, sizes=((0.5, 48, 2), (0.5, 64, 1)))
     for name, parts in (("whole", (3,)), ("parts", (1, 2))):
         folder = tmp_path / name
         for part in parts:
