@@ -24,8 +24,10 @@ from torch import Tensor
 
 SHARD = 50
 TARGETS = {"to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"}
-FLUX_TARGETS = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-                "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"}  # fmt: skip
+FLUX_TARGETS = {
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +179,7 @@ def paths_on_disk(subject: Video, config: Distillation, run: Path, budget: Budge
                 return None
             parts = [path_of(subject, config, range(k, k + 10)) for k in range(first, first + SHARD, 10)]
             save_atomic({"path": torch.cat([part["path"] for part in parts], dim=1),
-                         "texts": sum((part["texts"] for part in parts), [])}, path)  # fmt: skip
+                         "texts": [text for part in parts for text in part["texts"]]}, path)  # fmt: skip
         paths.append(path)
     return paths
 
@@ -224,26 +226,10 @@ def step_loss(subject: Video, config: Distillation, shards: list[dict[str, Any]]
     return loss_at
 
 
-def save(subject: Video, averages: Averages, config: Distillation, out: Path) -> None:
-    """Write the averaged LoRA as diffusers reads it, with what it is sampled with in the file's metadata."""
-    from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    averages.swap()
-    state = get_peft_model_state_dict(subject.pipe.transformer)
-    averages.swap()
-    notes = {"model": config.model, "num_inference_steps": config.student_steps, "guidance_scale": 1.0,
-             "solver": "euler"} | ({} if isinstance(subject, Image) else {"flow_shift": config.flow_shift})  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"transformer.{name}": value.half().contiguous() for name, value in state.items()}
-    save_file(tensors, out, metadata={"format": "pt", "few_steps": json.dumps(notes)})
-
-
 def main() -> None:
-    """Follow the teacher, train, and write the LoRA once its steps are done."""
+    """Follow the teacher and train; `export_lora.py` packs what the checkpoint holds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=RUNS / "distill")
-    parser.add_argument("--out", type=Path, help="file of the LoRA (default: lora.safetensors in the run's folder)")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--set", type=json.loads, default={}, help="changes to the recipe as JSON")
     parser.add_argument("--change", action="store_true", help="go on from a checkpoint of another recipe")
@@ -258,12 +244,10 @@ def main() -> None:
     torch.manual_seed(config.seed)
     add_lora(subject, config.rank)
     loss_at = step_loss(subject, config, [torch.load(path) for path in paths])
-    step, averages, _ = run_training(
+    run_training(
         config, {"transformer": subject.pipe.transformer}, loss_at, run=args.run, budget=budget, change=args.change,
         plain_names=("",), muon_dtype=fast_dtype(), log_every=25,
     )  # fmt: skip
-    if step == config.steps:
-        save(subject, averages, config, args.out or args.run / "lora.safetensors")
 
 
 if __name__ == "__main__":
