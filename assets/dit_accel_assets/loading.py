@@ -49,7 +49,7 @@ def opened(kind: type[DiffusionPipeline], name: str, **options: Any) -> Diffusio
         return kind.from_pretrained(folder, **options)
     whole = kind.from_pretrained(MODELS / base, **options)
     parts = {key: part for key, part in whole.components.items() if key != "scheduler"}
-    pipe = kind.from_pretrained(folder, **{**options, **parts})
+    pipe = type(whole).from_pretrained(folder, **{**options, **parts})  # the base class takes no optional parts
     pipe.load_lora_weights(folder, use_safetensors=True)
     pipe.fuse_lora(components=["transformer"])
     pipe.unload_lora_weights()
