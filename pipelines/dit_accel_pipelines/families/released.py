@@ -38,8 +38,6 @@ SIZES = """
 40 40 128 13824 4x8  0    512   720x1280 81  40 wan2.2-i2v-a14b Wan-AI/Wan2.2-I2V-A14B-Diffusers
 30 24 128 14336 4x16 0    512   704x1280 121 50 wan2.2-ti2v-5b Wan-AI/Wan2.2-TI2V-5B-Diffusers
 12 2  64  512   2x4  0    512    64x64   17  20 wan-tiny embedded/wan-tiny
-12 2  64  512   2x4  0    512    64x64   17  4  wan-tiny-4 embedded/wan-tiny-4
-12 2  64  512   2x4  0    512    64x64   17  8  wan-tiny-8 embedded/wan-tiny-8
 6  5  32  480   2x4  0    512    64x64   17  20 wan-plain embedded/wan-plain
 [wan-animate]
 # Frames as made at a time, as those of helios and framepack.
@@ -90,8 +88,6 @@ SIZES = """
 57 24 128 12288 1x8  256  0    1024x1024 1   4  flux.1-schnell black-forest-labs/FLUX.1-schnell
 57 24 128 12288 1x8  512  0    1024x1024 1   28 flux.1-kontext-dev black-forest-labs/FLUX.1-Kontext-dev
 12 2  64  512   1x4  64   0      96x96   1   20 flux-tiny embedded/flux-tiny
-12 2  64  512   1x4  64   0      96x96   1   4  flux-tiny-4 embedded/flux-tiny-4
-12 2  64  512   1x4  64   0      96x96   1   8  flux-tiny-8 embedded/flux-tiny-8
 [flux2]
 56 48 128 27648 1x8  512  0    1024x1024 1   50 flux.2-dev black-forest-labs/FLUX.2-dev
 [sd3]

@@ -66,8 +66,6 @@ FURTHER: dict[str, dict[str, Any]] = {
         "recipes": {**_EMBEDDED, "sol": {"beta": 0.5, "block_size": 16}},
     },
 }
-# distilled, so that they run without guidance
-FURTHER |= {f"wan-tiny-{steps}": {**FURTHER["wan-tiny"], "forwards_per_step": 1} for steps in (4, 8)}
 
 
 def timestep_embedding(transformer: Any, inputs: Mapping[str, Any]) -> Any:
