@@ -14,7 +14,7 @@ from dit_accel_assets import catalog, checker, clips, loading, painter, world
 
 import dit_accel
 
-EVERY_MODEL = pytest.mark.parametrize("name", catalog.KNOWN)
+EVERY_MODEL = pytest.mark.parametrize("name", [name for name, model in catalog.KNOWN.items() if not model.base])
 
 
 @pytest.fixture(scope="module", params=assets.model_names())
