@@ -68,7 +68,9 @@ def test_keys_are_exact_where_the_model_gives_references_a_fixed_timestep():
 
 
 def test_what_does_not_go_together_is_refused_by_name():
-    wan, flux = (Case(adapter_for(one.transformer.__name__), one) for one in (tiny.MODELS["wan"][0], tiny.FLUX2[1]))
+    wan, flux = (
+        Case(adapter_for(one.transformer.__name__), one) for one in (tiny.MODELS["wan"][0], tiny.MODELS["flux2"][1])
+    )
     with pytest.raises(ConfigError, match=r"referencecache.*wan.*VACE"):
         d.attach(wan.transformer, d.ReferenceCache())
     with pytest.raises(ConfigError, match=r"referencecache.*dbprune"):

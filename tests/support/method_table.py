@@ -233,7 +233,7 @@ TABLE: dict[str, MethodCase] = {
     "referencecache": _case(  # on `EDITING`: 6 reference tokens, 4 layers
         *each(refresh_every=(0, 1.5), warmup_steps=(0,)), neutral=d.ReferenceCache(refresh_every=1),
         active=d.ReferenceCache(refresh_every=9), warm=1, held=2 * 4 * 2 * 4 * 6 * 32,
-        beside=(d.SolAttention(**SPARSE), d.PAG(layers="L1", scale=2.0)),
+        beside=(d.SolAttention(**SPARSE),),
     ),
     "softpag": _guidance(
         d.SoftPAG(heads="L1H0", u=0.7, scale=2.0), *each(u=(1.5, -0.1), target=("zero",)),

@@ -87,7 +87,7 @@ class ReferenceHandler(Handler):
         count, others = layout.text_after, layout.tokens - layout.text_after
         if k.shape[axis] == layout.tokens:
             layers[layer] = k.narrow(axis, others, count).clone(), v.narrow(axis, others, count).clone()
-        elif k.shape[axis] == others:  # an IP-Adapter has keys of its own
+        elif rows is not None and k.shape[axis] == others:  # an IP-Adapter has keys of its own
             k, v = (torch.cat([x, more[rows]], axis) for x, more in zip((k, v), layers[layer], strict=True))
             mask = mask if mask is None else F.pad(mask, (0, count), value=mask.dtype == torch.bool)
         return k, v, mask
