@@ -29,6 +29,7 @@ from .methods.caches.mag import MagCache as MagCache
 from .methods.caches.profiling import ProfilingCache as ProfilingCache
 from .methods.caches.progressive import ProgressiveResolution as ProgressiveResolution
 from .methods.caches.prune import DBPrune as DBPrune
+from .methods.caches.reference import ReferenceCache as ReferenceCache
 from .methods.caches.sea import SeaCache as SeaCache
 from .methods.caches.static import StaticCache as StaticCache
 from .methods.caches.tea import TeaCache as TeaCache

@@ -24,6 +24,7 @@ MODULES = {
     "methods.caches.profiling": "ProfilingCache",
     "methods.caches.progressive": "ProgressiveResolution",
     "methods.caches.prune": "DBPrune",
+    "methods.caches.reference": "ReferenceCache",
     "methods.caches.sea": "SeaCache",
     "methods.caches.static": "StaticCache",
     "methods.caches.tea": "TeaCache",

@@ -115,12 +115,12 @@ class ForwardWrapper:
         if parallel is not None:
             self._require_agreement(parallel, target_sample(inputs[state.adapter.latents]))
 
-        def innermost(**changed: Any) -> Any:
+        def innermost(*, whole: Mapping[str, Any] | None = None, **changed: Any) -> Any:
             if not changed:
                 fresh = {name: _own_list(value) for name, value in kwargs.items()}
                 return self._observed(run, tuple(map(_own_list, args)), fresh, grid, inputs)
             arguments = {name: _own_list(value) for name, value in {**inputs, **changed}.items()}
-            seen = self._look(arguments)
+            seen = self._look(whole or arguments)
             self._engine.recorder.reduced += seen != grid  # no dense forward, with which others are compared
             return self._observed(run, (), arguments, seen, arguments)
 
@@ -166,7 +166,7 @@ class ForwardWrapper:
 
         def around(**changed: Any) -> Any:
             if state.adapter.latents in changed:
-                self._look({**inputs, **changed})  # they may be of another size
+                self._look(changed.get("whole") or {**inputs, **changed})  # they may be of another size
             # only now: a function further out may have opened a nested branch
             context = denoising.forward_context(state, {**inputs, **changed})
             out = function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
