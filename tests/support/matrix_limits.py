@@ -123,8 +123,8 @@ def declared(trial: Trial) -> str | None:
         return STILL[trial.method]
     if trial.method in COUNTED and "scheduler" not in trial.pipe.components:
         return "needs the number of steps"
-    if trial.method == "progressive" and (why := _not_pooled(adapter, transformer.config, names)):
-        return why
+    if trial.method == "progressive" and not _pools(adapter, transformer.config, names):
+        return "progressive can't halve"
     if trial.method in ("seacache", "progressive") and not hasattr(trial.pipe.components.get("scheduler"), "sigmas"):
         return "needs the noise level"
     if trial.method == "profilingcache" and not adapter.guidance.share_prefix:
@@ -136,14 +136,10 @@ def declared(trial: Trial) -> str | None:
     return _not_guided(adapter, trial) if trial.method in GUIDING else None
 
 
-def _not_pooled(adapter: Adapter, config: Any, names: set[str]) -> str | None:
-    if not adapter.flow:
-        return "Adapter.flow"
+def _pools(adapter: Adapter, config: Any, names: set[str]) -> bool:
     taken, given = config.get("in_channels"), config.get("out_channels")
-    if given and taken not in (given, 4 * given):
-        return "conditions among them"
     beside = any(word in name for name in names for word in ("ControlNet", "VACE", "Kontext", "Edit", "Layered"))
-    return "control or reference tokens" if beside else None
+    return adapter.flow and not beside and (not given or taken in (given, 4 * given))
 
 
 def _flows(pipe: Any) -> bool:
