@@ -16,6 +16,7 @@ from .compare_options import CompareOptions
 from .folders import compare_folders, merge_results, show_board
 from .judging.command import ask_judge
 from .vbench.command import evaluate
+from .vbench.job import tell
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("folders")(compare_folders)
@@ -89,7 +90,7 @@ def run_suite(
     from dit_accel_pipelines.processes.ranks import Ranks
 
     from .runs.conditions import Machine
-    from .runs.results import AGREE, result_lines
+    from .runs.results import result_lines
     from .suites.figures import suite_table
     from .suites.job import Job, clips_of
     from .suites.reference import default_cache
@@ -110,11 +111,7 @@ def run_suite(
         run_job(job, clips_of(read, clips), workers, quiet=quiet)
     if quiet or not (only_table or Ranks().first):
         return
-    lines = result_lines(job.out)
-    print(suite_table(read, lines))
-    for clip, line in sorted({line.clip: line for line in lines if line.reference_agreement < AGREE}.items()):
-        agreement = f"{line.reference_steps} steps agree with half as many to {line.reference_agreement:.1f} dB only"
-        warn(f"the reference of clip {clip} did not converge: {agreement}")
+    print(suite_table(read, result_lines(job.out)))
     if not only_table:
         page = "" if read.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
         TALK.print(f"written to {job.out}{page}", markup=False)
@@ -232,50 +229,27 @@ def set_up_weights(
 
     dit-accel eval setup --tier 2
     """
+    if clip and (tier == 2 or archives):
+        raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
     if clip:
-        if tier == 2 or archives:
-            raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
-        return _fetch_clip(clip, json)
-    if tier == 2:
-        from .vbench.command import set_up_prompts
+        from .metrics.clip_scores import set_up_models
 
-        return set_up_prompts(archives, json)
-    from .metrics.weights import folder as weights_folder
-    from .metrics.weights import set_up
+        data, there, failed = set_up_models(clip)
+    elif tier == 2:
+        from .vbench.official import set_up_prompts
 
-    reasons = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
-    failed = {net: reason for net, reason in reasons.items() if reason is not None}
-    if json:
-        print_json({"folder": str(weights_folder()), "networks": reasons})
+        data, there, failed = set_up_prompts(archives, tell)
     else:
-        there = ", ".join(net for net in reasons if net not in failed)
-        OUT.print(f"{weights_folder()} holds {there or 'nothing'}", markup=False, soft_wrap=True)
-    for net, reason in failed.items():
-        print_error(f"no weights of {net}: {reason}")
-    if failed:
-        raise typer.Exit(1)
+        from .metrics.weights import set_up
 
-
-def _fetch_clip(names: list[str], json: bool) -> None:
-    """Fetch models of open_clip's, and print where each lies; exit code 1 where one could not be had."""
-    from .metrics.clip_scores import no_head
-    from .metrics.openclip import fetch_model, no_library, weighted
-
-    reason = no_library()
-    if reason is not None:
-        raise ConfigError(reason)
-    models = [weighted(name) for name in names]
-    failed = {str(model): fetch_model(model) for model in models}
+        data, there, failed = set_up(archives, tell)
     if json:
-        print_json({str(model): {"path": str(model.path() or ""), "missing": failed[str(model)]} for model in models})
-    for model in models if not json else ():
-        if failed[str(model)] is None:
-            OUT.print(f"{model} is at {model.path()}", markup=False, soft_wrap=True)
-        if (lack := no_head(model)) is not None:
-            OUT.print(f"for aesthetic@open_clip:{model}, {lack}", markup=False, soft_wrap=True)
-    for reason in filter(None, failed.values()):
+        print_json(data)
+    for text in there if not json else ():
+        OUT.print(text, markup=False, soft_wrap=True)
+    for reason in failed:
         print_error(reason)
-    if any(failed.values()):
+    if failed:
         raise typer.Exit(1)
 
 
@@ -314,7 +288,7 @@ def score_clips(
     from dit_accel.files import check_writable
 
     from .runs.results import write_lines
-    from .suites.scoring import score_files
+    from .suites.folders import score_files
 
     if output is not None:
         check_writable(output, "scores")

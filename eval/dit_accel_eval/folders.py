@@ -46,13 +46,9 @@ def compare_folders(
 
     dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
     """
-    from .comparing import arms_table, check_page
+    from .comparing import check_page, show_results
     from .metrics.registered import check_names
-    from .report.lines import read_results
-    from .report.report import suite_report
-    from .report.writing import write_reports
     from .runs.pairing import REFERENCE, pair, read_rows
-    from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
     lines, shared, paths = check_page(output, beside=(".json",)), output.with_suffix(".json"), {REFERENCE: reference}
@@ -72,15 +68,9 @@ def compare_folders(
         raise typer.Exit(2)
     how = {"model": model, "metrics": metrics, "fps": fps, "frames": frames, "quiet": quiet}
     measure_folders(folders, [*paths][1 : 1 + len(rival or ())], lines, **how)
-    report = suite_report(read_results(lines))
-    write_reports([report], {"html": output, "json": shared})
+    show_results(lines, {"html": output, "json": shared}, quiet=quiet)
     if not quiet:
-        OUT.print(arms_table(report))
-        if report.pairs:
-            print(pairs_markdown(report.pairs))
-        texts = (*report.warnings, f"written: {lines}, and to share {shared}")
-        TALK.print("\n".join(texts), markup=False, soft_wrap=True)
-    OUT.print(str(output), markup=False, soft_wrap=True)
+        TALK.print(f"written: {lines}, and to share {shared}", markup=False, soft_wrap=True)
 
 
 def merge_results(

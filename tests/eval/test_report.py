@@ -206,14 +206,14 @@ def test_results_that_no_report_can_be_true_of(tmp_path):
         ([first, {**lines[1], "psnr": math.nan}], "line 2 has psnr nan, which is no finite number"),
         ([{**first, "methods": []}], "line 1 has methods [], which is no table"),
         ([{**first, "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
-        ([first, [1]], "line 2 is no result but '[1]'"),
+        ([first, [1]], "line 2 is '[1]', no object"),
         (read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks psnr, ssim,"),
     ):
         refuses(message, "report", written(path, changed), "-o", tmp_path / "r.html")
         assert not (tmp_path / "r.html").exists()
     for content, message in (
         (b"\xff\xfe\n", "can't be read ('utf-8' codec"),
-        (WAN.read_bytes().splitlines()[0] + b"\n{broken\n", "r.jsonl, line 2 is not JSON ("),
+        (WAN.read_bytes().splitlines()[0] + b"\n{broken\n", "r.jsonl, line 2 is no JSON ("),
     ):
         path.write_bytes(content)
         refuses(message, "report", path)

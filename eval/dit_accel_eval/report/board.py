@@ -67,7 +67,7 @@ def read_board(folder: Path) -> Board:
 def _rows(file: str, path: Path) -> list[dict[str, Any]]:
     """Return the rows of a run, whose figures are made anew from its lines."""
     report = suite_report(read_results(path))
-    first, rows = report.results.lines[0].raw, arm_rows(report, {})
+    first, rows = report.results.lines[0].raw, arm_rows(report, report.judged, {})
     about = {"file": file, "run": report.name, "model": first["model"], "reference": first["reference"]}
     about |= {"machine": first.get("device", "not known"), "protocol": first.get("protocol", "–")}
     for row in rows:

@@ -56,7 +56,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "prefix": prefix, "level": level, "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores), "report": report, "first": lines[0].raw,
         "reference": "the reference's clips" if report.of_folders else reference, "whole": whole_of(report),
-        "warnings": [*report.warnings, *failed], "rows": arm_rows(report, scores),
+        "warnings": [*report.warnings, *failed], "rows": arm_rows(report, report.judged, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report), "hues": hues(report), "groups": groups,
         "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
@@ -119,10 +119,10 @@ def _alike(scores: Mapping[str, Judged]) -> bool:
     return {lead.verdict for lead in scores.values()} == {"open"}
 
 
-def arm_rows(report: SuiteReport, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
-    """Return the rows of the first table, the arm that is furthest ahead first."""
+def arm_rows(report: SuiteReport, arms: Sequence[ArmFigures], scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
+    """Return the rows of the first table, the arm that is furthest ahead first, rivals last."""
     rows = []
-    for arm in report.judged:
+    for arm in arms:
         lead = arm.ahead.get(report.main)
         verdict = lead.verdict if lead else NOTHING * arm.saved_nothing
         rows.append({

@@ -12,25 +12,9 @@ from dit_accel_pipelines.generation.loading import pick_device
 from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
 
 from dit_accel import ConfigError
-from dit_accel.adapters.embedded import assets
 from dit_accel.errors import did_you_mean
 
 CARD = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")  # by nvidia-smi's names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOutClips:
-    """Held-out prompts of an embedded model, each clip's number also its seed."""
-
-    model: str
-
-    def prompt(self, clip: int) -> str:
-        """Return the prompt of a clip, by its number."""
-        return assets().held_out_prompts(self.model, clip + 1)[clip]
-
-    def seed(self, clip: int) -> int:
-        """Return the seed of a clip, by its number."""
-        return clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

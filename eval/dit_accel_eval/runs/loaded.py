@@ -22,7 +22,7 @@ from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
-from .conditions import HeldOutClips, Machine, OwnClips
+from .conditions import Machine, OwnClips
 from .model import SuiteModel, shipped_scheduler
 
 FIRST_PROMPT = 64  # number of the first held-out prompt that tuning may look at; the suites evaluate those below it
@@ -32,7 +32,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class EmbeddedModel(SuiteModel):
-    """A loaded embedded model that shows held-out prompts, or one's ``own``."""
+    """A loaded embedded model that shows held-out prompts, the number of each its seed, or one's ``own``."""
 
     def __init__(self, name: str, call: Mapping[str, Any], own: OwnClips | None = None) -> None:
         check_name(name)
@@ -42,7 +42,8 @@ class EmbeddedModel(SuiteModel):
         adapter, family = read_model_files(source).identify()
         super().__init__(
             open_pipeline(source, dtype="float32"), name=name, weights=embedded_weights(name), adapter=adapter,
-            family=family, call=embedded_call(name, call), clips=own or HeldOutClips(model=name),
+            family=family, call=embedded_call(name, call), seed=own.seed if own else int,
+            prompt=own.prompt if own else lambda clip: assets().held_out_prompts(name, clip + 1)[clip],
         )  # fmt: skip
 
 
@@ -97,8 +98,9 @@ class GivenModel(SuiteModel):
         pipe = load_pipeline(request)
         self.dtype, self.device = dtype, pick_device(machine.device)
         super().__init__(
-            pipe, name=name, weights=given_weights(source), call=settled, adapter=adapter, family=family, clips=own
-        )
+            pipe, name=name, weights=given_weights(source), call=settled, adapter=adapter, family=family,
+            prompt=own.prompt, seed=own.seed,
+        )  # fmt: skip
         if self.device.type != "cpu":  # else a step would end before its work has
             for part in self.transformers:
                 part.register_forward_hook(lambda *_: torch.accelerator.synchronize())

@@ -27,23 +27,16 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return tune_app.command()(with_option_fields(function))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shared:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared(usual.PlacedOptions):
     """The options that all commands share."""
 
     prompt: Annotated[list[str] | None, option("What to show, repeatable; default: an embedded model's.")] = None
     prompt_file: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
     output: Annotated[Path | None, option("Default: named as the command.", "--output", "-o", metavar="FILE")] = None
     model: usual.Model = None
-    height: usual.Pixels = None
-    width: usual.Pixels = None
-    num_frames: Annotated[int | None, option("Output frames.")] = None
     num_inference_steps: Annotated[int | None, option("Denoising steps; the file holds for this number alone.")] = None
-    guidance_scale: usual.Guidance = None
     seed: usual.Seed = 0
-    dtype: usual.Dtype = None
-    device: usual.Device = None
-    offload: usual.Offload = "none"
     backend: usual.Backend = "auto"
     quiet: usual.Quiet = False
     json: usual.Json = False

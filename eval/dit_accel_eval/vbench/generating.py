@@ -15,7 +15,7 @@ from dit_accel_pipelines.generation.room import check_outputs_fit
 from dit_accel import ConfigError
 from dit_accel.files import held
 
-from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
+from .dimensions import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 
 SIZES = ("num_frames", "height", "width", "num_inference_steps")
 LONGEST_NAME = 249  # bytes that a video's name may have, so that its side-car and its lock have names, too
@@ -68,19 +68,11 @@ def _of_prompt(prompt: str, name: str, folder: Path, count: int, first: int) -> 
 
 def read_augmented(path: Path, every: Sequence[Prompt]) -> tuple[str, ...]:
     """Return a file's prompts, a line for each of VBench's in their order; another number of lines is refused."""
-    texts = read_texts(path, "--augmented")
+    texts = read_prompts(path, "--augmented")
     if len(texts) != len(every):
         where = "such as VBench's repository has them in prompts/augmented_prompts"
         raise ConfigError(f"{path} has {len(texts)} prompts, and VBench {len(every)}; give all in order, {where}")
     return texts
-
-
-def read_texts(path: Path, option: str) -> tuple[str, ...]:
-    """Return a text file's prompts, a line each; errors call the file by the option that named it."""
-    try:
-        return read_prompts(path)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--prompt-file", option)) from None
 
 
 def share_of_work(work: Sequence[Piece], shard: str | None) -> list[Piece]:
