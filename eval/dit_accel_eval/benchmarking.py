@@ -14,13 +14,8 @@ from dit_accel.errors import did_you_mean
 
 def show_protocol(
     prompts: Annotated[str | None, option("Print these prompts, one a line.", metavar="choosing|judging")] = None,
-    see: Annotated[
-        list[float] | None,
-        option("Print how many clips it takes to see a lead instead; may be repeated.", metavar="DB"),
-    ] = None,
-    results: Annotated[
-        list[Path] | None, option("Results whose spread --see takes; default: this project's own.", metavar="FILE")
-    ] = None,
+    see: Annotated[list[float] | None, option("Print the clips that a lead takes; repeatable.", metavar="DB")] = None,
+    results: Annotated[list[Path] | None, option("Spread for --see; default: our own.", metavar="FILE")] = None,
     arms: Annotated[int, option("Arms that are judged together, for --see.", min=1)] = 1,
     json: Json = False,
 ) -> None:

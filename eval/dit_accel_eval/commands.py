@@ -119,19 +119,13 @@ def run_suite(
 
 @eval_app.command("report")
 def report_results(
-    results: Annotated[
-        list[Path],
-        typer.Argument(help="Lines of eval run, or its JSON file; several make one page.", metavar="RESULTS"),
-    ],
+    results: Annotated[list[Path], typer.Argument(help="Lines of eval run, or its JSON.", metavar="RESULTS ...")],
     output: Annotated[Path | None, option("Page to write, an offline .html.", "--output", "-o", metavar="FILE")] = None,
     json: Annotated[Path | None, option("The run in one file to share, by a schema.", "--json", metavar="FILE")] = None,
-    suite: Annotated[
-        list[Path] | None,
-        option("Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"),
-    ] = None,
+    suite: Annotated[list[Path] | None, option("For its pairs; default: ../suites/NAME.toml.", metavar="FILE")] = None,
     clips: Annotated[int | None, option("Prompts shown of kept frames, hardest first; default: all.", min=0)] = None,
 ) -> None:
-    """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.
+    """Report suites' results: one page that opens offline, or JSON; without a file to write, a Markdown table.
 
     Examples:
 
@@ -257,14 +251,7 @@ def set_up_weights(
 def score_clips(
     clips: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: videos or pictures.", metavar="CLIPS")],
     reference: Annotated[Path | None, option("What they should be: a clip, or such a folder.", metavar="CLIPS")] = None,
-    metric: Annotated[
-        list[str] | None,
-        option(
-            "A metric, or fid@inception, kid@inception; may be repeated. Default: psnr and ssim, or motion.",
-            "--metric",
-            "-m",
-        ),
-    ] = None,
+    metric: Annotated[list[str] | None, option("Repeatable; default: psnr, ssim; or motion.", "--metric", "-m")] = None,
     output: Annotated[Path | None, option("JSON lines, one a clip.", "--output", "-o", metavar="FILE")] = None,
     prompt: Annotated[str, option("What all clips should show, for metrics of prompts.")] = "",
     prompts: Annotated[Path | None, option("JSON object {file name: prompt}, instead of it.", metavar="FILE")] = None,
@@ -275,7 +262,8 @@ def score_clips(
     """Measure clips that lie in files, each against the reference of its name.
 
     Frames that `eval run --frames` kept are read as clips. Lossy files such as
-    .mp4 are compared with a warning: what they lost is in the figures.
+    .mp4 are compared with a warning: what they lost is in the figures. Of two
+    folders fid@inception and kid@inception are measured too.
 
     Examples:
 

@@ -26,9 +26,8 @@ from dit_accel.methods.presets import preset_methods
 from .compare_options import CompareOptions
 from .metrics.registered import DYNAMICS, check_names, decimals_of
 from .report.lines import read_results
-from .report.page import arm_rows
 from .report.report import SuiteReport, suite_report
-from .report.writing import write_reports
+from .report.writing import arm_rows, write_reports
 from .runs.conditions import Machine, OwnClips
 from .runs.loaded import tuning_request
 from .runs.model import OWN

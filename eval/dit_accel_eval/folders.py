@@ -15,15 +15,10 @@ from .compare_options import FurtherMetrics, KeepFrames
 def compare_folders(
     reference: Annotated[Path, option("What clips should be: a folder of clips.", metavar="DIR")],
     arm: Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")],
-    rival: Annotated[
-        list[str] | None,
-        option("What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
-    ] = None,
+    rival: Annotated[list[str] | None, option("What arms are held against; repeatable.", metavar="NAME=DIR")] = None,
     times: Annotated[Path | None, option("CSV of folder, seconds, and file if clips differ.", metavar="FILE")] = None,
     table: Annotated[Path | None, option("CSV of file, prompt, seed, where names don't tell.", metavar="FILE")] = None,
-    output: Annotated[
-        Path, option("Page to write; the results lie beside it.", "--output", "-o", metavar="FILE.html")
-    ] = Path("folders.html"),
+    output: Annotated[Path, option("Page to write.", "--output", "-o", metavar="FILE.html")] = Path("folders.html"),
     model: Annotated[str, option("What made the clips, for the title.")] = "clips",
     metric: FurtherMetrics = None,
     fps: Annotated[float, option("Frames per second of the clips.")] = 16.0,

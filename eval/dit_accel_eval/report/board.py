@@ -17,8 +17,8 @@ from dit_accel import ConfigError
 from ..metrics.registered import DYNAMICS
 from ..protocol import PROTOCOL, protocol_rules
 from .lines import SCHEMA, read_results
-from .page import SPEEDS, arm_rows, templates
 from .report import suite_report
+from .writing import SPEEDS, arm_rows, templates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
 from ..metrics.registered import DYNAMICS, FLOOR
-from ..runs.encodings import LOSSLESS
+from ..runs.clip_files import LOSSLESS
 from ..runs.results import ITSELF, TIMED, WORKS, ResultLine
 from ..statistics import FEWEST
 from ..suites.figures import ArmFigures, Comparison, PairFigures, pair_figures, reference_words, rival_words

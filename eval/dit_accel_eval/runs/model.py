@@ -25,8 +25,8 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
+from .clip_files import Encoder
 from .counting import Counter, Counts, attended_share, density_map, run_estimate
-from .encodings import Encoder
 from .rivals import cached_by
 
 DIGITS = 4  # digits behind the point of seconds

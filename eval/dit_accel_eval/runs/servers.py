@@ -13,9 +13,8 @@ import numpy as np
 
 from dit_accel import ConfigError
 
-from .clip_files import ClipFile
+from .clip_files import ClipFile, encoder_like, form_of
 from .counting import Counts
-from .encodings import encoder_like, form_of
 from .model import ModelRun
 
 KINDS = {"url": str, "timeout": (int, float), "extra": dict}

@@ -53,9 +53,8 @@ class Rung:
     psnr: float
     flow_shift: float | None = None
     tried: Mapping[str, float] = field(default_factory=dict)  # solver and shift in words -> the mean PSNR of each run
-    confirming: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of the best of these, over clips that did not choose
+    # of the best of these, over clips that did not choose
+    confirming: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best_elsewhere(self) -> tuple[str, float] | None:

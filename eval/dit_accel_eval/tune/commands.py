@@ -193,9 +193,7 @@ def profile(
     *,
     methods: MethodList,
     criterion: Annotated[str, option("attention, delta or error.")] = "error",
-    cached: Annotated[
-        int | None, option("Blocks cached, of the lowest scores; default: below the largest gap.")
-    ] = None,
+    cached: Annotated[int | None, option("Blocks of the lowest scores; default: below the largest gap.")] = None,
 ) -> None:
     """Tell which blocks ProfilingCache may cache.
 
@@ -214,18 +212,13 @@ def schedule(
     *,
     methods: MethodList,
     computed: Annotated[int, option("Steps that are computed.")] = 12,
-    placement: Annotated[
-        list[str] | None,
-        option(
-            "Steps of UniPC, and a noise shift behind @, such as 30@8; may be repeated, then the second half of "
-            "the prompts chooses; default: the model's own.",
-            metavar="STEPS[@SHIFT]",
-        ),
-    ] = None,
+    placement: Annotated[list[str] | None, option("UniPC's; repeatable.", metavar="STEPS[@SHIFT]")] = None,
 ) -> None:
     """Search which steps StaticCache computes, from what each forecast would have been off by.
 
-    A predictor is set as usual; without one it is taylor.
+    A predictor is set as usual; without one it is taylor. --placement names
+    steps of UniPC, and a noise shift behind @; of several the second half of
+    the prompts chooses one. Without it the model's own solver is taken.
 
     Examples:
 

@@ -133,12 +133,7 @@ class Prompt:
     style: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """Videos of one prompt that are to be scored."""
-
-    prompt: Prompt
-    paths: tuple[Path, ...]
+Wanted = tuple[Prompt, list[Path]]  # the videos of one prompt that are to be scored
 
 
 def read_full_info(path: Path) -> list[Prompt]:
@@ -167,16 +162,16 @@ def videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int =
     """Return the videos ``{prompt}-{i}`` of a dimension's prompts that are there, i from 0."""
     files, wanted = files_in(folder), []
     for prompt in served(prompts, name):
-        paths = (files.get(f"{prompt.text}-{number}") for number in range(samples))
-        wanted.append(Wanted(prompt=prompt, paths=tuple(path for path in paths if path is not None)))
+        names = (f"{prompt.text}-{number}" for number in range(samples))
+        wanted.append((prompt, [files[name] for name in names if name in files]))
     return wanted
 
 
 def all_videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int = SAMPLES) -> list[Wanted]:
     """Return all videos of a dimension's prompts; those that are missing are named."""
     wanted = videos_of(prompts, folder, name, samples)
-    there = {path.stem for videos in wanted for path in videos.paths}
-    every = [f"{videos.prompt.text}-{number}" for videos in wanted for number in range(samples)]
+    there = {path.stem for _, paths in wanted for path in paths}
+    every = [f"{prompt.text}-{number}" for prompt, _ in wanted for number in range(samples)]
     missing = [stem for stem in every if stem not in there]
     if missing:
         shown = ", ".join(f"'{stem}.mp4'" for stem in missing[:3])
@@ -239,7 +234,7 @@ def custom_videos(folder: Path, prompts_file: Path | None) -> list[Wanted]:
     prompts = {path.name: re.sub(r"-\d+$", "", path.stem) for path in paths}
     if prompts_file is not None:
         prompts = prompts_by_name(prompts_file, prompts)
-    return [Wanted(prompt=Prompt(text=prompts[path.name], dimensions=()), paths=(path,)) for path in paths]
+    return [(Prompt(text=prompts[path.name], dimensions=()), [path]) for path in paths]
 
 
 def prompts_by_name(path: Path, names: Iterable[str]) -> dict[str, str]:

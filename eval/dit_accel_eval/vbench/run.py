@@ -137,8 +137,8 @@ def measure(job: VideoJob) -> dict[str, list[Any]]:
     with held(job.file(LINES), "the results file"):
         results = {name: _dimension(job, name, videos) for name, videos in wanted.items()}
     about = {name: {"networks": WAYS[name].hashes(), "videos": len(entries)} for name, (_, entries) in results.items()}
-    info = [{"prompt_en": item.prompt.text, "dimension": [name], "video_list": [str(path) for path in item.paths]}
-            for name, videos in wanted.items() for item in videos]  # fmt: skip
+    info = [{"prompt_en": prompt.text, "dimension": [name], "video_list": [*map(str, paths)]}
+            for name, videos in wanted.items() for prompt, paths in videos]  # fmt: skip
     for what, content in ((INFO, info), (ABOUT, about), (RESULTS, results)):
         job.write(what, content)
     return results
@@ -182,19 +182,19 @@ def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
 
 def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
     """Measure one dimension; returns its official result."""
-    tell(f"{name}: {sum(len(videos.paths) for videos in wanted)} videos")
+    tell(f"{name}: {sum(len(paths) for _, paths in wanted)} videos")
     used = WAYS[name].hashes()
     earlier = {_key(line): line for line in read_lines(job.file(LINES)) if line["dimension"] == name}
     scores: list[tuple[Path, VideoScore]] = []
-    for videos in wanted:
-        for path in videos.paths:
+    for prompt, paths in wanted:
+        for path in paths:
             stat = path.stat()
             line: Line = {"dimension": name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
                           "networks": used}  # fmt: skip
             if (before := earlier.get(_key(line))) is None:
                 try:
                     frames = np.stack([np.asarray(frame) for frame in read_video(path)])
-                    before = line | asdict(WAYS[name].measure(frames, videos.prompt))
+                    before = line | asdict(WAYS[name].measure(frames, prompt))
                 except ConfigError as error:
                     raise ConfigError(f"{name} can't be measured of {path}: {error}") from None
                 append_line(job.file(LINES), before)
@@ -209,8 +209,8 @@ def _key(line: Line) -> str:
 
 def _still(job: VideoJob, wanted: Sequence[Wanted]) -> list[Wanted]:
     """Return the prompts that have still videos; warns of those with fewer than 5, and refuses where there is none."""
-    still = [videos for videos in wanted if videos.paths]
-    few, none = sum(len(videos.paths) < SAMPLES for videos in wanted), len(wanted) - len(still)
+    still = [videos for videos in wanted if videos[1]]
+    few, none = sum(len(paths) < SAMPLES for _, paths in wanted), len(wanted) - len(still)
     if not still:
         raise ConfigError(f"there are no still videos of {FLICKERING}, so it has no score; generate some")
     if few:
