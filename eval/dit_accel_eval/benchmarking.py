@@ -21,13 +21,11 @@ def show_protocol(
 ) -> None:
     """Print the rules by which accelerated models are compared, or the prompts, or the clips that a verdict takes.
 
+    \b
     Examples:
-
-    dit-accel eval protocol
-
-    dit-accel eval protocol --prompts judging
-
-    dit-accel eval protocol --see 1 --see 3 --arms 4 --results pilot.jsonl
+      dit-accel eval protocol
+      dit-accel eval protocol --prompts judging
+      dit-accel eval protocol --see 1 --see 3 --arms 4 --results pilot.jsonl
     """
     from .protocol import PROTOCOL, USES, prompts_in_order, protocol_prompts, protocol_rules
 

@@ -41,13 +41,11 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     Each run is a JSON line beside the page, written as it ends; the same
     command goes on where it was stopped.
 
+    \b
     Examples:
-
-    dit-accel eval compare --easycache --preset fast
-
-    dit-accel eval compare --model DIR --radial --easycache --prompts p.txt
-
-    dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
+      dit-accel eval compare --easycache --preset fast
+      dit-accel eval compare --model DIR --radial --easycache --prompts p.txt
+      dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
     """
     from .comparing import run_comparison
 
@@ -80,11 +78,10 @@ def run_suite(
 
     A verdict stands after Holm's correction over all arms, from 6 clips on.
 
+    \b
     Examples:
-
-    dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
-
-    accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
+      dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
+      accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
     """
     from dit_accel_pipelines.processes.processes import started_process
     from dit_accel_pipelines.processes.ranks import Ranks
@@ -127,13 +124,11 @@ def report_results(
 ) -> None:
     """Report suites' results: one page that opens offline, or JSON; without a file to write, a Markdown table.
 
+    \b
     Examples:
-
-    dit-accel eval report smoke.jsonl -o smoke.html
-
-    dit-accel eval report wan.jsonl flux.jsonl -o both.html
-
-    dit-accel eval report smoke.jsonl --json smoke.json
+      dit-accel eval report smoke.jsonl -o smoke.html
+      dit-accel eval report wan.jsonl flux.jsonl -o both.html
+      dit-accel eval report smoke.jsonl --json smoke.json
     """
     from .report.report import suite_reports
     from .report.writing import markdown_text, write_reports
@@ -159,9 +154,9 @@ def compare_results(
     interval; under six there is no verdict. What the files do not share, such
     as the model, the call or versions, is said on stderr.
 
+    \b
     Examples:
-
-    dit-accel eval diff main.jsonl branch.jsonl
+      dit-accel eval diff main.jsonl branch.jsonl
     """
     from .report.diff import diff_markdown, diff_of, others_of
     from .report.lines import read_results
@@ -181,9 +176,9 @@ def compare_results(
 def list_metrics(json: Json = False) -> None:
     """List the metrics: what each is, which way is better, and whether it can be measured here.
 
+    \b
     Examples:
-
-    dit-accel eval metrics
+      dit-accel eval metrics
     """
     from .metrics import metrics
 
@@ -215,13 +210,11 @@ def set_up_weights(
 
     --tier 2 is for eval vbench: it unpacks VBench's prompts.
 
+    \b
     Examples:
-
-    dit-accel eval setup
-
-    dit-accel eval setup --clip ViT-L-14/openai
-
-    dit-accel eval setup --tier 2
+      dit-accel eval setup
+      dit-accel eval setup --clip ViT-L-14/openai
+      dit-accel eval setup --tier 2
     """
     if clip and (tier == 2 or archives):
         raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
@@ -265,13 +258,11 @@ def score_clips(
     .mp4 are compared with a warning: what they lost is in the figures. Of two
     folders fid@inception and kid@inception are measured too.
 
+    \b
     Examples:
-
-    dit-accel eval score out/ --reference dense/ -m psnr -m lpips@alex
-
-    dit-accel eval score kite.mp4 -m dynamic@dis -m flickering --json
-
-    dit-accel eval score kite.mp4 -m clip-score@open_clip:ViT-B-32/openai --prompt "a red kite"
+      dit-accel eval score out/ --reference dense/ -m psnr -m lpips@alex
+      dit-accel eval score kite.mp4 -m dynamic@dis -m flickering --json
+      dit-accel eval score kite.mp4 -m clip-score@open_clip:ViT-B-32/openai --prompt "a red kite"
     """
     from dit_accel.files import check_writable
 

@@ -37,9 +37,9 @@ def compare_folders(
     All that keeps clips from being compared is said before one is measured.
     Results lie beside the page: .jsonl a line a clip, .json a file to share.
 
+    \b
     Examples:
-
-    dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
+      dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
     """
     from .comparing import check_page, show_results
     from .metrics.registered import check_names
@@ -77,9 +77,9 @@ def merge_results(
     Refused are runs of another model, call, reference or prompts, and a clip
     of an arm that two of them tell otherwise.
 
+    \b
     Examples:
-
-    dit-accel eval merge ours.json theirs.json -o both.json
+      dit-accel eval merge ours.json theirs.json -o both.json
     """
     from .report.lines import merged_results, read_results
     from .report.report import suite_report
@@ -102,9 +102,9 @@ def show_board(
     write; figures are made anew from their lines. Results of fastvideo eval
     and of VBench stand below, as they are.
 
+    \b
     Examples:
-
-    dit-accel eval board runs -o board.html
+      dit-accel eval board runs -o board.html
     """
     from dit_accel.files import check_writable, write_text
 

@@ -29,11 +29,10 @@ def ask_judge(
     the share of pairs that the order turns round. Agreement: Spearman's rank
     correlation of the preference with the differences of each metric.
 
+    \b
     Examples:
-
-    dit-accel eval judge mine.jsonl --arm fast --judge videoscore2
-
-    dit-accel eval judge mine.jsonl --arm fast --against easycache --judge "python my.py"
+      dit-accel eval judge mine.jsonl --arm fast --judge videoscore2
+      dit-accel eval judge mine.jsonl --arm fast --against easycache --judge "python my.py"
     """
     from dit_accel_pipelines.generation.progress import Stages
 

@@ -110,11 +110,10 @@ def heads(
     Every clip that was judged is kept beside the file, so that a search that
     was stopped goes on; processes of accelerate share it.
 
+    \b
     Examples:
-
-    dit-accel tune heads --rounds 2 -o heads.json
-
-    dit-accel generate "a red circle" --set softpag.heads=heads.json
+      dit-accel tune heads --rounds 2 -o heads.json
+      dit-accel generate "a red circle" --set softpag.heads=heads.json
     """
     _tune("heads", shared, methods, 4, ".json", objective=objective, rounds=rounds, per_round=per_round)
 
@@ -128,11 +127,10 @@ def lite(
 ) -> None:
     """Search LiteAttention's thresholds by layer and step for a target error, at every attention call.
 
+    \b
     Examples:
-
-    dit-accel tune lite --target-error 0.02 -o lite.toml
-
-    dit-accel generate "a red circle" --set lite.thresholds_file=lite.toml
+      dit-accel tune lite --target-error 0.02 -o lite.toml
+      dit-accel generate "a red circle" --set lite.thresholds_file=lite.toml
     """
     _tune("lite", shared, methods, 2, target_error=target_error)
 
@@ -141,11 +139,10 @@ def lite(
 def magcache(shared: Shared, *, methods: MethodList) -> None:
     """Measure for MagCache how the size of what it stores changes from step to step.
 
+    \b
     Examples:
-
-    dit-accel tune magcache -o mag.toml
-
-    dit-accel generate "a red circle" --config mag.toml
+      dit-accel tune magcache -o mag.toml
+      dit-accel generate "a red circle" --config mag.toml
     """
     _tune("magcache", shared, methods, 4)
 
@@ -154,9 +151,9 @@ def magcache(shared: Shared, *, methods: MethodList) -> None:
 def period(shared: Shared, *, methods: MethodList) -> None:
     """Measure for UltraViCo whether attention over frames repeats.
 
+    \b
     Examples:
-
-    dit-accel tune period -o period.toml
+      dit-accel tune period -o period.toml
     """
     _tune("period", shared, methods, 2)
 
@@ -176,13 +173,11 @@ def pipeline(
     shows all. A model that is not embedded takes four prompts or more, of which
     the second half is held out.
 
+    \b
     Examples:
-
-    dit-accel tune pipeline --target psnr=30 -o fast.toml
-
-    dit-accel tune pipeline --target lpips=0.1 --model MODEL --prompt-file p.txt
-
-    dit-accel generate "a red circle" --config fast.toml
+      dit-accel tune pipeline --target psnr=30 -o fast.toml
+      dit-accel tune pipeline --target lpips=0.1 --model MODEL --prompt-file p.txt
+      dit-accel generate "a red circle" --config fast.toml
     """
     _tune("pipeline", shared, methods, 1, target=target, space=space)
 
@@ -197,11 +192,10 @@ def profile(
 ) -> None:
     """Tell which blocks ProfilingCache may cache.
 
+    \b
     Examples:
-
-    dit-accel tune profile --cached 3 -o profile.json
-
-    dit-accel generate "a red circle" --set profilingcache.blocks=profile.json
+      dit-accel tune profile --cached 3 -o profile.json
+      dit-accel generate "a red circle" --set profilingcache.blocks=profile.json
     """
     _tune("profile", shared, methods, 4, ".json", criterion=criterion, cached=cached)
 
@@ -220,13 +214,11 @@ def schedule(
     steps of UniPC, and a noise shift behind @; of several the second half of
     the prompts chooses one. Without it the model's own solver is taken.
 
+    \b
     Examples:
-
-    dit-accel tune schedule --computed 10 -o schedule.toml
-
-    dit-accel tune schedule --placement 30@8 --placement 20@5 -o schedule.toml
-
-    dit-accel generate "a red circle" --config schedule.toml
+      dit-accel tune schedule --computed 10 -o schedule.toml
+      dit-accel tune schedule --placement 30@8 --placement 20@5 -o schedule.toml
+      dit-accel generate "a red circle" --config schedule.toml
     """
     _tune("schedule", shared, methods, 8, computed=computed, placement=placement or ())
 
@@ -235,10 +227,9 @@ def schedule(
 def teacache(shared: Shared, *, methods: MethodList) -> None:
     """Fit TeaCache's polynomial from the change of the first block's input to that of the output.
 
+    \b
     Examples:
-
-    dit-accel tune teacache -o tea.toml
-
-    dit-accel generate "a red circle" --config tea.toml
+      dit-accel tune teacache -o tea.toml
+      dit-accel generate "a red circle" --config tea.toml
     """
     _tune("teacache", shared, methods, 4)

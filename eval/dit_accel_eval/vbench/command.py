@@ -28,15 +28,12 @@ def evaluate(job: VideoJob, *, methods: MethodList) -> None:
     With --generate the videos are made: those of the dimensions' prompts, or of
     --prompts, that the folder lacks, each of another seed.
 
+    \b
     Examples:
-
-    dit-accel eval vbench --totals scores.json --json
-
-    dit-accel eval vbench --videos out/ --official vbench-env
-
-    dit-accel eval vbench --videos out/ -d background_consistency -d aesthetic_quality
-
-    dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
+      dit-accel eval vbench --totals scores.json --json
+      dit-accel eval vbench --videos out/ --official vbench-env
+      dit-accel eval vbench --videos out/ -d background_consistency -d aesthetic_quality
+      dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
     """
     _refuse(job, methods)
     if job.videos is None:

@@ -70,15 +70,12 @@ def generate_video(options: GenerateOptions, *, context: typer.Context, methods:
     With --gpus N (or under accelerate launch or torchrun) each of N processes
     makes every N-th prompt; with --ulysses N, N make each output together.
 
+    \b
     Examples:
-
-    dit-accel generate "a red circle moving right" --radial -o red.mp4
-
-    dit-accel generate "a red circle" --preset balanced --check
-
-    dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
-
-    dit-accel generate --prompt-file prompts.txt --gpus 4 --resume
+      dit-accel generate "a red circle moving right" --radial -o red.mp4
+      dit-accel generate "a red circle" --preset balanced --check
+      dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+      dit-accel generate --prompt-file prompts.txt --gpus 4 --resume
     """
     from ..processes.launching import launch, refuse_cfg_parallel, starts_processes
     from ..processes.processes import Process, started_process
@@ -168,13 +165,11 @@ def describe_model(
 ) -> None:
     """Tell what to attach to a model, and which methods it takes; no weights.
 
+    \b
     Examples:
-
-    dit-accel describe
-
-    dit-accel describe --options
-
-    dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
+      dit-accel describe
+      dit-accel describe --options
+      dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
     """
     import dit_accel
 
