@@ -123,7 +123,7 @@ def paired(clips: list[ClipFile], path: Path, references: Path | None) -> Iterat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """What a clip's file holds, as far as can be told without decoding it."""
+    """What a clip's file holds, as far as is known without decoding it."""
 
     size: str  # number, height and width of the frames, in words
     encoding: str  # a video's codec and pixel format, such as h264 yuv420p; a picture's format; or `LOSSLESS`

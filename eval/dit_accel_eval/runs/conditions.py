@@ -88,7 +88,7 @@ def card_state(device: torch.device) -> dict[str, str]:
     if command is None:
         return {}
     card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    asked = [command, "-i", card, f"--query-gpu={','.join(CARD)}", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    query = [command, "-i", card, f"--query-gpu={','.join(CARD)}", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
     values = done.stdout.strip().split(", ")
     return dict(zip(CARD, values, strict=True)) if not done.returncode and len(values) == len(CARD) else {}

@@ -234,7 +234,7 @@ def _all_have(key: str, lines: Sequence[ResultLine]) -> bool:
 def _costs(
     both: Sequence[tuple[ResultLine, ...]], known: Mapping[tuple[str, int], ResultLine], dense: int
 ) -> tuple[str, tuple[float, float]]:
-    """Return by what two arms' costs are told, the best that all lines have, and these; see `PairFigures`."""
+    """Return what measures two arms' costs, the best kind that all lines have, and the costs; see `PairFigures`."""
     whole = {clip: _busy(line) for (name, clip), line in known.items() if name == f"{BEST} {dense}"}
     kinds = {
         "time": lambda line: (line.steps_in_time or 0) / dense,

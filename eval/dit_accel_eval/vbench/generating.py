@@ -42,13 +42,13 @@ def video_pieces(
     """
     texts = [prompt.text for prompt in every]
     order = texts if augmented else list(dict.fromkeys(texts))
-    apart = 100_000 if augmented else max(FILTERED_SAMPLES, samples or 0)
+    stride = 100_000 if augmented else max(FILTERED_SAMPLES, samples or 0)
     pieces = []
     for item in wanted:
         count = FILTERED_SAMPLES if FLICKERING in item.dimensions and FLICKERING in names else SAMPLES
         place = order.index(item.text)
         prompt = augmented[place] if augmented else item.text
-        pieces += _of_prompt(prompt, item.text, folder, samples or count, seed + apart * place)
+        pieces += _of_prompt(prompt, item.text, folder, samples or count, seed + stride * place)
     return pieces
 
 

@@ -125,7 +125,7 @@ def _done(command: Sequence[str], what: str) -> list[str]:
 
 
 def _call(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command apart from this process's own packages, and return what it printed."""
+    """Run a command without this process's own packages on its path, and return what it printed."""
     without = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     return subprocess.run(command, env=without | environment, capture_output=True, text=True, check=False)
 
