@@ -79,7 +79,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
     import gradio  # pyright: ignore[reportMissingImports]
 
     from dit_accel.adapters.embedded import embedded_names
-    from dit_accel.methods.presets import LEVELS, NONE
+    from dit_accel.methods.presets import NAMES
 
     running: dict[str, threading.Event] = {}
     models = dict.fromkeys([model, *embedded_names()])
@@ -113,7 +113,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
             with gradio.Column(min_width=280):
                 prompt = gradio.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
                 gradio.Examples(EXAMPLES, prompt, label="Prompts that the embedded models know")
-                preset = field("preset", gradio.Radio, choices=[*LEVELS, NONE], value="balanced")
+                preset = field("preset", gradio.Radio, choices=[*NAMES], value="balanced")
                 with gradio.Accordion("Methods as TOML, beside the preset", open=False):
                     config = gradio.Textbox("", placeholder=TOML, lines=4, label="Methods", elem_id="methods")
             with gradio.Column(min_width=280):
