@@ -1,5 +1,6 @@
 """The commands of `dit-accel eval`; what they need is loaded when they run."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,8 @@ from rich.markup import escape
 from dit_accel import ConfigError
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, print_error, print_json, print_table, warn
+from dit_accel.errors import did_you_mean
 
-from .benchmarking import show_protocol
 from .compare_options import CompareOptions
 from .folders import compare_folders, merge_results, show_board
 from .judging.command import ask_judge
@@ -23,7 +24,6 @@ eval_app.command("folders")(compare_folders)
 eval_app.command("merge")(merge_results)
 eval_app.command("board")(show_board)
 eval_app.command("vbench")(evaluate)
-eval_app.command("protocol")(show_protocol)
 eval_app.command("judge")(ask_judge)
 
 
@@ -86,7 +86,7 @@ def run_suite(
     from dit_accel_pipelines.processes.processes import started_process
     from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .runs.conditions import Machine
+    from .runs.loaded import Machine
     from .runs.results import result_lines
     from .suites.figures import suite_table
     from .suites.job import Job, clips_of
@@ -158,9 +158,8 @@ def compare_results(
     Examples:
       dit-accel eval diff main.jsonl branch.jsonl
     """
-    from .report.diff import diff_markdown, diff_of, others_of
     from .report.lines import read_results
-    from .report.report import suite_report
+    from .report.report import diff_markdown, diff_of, others_of, suite_report
 
     first, second = (suite_report(read_results(path)) for path in (before, after))
     for text in others_of(first, second):
@@ -286,3 +285,69 @@ def score_clips(
             for name, reason in line.get(key, {}).items()}  # fmt: skip
     for name, reason in sorted(skips):
         warn(f"{name} was skipped: {reason}")
+
+
+@eval_app.command("protocol")
+def show_protocol(
+    prompts: Annotated[str | None, option("Print these prompts, one a line.", metavar="choosing|judging")] = None,
+    see: Annotated[list[float] | None, option("Print the clips that a lead takes; repeatable.", metavar="DB")] = None,
+    results: Annotated[list[Path] | None, option("Spread for --see; default: our own.", metavar="FILE")] = None,
+    arms: Annotated[int, option("Arms that are judged together, for --see.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Print the rules by which accelerated models are compared, or the prompts, or the clips that a verdict takes.
+
+    \b
+    Examples:
+      dit-accel eval protocol
+      dit-accel eval protocol --prompts judging
+      dit-accel eval protocol --see 1 --see 3 --arms 4 --results pilot.jsonl
+    """
+    from rich.markdown import Markdown
+
+    from .protocol import PROTOCOL, USES, prompts_in_order, protocol_prompts, protocol_rules
+
+    if prompts is not None and prompts not in USES:
+        raise ConfigError(f"there are no {prompts!r} prompts; {did_you_mean(prompts, USES)}")
+    if prompts and see:
+        raise ConfigError("eval protocol got --prompts and --see; name one of them")
+    if (results or arms > 1) and not see:
+        raise ConfigError("--results and --arms go with --see; add, say, --see 1")
+    if any(not lead > 0 for lead in see or ()):
+        raise ConfigError(f"--see takes leads above 0 dB, got {min(see or ()):g}")
+    if see:
+        _show_clips(see, results or (), arms, json)
+    elif json:
+        rules = re.split(r"\n(?=\d+\. )", protocol_rules())
+        print_json({"version": PROTOCOL, "rules": rules, "prompts": {use: protocol_prompts(use) for use in USES}})
+    elif prompts:
+        print("\n".join(prompts_in_order(prompts)))
+    else:
+        OUT.print(f"The protocol of accelerated models, version {PROTOCOL}\n")
+        OUT.print(Markdown(protocol_rules()))
+
+
+def _show_clips(see: list[float], results: "list[Path] | tuple[()]", arms: int, json: bool) -> None:
+    """Print how many clips it takes to see leads, for the spread of the arm of median spread in each file."""
+    from .protocol import CHANCE, clips_for, committed, power_table, typical
+    from .report.lines import read_results
+    from .statistics import FEWEST
+    from .suites.figures import Comparison
+
+    spreads = [] if results else committed()
+    for path in results:
+        comparison = Comparison(lines := read_results(path).lines)
+        key = "steps_in_time" if all(line.steps_in_time is not None for line in lines) else "work"
+        leads = {name: [*comparison.leads(name, key).values()] for name in {line.arm: None for line in lines}}
+        leads = {name: each for name, each in leads.items() if len(each) >= FEWEST}
+        if not leads:
+            raise ConfigError(f"{path} has no arm with {FEWEST} clips beside fewer steps; run more, or leave it out")
+        spreads.append(typical(path.stem, leads))
+    if not json:
+        together = "1 arm" if arms == 1 else f"{arms} arms judged together"
+        print(f"Clips that give a true lead its verdict {CHANCE:.0%} of the time; {together}.\n")
+        return print(power_table(spreads, see, arms))
+    print_json([
+        {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation, "arms": arms,
+         "clips": {f"{lead:g}": clips_for(spread.leads, lead, arms=arms) for lead in see}} for spread in spreads
+    ])  # fmt: skip

@@ -28,8 +28,7 @@ from .metrics.registered import DYNAMICS, check_names, decimals_of
 from .report.lines import read_results
 from .report.report import SuiteReport, suite_report
 from .report.writing import arm_rows, write_reports
-from .runs.conditions import Machine, OwnClips
-from .runs.loaded import tuning_request
+from .runs.loaded import Machine, OwnClips, tuning_request
 from .runs.model import OWN
 from .runs.results import read_lines, result_lines
 from .statistics import FEWEST, WRONG

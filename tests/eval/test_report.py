@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.charts import forest
-from dit_accel_eval.report.diff import diff_of
+from dit_accel_eval.report.report import diff_of
 from dit_accel_eval.report.writing import page, score_leads, summary
 from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_figures, suite_table

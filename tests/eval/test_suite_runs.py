@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.runs import loaded as given
 from dit_accel_eval.runs import results
-from dit_accel_eval.runs.conditions import Machine, OwnClips
+from dit_accel_eval.runs.loaded import Machine, OwnClips
 from dit_accel_eval.runs.model import OWN, SuiteModel, arm_scheduler, check_guided, guided_by
 from dit_accel_eval.runs.results import append_line, read_kept, read_lines, run_of, write_lines
 from dit_accel_eval.suites import reference

@@ -22,7 +22,7 @@ from ..metrics.perceptual import ENOUGH, SETS, Distance
 from ..metrics.registered import check_names, metric, scores, unavailable
 from ..protocol import PROTOCOL
 from ..runs.clip_files import clips_in, encoder_like, paired
-from ..runs.conditions import processor_name
+from ..runs.loaded import processor_name
 from ..runs.pairing import Folder, Key, PairedClip
 from ..runs.results import ITSELF, KEPT, Line, append_line, frames_hash, keep_beside, result_lines, write_lines
 from ..vbench.dimensions import prompts_by_name

@@ -16,8 +16,8 @@ from ..metrics.metric import Clip, Sample
 from ..metrics.registered import FLOOR, dynamics, scores
 from ..protocol import PROTOCOL
 from ..runs.clip_files import Encoder
-from ..runs.conditions import card_state, device_name, processor_name
 from ..runs.counting import Counts, work, works
+from ..runs.loaded import card_state, device_name, processor_name
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.results import Line, frames_hash, keep_beside
 from .arms import Arm

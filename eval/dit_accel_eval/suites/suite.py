@@ -22,7 +22,7 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..protocol import USES, prompts_in_order
-from ..runs.conditions import OwnClips
+from ..runs.loaded import OwnClips
 from ..runs.model import OWN, ModelRun, SuiteModel
 from ..runs.results import TUNED, Line
 from .arms import Arm, check_kinds, dense_arm, read_arms, read_table
