@@ -166,7 +166,7 @@ def test_missing_and_unusable_videos_are_named_with_the_reason(work, monkeypatch
     path = at / "clips" / "a still red circle-0.mp4"
     path.unlink()
     write_media(path, np.zeros((1, 64, 64, 3), np.uint8), fps=8)
-    why = f"error: temporal_flickering can't be measured of {path}: it takes at least 2 frames, and there are 1"
+    why = f"error: temporal_flickering can't be measured of {path}: it takes 2 frames, and there are 1"
     assert why in told(start("-d", "temporal_flickering", "--filtered"))
     path.write_bytes(b"none")
     assert f"video {path} can't be read" in told(start("-d", "temporal_flickering", "--filtered"))

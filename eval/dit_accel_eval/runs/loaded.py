@@ -178,10 +178,13 @@ class GivenModel(SuiteModel):
         )
         pipe = load_pipeline(request)
         self.dtype, self.device = dtype, pick_device(machine.device)
-        super().__init__(
-            pipe, name=name, weights=given_weights(source), call=settled, adapter=adapter, family=family,
-            prompt=own.prompt, seed=own.seed,
-        )  # fmt: skip
+        about: dict[str, Any] = {
+            "weights": given_weights(source),
+            "call": settled,
+            "adapter": adapter,
+            "family": family,
+        }
+        super().__init__(pipe, name=name, prompt=own.prompt, seed=own.seed, **about)
         if self.device.type != "cpu":  # else a step would end before its work has
             for part in self.transformers:
                 part.register_forward_hook(lambda *_: torch.accelerator.synchronize())
