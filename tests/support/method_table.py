@@ -213,6 +213,10 @@ TABLE: dict[str, MethodCase] = {
         neutral=d.ProfilingCache(blocks="1", every=1, warmup_steps=0),
         active=d.ProfilingCache(blocks="1", every=2, **CACHE), warm=1, still_run=(0, 2), held=2 * TOKENS,
     ),
+    "cfgcache": _case(
+        *BAD_CACHE, *each(gate=(0, 1.5), stored=("residual",), branches=("all",)), held=2 * OUTPUT,
+        neutral=d.CFGCache(warmup_steps=99), active=d.CFGCache(warmup_steps=1), warm=1, beside=(RADIAL, LITE, SPARSED),
+    ),
     "softpag": _guidance(
         d.SoftPAG(heads="L1H0", u=0.7, scale=2.0), *each(u=(1.5, -0.1), target=("zero",)),
         ({"rows": "image", "target": "temperature"}, "rows = 'image'"), beside=(RADIAL, LITE),
