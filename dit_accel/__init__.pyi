@@ -28,6 +28,7 @@ from .methods.caches.easy import EasyCache as EasyCache
 from .methods.caches.mag import MagCache as MagCache
 from .methods.caches.profiling import ProfilingCache as ProfilingCache
 from .methods.caches.prune import DBPrune as DBPrune
+from .methods.caches.reference import ReferenceCache as ReferenceCache
 from .methods.caches.sea import SeaCache as SeaCache
 from .methods.caches.static import StaticCache as StaticCache
 from .methods.caches.tea import TeaCache as TeaCache

@@ -23,6 +23,7 @@ MODULES = {
     "methods.caches.mag": "MagCache",
     "methods.caches.profiling": "ProfilingCache",
     "methods.caches.prune": "DBPrune",
+    "methods.caches.reference": "ReferenceCache",
     "methods.caches.sea": "SeaCache",
     "methods.caches.static": "StaticCache",
     "methods.caches.tea": "TeaCache",

@@ -189,6 +189,8 @@ class Adapter:
         cross_attention: where text comes in by cross-attention, or in words why it does not; None: not described.
         joined_text: where text joins the self-attention, or in words why no negative text can be laid beside it; None:
             not described.
+        references: names of the inputs that hold reference images behind the image that is made: [..., tokens, C], or
+            lists of sizes by row; text stands before the image. Or in words why there are none; None: not described.
         makes_images: the models make single images, on which methods for several frames make no sense.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
@@ -221,6 +223,7 @@ class Adapter:
     guidance: Guidance = Guidance()  # noqa: RUF009 - frozen
     cross_attention: CrossAttention | str | None = None
     joined_text: JoinedText | str | None = None
+    references: tuple[str, ...] | str | None = None
     makes_images: bool = False
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

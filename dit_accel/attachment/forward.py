@@ -115,12 +115,12 @@ class ForwardWrapper:
         if parallel is not None:
             self._require_agreement(parallel, target_sample(inputs[state.adapter.latents]))
 
-        def innermost(**changed: Any) -> Any:
+        def innermost(*, whole: Mapping[str, Any] | None = None, **changed: Any) -> Any:
             if not changed:
                 fresh = {name: _own_list(value) for name, value in kwargs.items()}
                 return self._observed(run, tuple(map(_own_list, args)), fresh, grid, inputs)
             arguments = {name: _own_list(value) for name, value in {**inputs, **changed}.items()}
-            return self._observed(run, (), arguments, self._look(arguments), arguments)
+            return self._observed(run, (), arguments, self._look(whole or arguments), arguments)
 
         around = innermost
         for function in self._functions:

@@ -30,7 +30,7 @@ LEAST_GAIN = 1.25  # a smaller one may be the measurement's error: processes wou
 LEAST_FLOPS = 1e8  # of a call: what the loop takes beside its products is more than it saves in shorter ones
 TILE = 128
 
-_OURS = ("_dit_accel_layer", "_dit_accel_sparse")
+_OURS = ("_dit_accel_layer", "_dit_accel_sparse", "_dit_accel_keys")
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], engine: Engine) -> Any:
@@ -45,7 +45,7 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], engine
         classes[cls] = _subclass(cls, engine)
     wrapped = object.__new__(classes[cls])
     wrapped.__dict__.update(processor.__dict__)
-    wrapped.__dict__.update(_dit_accel_layer=torch.tensor(layer), _dit_accel_sparse=False)
+    wrapped.__dict__.update(_dit_accel_layer=torch.tensor(layer), _dit_accel_sparse=False, _dit_accel_keys=None)
     return wrapped
 
 
@@ -154,6 +154,8 @@ def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -
         enable_gqa: bool = False,
         **further: Any,
     ) -> Tensor:
+        if (change := forward.processor._dit_accel_keys) is not None:
+            key, value, attn_mask = change(key, value, attn_mask, tokens)
         shards = None if further.get("parallel_config") is None else forward.shards
         planned = forward.processor._dit_accel_sparse and not forward.not_a_step
         if not planned or key.shape[tokens] < forward.min_keys:

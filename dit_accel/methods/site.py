@@ -46,7 +46,10 @@ class Block:
 
 
 AroundForward = Callable[[ForwardContext, Callable[..., Any]], Any]
-"""(context, run) -> output. ``run()`` runs what lies further in, ``run(name=value)`` with other inputs."""
+"""(context, run) -> output. ``run()`` runs what lies further in, ``run(name=value)`` with other inputs.
+
+``run(whole=inputs, name=value)`` runs it on some of the tokens of ``inputs``, by whose layout methods go.
+"""
 
 AroundBlock = Callable[[StepContext, Block, Callable[[Streams], Streams], Streams], Streams]
 """(context, block, run, streams) -> streams. ``run(streams)`` runs what lies further in; else the block is skipped."""

@@ -49,7 +49,7 @@ class Call:
     def completed(self, sizes: Grid, outer_masks: bool) -> tuple["Call", slice | None]:
         """Return the call with a query for every token, and which of them are the model's own; None: all, or `rows`.
 
-        Where only some tokens have queries (the image, or all behind text and cached keys), the others get zeros.
+        Where only some tokens have queries (the image, all before kept keys, or all behind them), the others get zeros.
         ``outer_masks``: as `Adapter` has it.
         """
         frames, height, width, before, _ = sizes
@@ -60,7 +60,8 @@ class Call:
         missing = tokens - queries
         if missing <= 0 or self.rows is not None:
             return call, None
-        start = before if queries == frames * height * width else missing
+        image = frames * height * width
+        start = before if queries == image else 0 if queries == before + image else missing
         return replace(call, q=F.pad(self.q, (0, 0, start, missing - start))), slice(start, start + queries)
 
     def for_planning(self) -> "Call":

@@ -22,7 +22,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "sparse": ("sol", "radial", "lite", "sparsed"),
     "correcting": ("delta",),
     "steps": ("easycache", "seacache", "magcache", "teacache", "staticcache"),
-    "blocks": ("dbcache", "firstblockcache", "profilingcache", "dbprune", "dfa"),
+    "blocks": ("dbcache", "firstblockcache", "profilingcache", "dbprune", "dfa", "referencecache"),
     "longer": ("ultravico", "lvsa", "rope", "ultraimage"),
     "guidance": ("slg", "pag", "softpag", "seg", "autoguidance", "nag", "cfgcache"),
 }

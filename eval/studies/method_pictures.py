@@ -218,6 +218,9 @@ PICTURES: Mapping[str, Callable[[], Image.Image]] = {
     "dbcache": lambda: cached(d.DBCache(threshold=0.1, first_blocks=2, predictor="taylor"), model="flux-tiny"),
     "firstblockcache": lambda: cached(d.FirstBlockCache(threshold=0.1, predictor="taylor"), model="flux-tiny"),
     "dfa": lambda: foreground(d.DFA()),
+    "referencecache": lambda: map_picture(
+        np.array([[1] * 12, [1] * 12, [1, 0, 0, 0] * 3]), {0: "kept", 1: "computed"}, "text, picture, references", 420
+    ),
     "ultravico": lambda: longer(d.UltraViCo(alpha=0.9), side=decayed),
     "lvsa": lambda: longer(d.LVSA(), side=frames_seen),
     "ultraimage": lambda: larger(d.UltraImage()),

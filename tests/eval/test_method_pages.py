@@ -48,6 +48,7 @@ FITTED = {
     "seg": ("L7-9", "L1"),
     "slg": ("SLG()", "SLG(layers='L5')"),
     "profilingcache": ("ProfilingCache()", "ProfilingCache(blocks='0-5', every=3)"),
+    "referencecache": ('load_image("kite.png")', "None"),
     "autoguidance": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", str(model_path("wan-tiny"))),
 }
 """Method -> what of its code belongs to the real model, and what takes its place on a tiny one."""
@@ -60,8 +61,8 @@ def page(name: str) -> str:
 @functools.cache
 def short_pipeline(cls: str) -> tuple[Any, dict[str, Any]]:
     """The embedded or tiny pipeline of a class, and what a short call of it takes."""
-    if cls == "StableDiffusion3Pipeline":
-        pipe, call = stock_pipeline("StableDiffusion3Pipeline")
+    if cls not in SMALL:
+        pipe, call = stock_pipeline(cls)
         call = {**call, "prompt": None, "num_inference_steps": 2}
     else:
         model = {"WanPipeline": "wan-plain", "FluxPipeline": "flux-tiny"}[cls]

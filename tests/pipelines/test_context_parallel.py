@@ -19,7 +19,7 @@ IMAGE, VIDEO = cases_of(image=True), cases_of(image=False)
 def test_no_method_is_left_out():
     for cases, apart in ((VIDEO, set()), (IMAGE, VIDEOS_ALONE)):
         tried = {method.name for case in cases.values() for method in case}
-        assert tried == set(methods()) - apart
+        assert tried == set(methods()) - apart - {"referencecache"}  # which keeps nothing there
 
 
 def run(world, work, *arguments, **options):

@@ -8,12 +8,14 @@ must say of them. What holds bytes holds them for a run of `tiny_wan()`: 224 tok
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import WanTransformer3DModel
+from tiny_inputs import FLUX_LIKE, packed
 
 import dit_accel as d
 from dit_accel.testing.method_cases import CACHE_CASES, METHOD_CASES, MethodCase
-from dit_accel.testing.tiny_models import tiny_wan
+from dit_accel.testing.tiny_models import TinyModel, tiny_wan
 
 NAN, INF = float("nan"), float("inf")
 SPARSE: dict[str, Any] = dict(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0)
@@ -78,6 +80,21 @@ class Weaker(WanTransformer3DModel):
         """Return the prediction in the latents' dtype."""
         wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         return tuple(x.to(inputs["hidden_states"].dtype) for x in super().forward(*args, **wide))
+
+
+class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
+    """An editing model that gives what its pipeline takes of the prediction: that of the first 80 tokens."""
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """Return the prediction for the picture that is made."""
+        return tuple(x[:, :80] for x in super().forward(*args, **inputs))
+
+
+EDITING = TinyModel(
+    transformer=FluxTransformer2DModel, config=dict(FLUX_LIKE, pooled_projection_dim=8),
+    inputs=lambda batch: packed(batch, references=True) | dict(pooled_projections=torch.randn(batch, 8)),
+)  # fmt: skip
+"""A tiny FLUX.1 Kontext, given a reference image of 6 tokens."""
 
 
 def _weaker() -> Weaker:
@@ -216,6 +233,11 @@ TABLE: dict[str, MethodCase] = {
     "cfgcache": _case(
         *BAD_CACHE, *each(gate=(0, 1.5), stored=("residual",), branches=("all",)), held=2 * OUTPUT,
         neutral=d.CFGCache(warmup_steps=99), active=d.CFGCache(warmup_steps=1), warm=1, beside=(RADIAL, LITE, SPARSED),
+    ),
+    "referencecache": _case(  # on `EDITING`: 6 reference tokens, 4 layers
+        *each(refresh_every=(0, 1.5), warmup_steps=(0,)), neutral=d.ReferenceCache(refresh_every=1),
+        active=d.ReferenceCache(refresh_every=9), warm=1, held=2 * 4 * 2 * 4 * 6 * 32,
+        beside=(d.SolAttention(**SPARSE),),
     ),
     "softpag": _guidance(
         d.SoftPAG(heads="L1H0", u=0.7, scale=2.0), *each(u=(1.5, -0.1), target=("zero",)),

@@ -59,7 +59,7 @@ class NativeHandler(Handler):
     config_type = DiffusersCache
     phase = Phase.CACHES
     places = frozenset({Place.FORWARD})
-    exclusive = frozenset({"cache"})
+    exclusive = frozenset({"cache", "tokens of blocks"})
     objects = CONFIGS
 
     def __init__(self, config: DiffusersCache, model: Model) -> None:

@@ -113,6 +113,7 @@ class SpanHandler(StepCacheHandler):
     """A cache of blocks on one model."""
 
     places = frozenset({Place.FORWARD, Place.BLOCKS})
+    exclusive = frozenset({"cache", "tokens of blocks"})
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
         super().__init__(config, model)

@@ -71,6 +71,7 @@ FLUX = Adapter(
     signal=_modulated_input,
     rope=FLUX_ROPE,
     joined_text=JoinedText(place="before"),
+    references=("hidden_states", "img_ids"),
     families=released("flux", {"flux-tiny": _TINY}, forwards_per_step=1, **FLUX_LARGER),
     makes_images=True,
 )
@@ -118,5 +119,6 @@ CHROMA = replace(
     outer_masks=True,
     signal=None,
     joined_text="its mask of pairs is made for the prompt",
+    references="its pipelines take none",
     families=released("chroma", **FLUX_LARGER),
 )

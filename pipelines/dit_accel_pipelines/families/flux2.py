@@ -51,6 +51,7 @@ FLUX2 = Adapter(
     separate_text_attention=True,  # while the cache is filled, references attend to themselves
     rope=Rope(owner="pos_embed", axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 2000.0)),
     joined_text=JoinedText(place="before", alone=("kv_cache",)),
+    references=("hidden_states", "img_ids"),
     split_text="before",
     families=released("flux2", forwards_per_step=1),
     makes_images=True,

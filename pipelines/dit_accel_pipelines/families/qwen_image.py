@@ -48,6 +48,7 @@ QWEN_IMAGE = Adapter(
         max_positions=fixed_lengths(height=8192, width=8192),
     ),
     joined_text=JoinedText(place="before", mask="encoder_hidden_states_mask"),
+    references=("hidden_states", "img_shapes"),
     split_text="before",
     families=released(
         "qwen-image",

@@ -103,6 +103,7 @@ WAN = Adapter(
     signal=timestep_embedding,
     projected_signal=projected_timestep,
     cross_attention=TEXT_WAN,
+    references="VACE denoises the frames of its reference images with the clip's",
     rope=Rope(
         owner="rope",
         form="tables",
