@@ -126,5 +126,4 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
 
 def _place(handler: type[Handler]) -> tuple[bool, int, bool]:
     """Return where a method acts among others: what runs a forward again, or in parts, lies around what changes it."""
-    sets = handler.exclusive
-    return "unconditional prediction" in sets, handler.phase, "perturbed prediction" in sets
+    return "unconditional prediction" in handler.exclusive, handler.phase, "perturbed prediction" in handler.exclusive

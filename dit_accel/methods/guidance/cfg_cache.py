@@ -21,8 +21,8 @@ from .rows import joined, rows_of
 class CFGCache(StepCacheConfig):
     """Leaves the unconditional forward out of some steps: in its place is cond less the last computed cond - uncond.
 
-    Source: FasterCache's CFG-Cache (arXiv 2410.19355), here without bands of frequencies, and Adaptive Guidance's gate
-    (arXiv 2312.12487), here with the difference behind it.
+    Source: FasterCache's CFG-Cache (arXiv 2410.19355), without its bands, and the gate of Adaptive Guidance (arXiv
+    2312.12487), with the difference behind it. ``stored`` and ``branches`` have one value each.
 
     Attributes:
         max_consecutive: most steps in a row without one; those that a step cache skips do not count.

@@ -145,8 +145,7 @@ class NAGHandler(WindowedHandler, AttentionHandler):
             return run()
         outer = context if context.beside is None else replace(context, branch=context.beside)
         # a perturbed branch runs beside the conditional one, and has its rows alone where it says which it has
-        place, _, name = outer.branch.rpartition("/")
-        named = (place and name not in NAMES) or context.rows is not None
+        named = ("/" in outer.branch and outer.branch.split("/")[-1] not in NAMES) or context.rows is not None
         part = "cond" if named else part_of(self.name, site, outer, latents)
         if part == "uncond":
             return run()
