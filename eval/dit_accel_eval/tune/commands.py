@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dit_accel_pipelines.generation import options as usual
 from dit_accel_pipelines.generation.options import option, with_option_fields
@@ -95,18 +95,34 @@ def _prompts(shared: Shared, count: int) -> tuple[str, ...]:
 
 
 @_command
+def density(
+    shared: Shared,
+    *,
+    methods: MethodList,
+    error: Annotated[float, option("Mean relative error of a layer's attention, as the report measures it.")] = 0.05,
+    by: Annotated[Literal["density", "mass"], option("What is found.")] = "density",
+) -> None:
+    """Find the one density, or mass, of SparseD at which attention errs by so much on this model and size.
+
+    Examples:
+
+    dit-accel tune density --error 0.05 -o density.toml
+    """
+    _tune("density", shared, methods, 4, error=error, by=by)
+
+
+@_command
 def heads(
     shared: Shared,
     *,
     methods: MethodList,
-    objective: Annotated[
-        str, option("checker, a metric, module:function; or harmonic: A, B; threshold: A, B >= 2, C >= 6.")
-    ] = "checker",
+    objective: Annotated[str, option("checker, a metric, module:function; or of several, as below.")] = "checker",
     rounds: Annotated[int, option("Greedy rounds.")] = 1,
     per_round: Annotated[int, option("Heads that a round adds.")] = 3,
 ) -> None:
     """Search the attention heads that SoftPAG perturbs, by greedy rounds with an objective.
 
+    Of several objectives: harmonic: A, B, or threshold: A, B >= 2, C >= 6.
     Every clip that was judged is kept beside the file, so that a search that
     was stopped goes on; processes of accelerate share it.
 
