@@ -5,6 +5,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -92,27 +93,23 @@ def test_every_preset_can_be_attached_to_every_released_model():
     assert named("balanced", refusing, family) == ["easycache", "sol"]
 
 
-class Distilled:
+def distilled(scheduler, *loras):
     """A pipeline of few steps, by its scheduler or its LoRA."""
-
-    def __init__(self, scheduler: str = "EulerDiscreteScheduler", *loras: str) -> None:
-        self.transformer = tiny_transformer()
-        self.transformer.peft_config = dict.fromkeys(loras)
-        self.components = {"transformer": self.transformer}
-        self.scheduler = getattr(diffusers, scheduler)()
+    transformer = tiny_transformer()
+    transformer.peft_config = dict.fromkeys(loras)
+    return SimpleNamespace(components={"transformer": transformer}, scheduler=getattr(diffusers, scheduler)())
 
 
 def test_a_model_of_few_steps_is_told_by_scheduler_or_lora_and_takes_its_own_preset():
-    for pipe in (Distilled("FlowMatchLCMScheduler"), Distilled("FlowMatchEulerDiscreteScheduler", "Wan-4steps")):
+    for pipe in (distilled("FlowMatchLCMScheduler"), distilled("FlowMatchEulerDiscreteScheduler", "Wan-4steps")):
         with dit_accel.attach(pipe) as attachment:
             assert [handler.name for handler in attachment.engine.handlers] == ["sol", "staticcache"]
             assert "preset few-steps" in attachment.preset
         for level in LEVELS:
             with pytest.raises(ConfigError, match=rf"{level} .*{LEAST_STEPS} .*(LCM|4steps).*few-steps"):
                 dit_accel.attach(pipe, preset=level)
-    for pipe in (Distilled("FlowMatchEulerDiscreteScheduler"), Distilled("FlowMatchEulerDiscreteScheduler", "a-style")):
-        with dit_accel.attach(pipe) as attachment:
-            assert "preset balanced" in attachment.preset
+    with dit_accel.attach(distilled("FlowMatchEulerDiscreteScheduler", "a-style")) as attachment:
+        assert "preset balanced" in attachment.preset
     check_preset("few-steps", "", 8, LEAST_STEPS)
     with pytest.raises(ConfigError, match=r"few-steps .* 9;"):
         check_preset("few-steps", "", 9, LEAST_STEPS)
