@@ -40,8 +40,8 @@ PREDICTED_NOTE = (
 )
 
 FEW_NOTE = (
-    f"runs of {MOST} steps or fewer are for distilled models, and there step caches of the levels skip nothing; what "
-    "was tried on distilled tiny models, and lost more than a step fewer, stands in docs/presets.md"
+    f"runs of {MOST} steps or fewer are for distilled models, and there the levels' step caches skip nothing; what was "
+    "tried instead, so far on tiny models that are not distilled, stands in docs/presets.md"
 )
 
 
