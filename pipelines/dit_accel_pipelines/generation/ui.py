@@ -42,11 +42,10 @@ def serve_page(
     listens to this machine alone unless --host is given, and reports to nobody.
     Ctrl-C ends it.
 
+    \b
     Examples:
-
-    dit-accel ui
-
-    dit-accel ui --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
+      dit-accel ui
+      dit-accel ui --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     """
     _require_gradio()
     from dit_accel.adapters.model_files import model_source
