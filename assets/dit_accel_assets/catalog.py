@@ -175,6 +175,7 @@ KNOWN: dict[str, EmbeddedModel] = {
     ),
 }
 
+KNOWN["flux-sizes"] = KNOWN["flux-tiny"]  # the same world, learnt at several picture sizes
 KNOWN |= {
     f"{base}-{steps}": replace(
         KNOWN[base], base=base, defaults={**KNOWN[base].defaults, "num_inference_steps": steps, guidance: 1.0}

@@ -130,7 +130,7 @@ class Attachment:
             ConfigError: if the pipeline's result holds no frames or picture.
         """
         arguments = call if prompt is None else {"prompt": prompt, **call}
-        return check(self.denoising.pipe, self.suspended, self.call, seed, arguments)
+        return check(self.denoising.pipe, self.suspended, self.call, seed, arguments, self.report)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.

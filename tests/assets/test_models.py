@@ -50,8 +50,8 @@ def test_each_model_is_what_the_catalog_says(name):
 
 def test_names():
     assert assets.model_path() == assets.model_path("wan-tiny")
-    assert assets.model_names()[:3] == ("wan-tiny", "wan-plain", "flux-tiny")
-    assert {catalog.KNOWN[name].base for name in assets.model_names()[3:]} <= {"wan-tiny", "flux-tiny"}
+    assert assets.model_names()[:4] == ("wan-tiny", "wan-plain", "flux-tiny", "flux-sizes")
+    assert {catalog.KNOWN[name].base for name in assets.model_names()[4:]} <= {"wan-tiny", "flux-tiny"}
     for ask in (assets.model_path, assets.model_defaults, catalog.vocabulary, assets.load):
         with pytest.raises(ValueError, match=r"'wan-huge'.*wan-tiny"):
             ask("wan-huge")

@@ -19,6 +19,8 @@ from ...plan.tiling import (
     tiles_without_text,
     visual_lists_bytes,
 )
+from ...report.errors import error_section
+from ...report.sections import Section
 from ..base import AttentionHandler, Handler, Model
 from ..config import MethodConfig
 from ..noise import NeedsNoise
@@ -171,6 +173,15 @@ class SparseHandler(AttentionHandler):
                 f"{self.name}.refresh = {self.rests.every} has layers compute all rows in turn, and {partial.name} "
                 "leaves rows out; attach one of the two"
             )
+
+    def begin_run(self) -> None:
+        if self.rests is not None:
+            self.rests.measured.clear()
+
+    def report(self) -> Section | None:
+        """Return the errors of its lists, as the layers that were dense in turn show them."""
+        measured = [] if self.rests is None else self.rests.measured
+        return error_section(self.name, measured) if measured else None
 
     def state_bytes(self) -> int:
         return super().state_bytes() + (0 if self.rests is None else self.rests.most_held)
