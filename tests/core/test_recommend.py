@@ -5,7 +5,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -96,7 +95,8 @@ def distilled(scheduler, *loras):
     """A pipeline of few steps, by its scheduler or its LoRA."""
     transformer = tiny_transformer()
     transformer.peft_config = dict.fromkeys(loras)
-    return SimpleNamespace(components={"transformer": transformer}, scheduler=getattr(diffusers, scheduler)())
+    values = {"components": {"transformer": transformer}, "scheduler": getattr(diffusers, scheduler)()}
+    return type("Pipeline", (), values)()
 
 
 def test_a_model_of_few_steps_is_told_by_scheduler_or_lora_and_takes_its_own_preset():
