@@ -236,32 +236,38 @@ def test_two_trainings_are_packed_half_each():
     assert not torch.equal(one["proj_out.weight"], other["proj_out.weight"])
 
 
-def test_a_lora_of_few_steps_is_packed_judged_and_loaded_into_its_base(tmp_path, monkeypatch):
-    shutil.copytree(catalog.MODELS / "wan-tiny", tmp_path / "wan-tiny")
+def test_a_lora_of_few_steps_is_packed_judged_and_loaded_into_its_base(tmp_path, monkeypatch, capsys):
+    models = tmp_path / "models"
+    shutil.copytree(catalog.MODELS / "wan-tiny", models / "wan-tiny")
     for module in (catalog, loading, export_lora):
-        monkeypatch.setattr(module, "MODELS", tmp_path)
+        monkeypatch.setattr(module, "MODELS", models)
     monkeypatch.setattr(export_lora, "LOGS", tmp_path)
-    scores = {(4, 1.0): 0.75, (4, 4.0): 0.5}  # (steps, guidance) -> score
-    monkeypatch.setattr(accept, "judged", lambda *args: {"score": scores[args[-2:]]})
+    scores = {("wan-tiny-4", 4): 0.75, ("wan-tiny", 4): 0.5, ("wan-tiny", 20): 0.79}
+    names = {1.0: "wan-tiny-4", 4.0: "wan-tiny"}
+    monkeypatch.setattr(accept, "judged", lambda *args: {"score": scores[names[args[-1]], args[-2]]})
     trained = distill.Video("wan-tiny")
     before = {name: weight.clone() for name, weight in trained.pipe.transformer.state_dict().items()}
     distill.add_lora(trained, 2)
-    weights, changed = dict(trained.pipe.transformer.named_parameters()), "blocks.3.attn1.to_q"
-    down, up = (weights[f"{changed}.lora_{part}.default.weight"] for part in "AB")
-    torch.nn.init.normal_(up)
+    weights = dict(trained.pipe.transformer.named_parameters())
+    changed = "blocks.3.attn1.to_q"
+    torch.nn.init.normal_(weights[f"{changed}.lora_B.default.weight"])
     recipe = {"model": "wan-tiny", "student_steps": 4, "flow_shift": 3.0}
     torch.save({"recipe": recipe, "step": 7, "averages": {"transformer": weights}}, tmp_path / "checkpoint.pt")
     (tmp_path / "log.jsonl").touch()
-    monkeypatch.setattr(sys, "argv", ["export_lora.py", str(tmp_path)])
-    for scores[20, 4.0], passed in ((0.79, True), (0.81, False)):
+    for usual, passed in ((0.79, True), (0.81, False)):
+        scores["wan-tiny", 20] = usual
+        monkeypatch.setattr(sys, "argv", ["export_lora.py", str(tmp_path)])
         export_lora.main()
         figures = json.loads((tmp_path / "wan-tiny-4.acceptance.json").read_text())
-        assert (figures["step"], figures["judge"]["passed"]) == (7, passed)
+        assert (figures["step"], figures["judge"]["passed"], figures["judge"]["without"]["score"]) == (7, passed, 0.5)
     pipe = load("wan-tiny", few_steps=4)
     assert (type(pipe.scheduler).__name__, pipe.scheduler.config.shift) == ("FlowMatchEulerDiscreteScheduler", 3.0)
     assert {"num_inference_steps": 4, "guidance_scale": 1.0}.items() <= catalog.model_defaults("wan-tiny-4").items()
+    added = weights[f"{changed}.lora_B.default.weight"] @ weights[f"{changed}.lora_A.default.weight"]
     for name, weight in pipe.transformer.state_dict().items():  # plain weights, the LoRA added
-        assert torch.allclose(weight, before[name] + (up @ down if name == f"{changed}.weight" else 0), atol=2e-3)
+        wanted = before[name] + (added if name == f"{changed}.weight" else 0)
+        assert torch.allclose(weight, wanted, atol=2e-3), name
+    assert sum(file.stat().st_size for file in (models / "wan-tiny-4").rglob("*.*") if file.is_file()) < 1_500_000
 
 
 def test_sharper_queries_are_those_of_self_attention_alone():

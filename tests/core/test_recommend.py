@@ -24,6 +24,7 @@ from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.easy import EasyHandler
+from dit_accel.methods.few_steps import check_preset
 from dit_accel.methods.preset_figures import figures, promise
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, PRESETS, preset_methods
 
@@ -91,23 +92,30 @@ def test_every_preset_can_be_attached_to_every_released_model():
     assert named("balanced", refusing, family) == ["easycache", "sol"]
 
 
-def distilled(scheduler, *loras):
+class Distilled:
     """A pipeline of few steps, by its scheduler or its LoRA."""
-    transformer = tiny_transformer()
-    transformer.peft_config = dict.fromkeys(loras)
-    values = {"components": {"transformer": transformer}, "scheduler": getattr(diffusers, scheduler)()}
-    return type("Pipeline", (), values)()
+
+    def __init__(self, scheduler: str = "EulerDiscreteScheduler", *loras: str) -> None:
+        self.transformer = tiny_transformer()
+        self.transformer.peft_config = dict.fromkeys(loras)
+        self.components = {"transformer": self.transformer}
+        self.scheduler = getattr(diffusers, scheduler)()
 
 
 def test_a_model_of_few_steps_is_told_by_scheduler_or_lora_and_takes_its_own_preset():
-    for pipe in (distilled("FlowMatchLCMScheduler"), distilled("FlowMatchEulerDiscreteScheduler", "Wan-4steps")):
+    for pipe in (Distilled("FlowMatchLCMScheduler"), Distilled("FlowMatchEulerDiscreteScheduler", "Wan-4steps")):
         with dit_accel.attach(pipe) as attachment:
             assert [handler.name for handler in attachment.engine.handlers] == ["sol", "staticcache"]
+            assert "preset few-steps" in attachment.preset
         for level in LEVELS:
             with pytest.raises(ConfigError, match=rf"{level} .*{LEAST_STEPS} .*(LCM|4steps).*few-steps"):
                 dit_accel.attach(pipe, preset=level)
-    with dit_accel.attach(distilled("FlowMatchEulerDiscreteScheduler", "a-style")) as attachment:
-        assert "preset balanced" in attachment.preset
+    for pipe in (Distilled("FlowMatchEulerDiscreteScheduler"), Distilled("FlowMatchEulerDiscreteScheduler", "a-style")):
+        with dit_accel.attach(pipe) as attachment:
+            assert "preset balanced" in attachment.preset
+    check_preset("few-steps", "", 8, LEAST_STEPS)
+    with pytest.raises(ConfigError, match=r"few-steps .* 9;"):
+        check_preset("few-steps", "", 9, LEAST_STEPS)
 
 
 def test_an_unknown_preset_and_a_named_method_that_does_not_fit_are_refused():
