@@ -1,6 +1,6 @@
 """From how many tokens on sparse attention takes less time than dense, in layers with two embedded models' attention.
 
-CPU seconds of one thread, the least of two; run it alone: ``python eval/studies/crossing.py > eval/results/crossing.jsonl``.
+CPU seconds of one thread, the least of two; alone: ``python eval/studies/crossing.py > eval/results/crossing.jsonl``.
 """
 
 import json
