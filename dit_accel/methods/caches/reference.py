@@ -74,7 +74,7 @@ class ReferenceHandler(Handler):
         return Section(method=self.name, title=f"{self.name}: {title.format(**self._counts)}", data=self._counts)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        family, tokens = self.model.family, layout.text_after or layout.visual_tokens
+        family, tokens = self.model.family, layout.visual_tokens  # as one reference image of the output's size has
         width = family.heads * family.head_dim * family.layers * family.forwards_per_step if family else 0
         note = f"the time that {self.name} saves is not counted; its memory is that of {tokens} reference tokens"
         return Saving(counted=False, carried_bytes=4 * tokens * width, notes=(note,))
