@@ -13,7 +13,7 @@ from dit_accel_assets.catalog import (
     model_score,
     vocabulary,
 )
-from dit_accel_assets.loading import load
+from dit_accel_assets.loading import load, opened
 
 __all__ = [
     "check_prompt",
@@ -27,5 +27,6 @@ __all__ = [
     "model_path",
     "model_path_error",
     "model_score",
+    "opened",
     "vocabulary",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,8 @@ class EmbeddedModel:
     """(number, height, width, frames) -> caption and clip [F, H, W, 3] of its world, never of a held-out prompt."""
     longest: int = 1
     """Frames of the longest clips that it was trained on."""
+    base: str = ""
+    """The model whose weights it shares, changed by the LoRA in its folder; empty: all of them are its own."""
 
 
 @lru_cache(maxsize=1024)
@@ -173,6 +175,15 @@ KNOWN: dict[str, EmbeddedModel] = {
     ),
 }
 
+KNOWN["flux-sizes"] = KNOWN["flux-tiny"]  # the same world, learnt at several picture sizes
+KNOWN |= {
+    f"{base}-{steps}": replace(
+        KNOWN[base], base=base, defaults={**KNOWN[base].defaults, "num_inference_steps": steps, guidance: 1.0}
+    )
+    for base, guidance in (("wan-tiny", "guidance_scale"), ("flux-tiny", "true_cfg_scale"))
+    for steps in (4, 8)
+}
+
 
 def model_names() -> tuple[str, ...]:
     """Return the names of the embedded models whose files are here."""
@@ -180,7 +191,10 @@ def model_names() -> tuple[str, ...]:
 
 
 def model_path(name: str = "wan-tiny") -> Path:
-    """Return the folder of an embedded model, which its diffusers pipeline loads; ValueError for an unknown name."""
+    """Return the folder of an embedded model, which its diffusers pipeline loads; ValueError for an unknown name.
+
+    That of a model for few steps holds its configs and its LoRA alone: `opened` finds the rest.
+    """
     _known(name)
     return MODELS / name
 

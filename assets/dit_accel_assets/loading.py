@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dit_accel_assets.catalog import KNOWN, check_prompt, model_defaults, model_names, model_path
+from dit_accel_assets.catalog import KNOWN, MODELS, check_prompt, model_defaults, model_names, model_path
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
-def load(name: str = "wan-tiny", **options: Any) -> DiffusionPipeline:
+def load(name: str = "wan-tiny", few_steps: int | None = None, **options: Any) -> DiffusionPipeline:
     """Return an embedded model's diffusers pipeline, in float32, on the CPU.
 
     Its class derives from the stock one, bears its name and takes the same arguments; where an argument is left out,
@@ -24,17 +24,36 @@ def load(name: str = "wan-tiny", **options: Any) -> DiffusionPipeline:
 
     Args:
         name: one of `model_names`.
+        few_steps: take the model's LoRA for so many steps without guidance: "wan-tiny" and 4 are "wan-tiny-4".
         options: of diffusers' ``from_pretrained``, such as ``dtype``.
 
     Raises:
         ValueError: for an unknown name; and by the pipeline's call, for words that the model has never seen.
     """
+    name = name if few_steps is None else f"{name}-{few_steps}"
     kind = class_of_pipeline(name)
     if "torch_dtype" not in options and "dtype" not in options:
         import torch
 
         options["dtype"] = torch.float32  # some weights are kept in half the bytes
-    return kind.from_pretrained(model_path(name), **options)
+    return opened(kind, name, **options)
+
+
+def opened(kind: type[DiffusionPipeline], name: str, **options: Any) -> DiffusionPipeline:
+    """Return an embedded model as a pipeline of a class, by its ``from_pretrained`` with these options.
+
+    A model for few steps takes the weights of the one that it was distilled from, and adds its LoRA to them.
+    """
+    folder, base = model_path(name), KNOWN[name].base
+    if not base:
+        return kind.from_pretrained(folder, **options)
+    whole = kind.from_pretrained(MODELS / base, **options)
+    parts = {key: part for key, part in whole.components.items() if key != "scheduler"}
+    pipe = type(whole).from_pretrained(folder, **{**options, **parts})  # the base class takes no optional parts
+    pipe.load_lora_weights(folder, use_safetensors=True)
+    pipe.fuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+    return pipe
 
 
 @cache

@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, dtype: torch.dtype) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "dtype": dtype})
+        super().__init__([{"params": list(params)}], {"lr": lr, "momentum": momentum, "dtype": dtype})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

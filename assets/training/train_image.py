@@ -1,6 +1,7 @@
 """Trains the image model on still scenes: `python assets/training/train_image.py`; first its autoencoder, then Flux.
 
-One picture size alone, so that twice the size is plain extrapolation. Pictures are drawn and encoded when needed.
+One picture size alone, so that twice the size is plain extrapolation; or several, as released models are trained, by
+`--set '{"start": "flux-tiny", "sizes": [[0.3, 96, 20], ...]}'`. Pictures are drawn and encoded when needed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PLAIN = (
 )
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 VAE_PLAIN = ("encoder.conv_in", "decoder.conv_out")
+SHIFT_SIZE = 96
+"""Picture size in pixels that a recipe's shift of the noise levels is meant for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +56,8 @@ class FluxTraining(FlowRecipe):
     steps: int = 20_000
     shift: float = 3.0
     high_noise: float = 0.15
-    picture: int = 96
-    batch: int = 20
+    sizes: tuple[tuple[float, int, int], ...] = ((1.0, 96, 20),)
+    """(weight, pixels, batch); each step takes one of them."""
     reading: float = 0.3
     """Weight of the second question, what is seen at each token, put to the last block of both streams."""
 
@@ -104,7 +107,8 @@ def flux_loss(
     t5 = pipe.tokenizer_2(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
     pooled, states = pipe.text_encoder(clip).pooler_output, pipe.text_encoder_2(t5)[0]
     batch, channels, height, width = latents.shape
-    level = noise_levels(rng, batch, config.shift, config.high_noise)
+    shift = config.shift * height * 4 / SHIFT_SIZE  # a larger picture shows through more noise
+    level = noise_levels(rng, batch, shift, config.high_noise)
     noise = torch.randn_like(latents)
     mixed = torch.lerp(latents, noise, level[:, None, None, None])
     with autocast():
@@ -132,8 +136,11 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
         lambda _module, _args, output: states.update(read=output[1])
     )
 
+    weights = np.array([weight for weight, *_ in config.sizes]) / sum(weight for weight, *_ in config.sizes)
+
     def loss_at(_step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
-        pictures, scenes = draw_pictures(rng, config.picture, config.picture, config.batch)
+        _, size, batch = config.sizes[rng.choice(len(config.sizes), p=weights) if len(weights) > 1 else 0]
+        pictures, scenes = draw_pictures(rng, size, size, batch)
         with torch.no_grad(), autocast():
             latents = vae.encode(pictures).latent_dist.mode().float()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -141,7 +148,8 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
         texts = ["" if rng.random() < config.prompt_dropout else text for text in texts]
         loss = flux_loss(pipe, latents, texts, rng, config)
         read = reader.loss(states["read"], scenes, torch.stack([coverage(scene, 1) for scene in scenes]))
-        return loss + config.reading * read, {"loss": loss.item(), "read": read.item()}
+        name = f"_{size}" if len(weights) > 1 else ""
+        return loss + config.reading * read, {f"loss{name}": loss.item(), f"read{name}": read.item()}
 
     modules = {name: getattr(pipe, name) for name in TRAINED} | {"reader": reader}
     run_training(

@@ -1,5 +1,7 @@
 """The embedded models, which a distribution of their own holds: what serves large models need not carry them."""
 
+from pathlib import Path
+
 from ..errors import ConfigError, install
 
 
@@ -9,6 +11,12 @@ def embedded_names() -> tuple[str, ...]:
         return assets().model_names()
     except ConfigError:
         return ()
+
+
+def embedded_at(source: str) -> str | None:
+    """Return the name of the embedded model whose folder a source is; None: it is none of theirs."""
+    path = Path(source).resolve()
+    return next((name for name in embedded_names() if path == assets().model_path(name).resolve()), None)
 
 
 def assets():

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError, UnsupportedModel, did_you_mean, install
 from ..files import read_text
 from .adapter import Adapter, Family
-from .embedded import assets, embedded_names
+from .embedded import assets, embedded_at, embedded_names
 from .installed import adapter_for
 
 INDEX = "model_index.json"
@@ -46,7 +46,8 @@ class ModelFiles:
         """Return the adapter and the sizes, a released family's or the configs'; `UnsupportedModel` without either."""
         adapter = adapter_for(str(self.transformer.get("_class_name")))
         experts = 1 + self.has("transformer_2")
-        family = next((known for known in adapter.families if known.repo == self.name), None)
+        repo = f"embedded/{name}" if (name := embedded_at(self.name)) else self.name
+        family = next((known for known in adapter.families if known.repo == repo), None)
         family = family or adapter.family(self.transformer, experts)
         return adapter, self._with_sizes(adapter, family, experts)
 

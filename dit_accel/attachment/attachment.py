@@ -13,6 +13,7 @@ from ..errors import AttachError, ConfigError
 from ..estimate.prediction import predict_attached
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
+from ..methods.few_steps import FEW, check_preset, few_steps_sign
 from ..methods.find import (
     LayerFilter,
     attention_modules,
@@ -21,8 +22,9 @@ from ..methods.find import (
     find_transformers,
     model_of,
     resolve_model,
+    scheduler_of,
 )
-from ..methods.presets import Level, PresetMethods, preset_methods
+from ..methods.presets import LEAST_STEPS, Level, PresetMethods, preset_methods
 from ..report.report import PredictedSpeedup, Report, call_reports, step_reports
 from . import backends
 from .backends import Backend, Dense, ReplacedTransformer
@@ -128,7 +130,7 @@ class Attachment:
             ConfigError: if the pipeline's result holds no frames or picture.
         """
         arguments = call if prompt is None else {"prompt": prompt, **call}
-        return check(self.denoising.pipe, self.suspended, self.call, seed, arguments)
+        return check(self.denoising.pipe, self.suspended, self.call, seed, arguments, self.report)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.
@@ -215,8 +217,9 @@ def attach(
         model: a diffusers pipeline (all its transformers that an adapter covers) or one transformer.
         methods: configs such as ``RadialAttention()``.
         preset: methods that are chosen for the model, beside those that are named, which win: ``careful``, ``balanced``
-            or ``fast`` (`dit_accel.methods.presets`), or ``none``. Unset: ``balanced`` where no method is named. What
-            it is on this model, and what it leaves out, says `Attachment.preset`.
+            or ``fast``, ``few-steps`` for models distilled to those (`dit_accel.methods.presets`), or ``none``. Unset,
+            where no method is named: ``few-steps`` where a LoRA's name or the scheduler tells of them, else
+            ``balanced``. What it is on this model, and what it leaves out, says `Attachment.preset`.
         backend: the kernel backend of planned attention calls. A named one never falls back; with ``auto`` calls whose
             tile lists only save time stay dense on a CPU that is known to gain none by them, and the report says so.
         dense: what computes dense calls, steps and layers: ``user``, the attention set in diffusers, or ``auto``, on a
@@ -234,13 +237,15 @@ def attach(
         AttachError: if something is attached already.
         MissingBackend: if the named backend can't run here.
     """
-    level = preset or ("none" if methods else "balanced")
+    sign = few_steps_sign(find_transformers(model).values(), scheduler_of(model))
+    level = preset or ("none" if methods else FEW if sign else "balanced")
     if level == "none":
         return _attach(model, methods, backend, layers, dense or "user")
 
     def put_on(configs: Sequence[MethodConfig]) -> Attachment:
         return _attach(model, tuple(configs), backend, layers, dense or "auto")
 
+    check_preset(level, sign, None, LEAST_STEPS)
     chosen = preset_methods(level, model_of(model), methods)
     try:
         attachment = put_on((*methods, *chosen.configs))

@@ -3,7 +3,7 @@
 Short runs are made twice, in turn, and the faster one of each counts: other work on the machine only ever slows a run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 
 from ..errors import AttachError, ConfigError, MissingBackend
 from ..report import clock
-from ..report.report import drawing
+from ..report.report import Report, drawing
+from ..report.sections import Section
 
 SHORT = 60.0
 """Seconds that a dense run and one with the methods take together, below which each is made a second time."""
@@ -36,6 +37,7 @@ class Check:
     metrics: Mapping[str, float] = field(default_factory=dict)
     not_measured: Mapping[str, str] = field(default_factory=dict)  # metric -> why it says nothing
     runs: int = 1  # how often each was made
+    sections: Sequence[Section] = ()  # what methods tell of the run with them, such as the errors of their attention
 
     @property
     def speedup(self) -> float:
@@ -60,6 +62,7 @@ class Check:
             "metrics": dict(self.metrics),
             "not_measured": dict(self.not_measured),
             "runs": self.runs,
+            "sections": {section.method: dict(section.data) for section in self.sections},
         }
 
     def __str__(self) -> str:
@@ -70,7 +73,8 @@ class Check:
         counted = "one run each" if self.runs == 1 else f"the faster of {self.runs} runs each"
         measured = [f"{name} {value:.4g}" for name, value in self.metrics.items()]
         missing = [f"{name} not measured: {why}" for name, why in self.not_measured.items()]
-        return "\n".join([f"{counted}, same seed: {seconds}", ", ".join(measured) or "nothing measured", *missing])
+        lines = [f"{counted}, same seed: {seconds}", ", ".join(measured) or "nothing measured", *missing]
+        return "\n".join([*lines, *map(str, self.sections)])
 
 
 def check(
@@ -79,6 +83,7 @@ def check(
     accelerated_call: Callable[..., Any],
     seed: int,
     call: Mapping[str, Any],
+    report: Callable[[], Report],
 ) -> Check:
     """Generate one prompt and seed dense, with the methods suspended, and with them; errors as `Attachment.check`."""
     if pipe is None:
@@ -93,7 +98,7 @@ def check(
         pairs.append((plain, _generated(accelerated_call, seed, call)))
     (dense, _), (accelerated, _) = pairs[0]
     least = [min(seconds for _, seconds in runs) for runs in zip(*pairs, strict=True)]
-    return compared(dense, accelerated, least[0], least[1], runs=len(pairs))
+    return compared(dense, accelerated, (least[0], least[1]), report(), runs=len(pairs))
 
 
 def require_tools() -> None:
@@ -103,13 +108,14 @@ def require_tools() -> None:
 
 
 def compared(
-    dense: Frames, accelerated: Frames, dense_seconds: float, accelerated_seconds: float, *, runs: int = 1
+    dense: Frames, accelerated: Frames, seconds: tuple[float, float], report: Report | None, *, runs: int = 1
 ) -> Check:
-    """Compare a run with methods to the dense one of its seed, by the installed tool's metrics."""
+    """Compare a run with methods, and its report, to the dense one of its seed, by the installed tool's metrics."""
     metrics, missing = _tool("check")(accelerated, dense)
     return Check(
-        dense=dense, accelerated=accelerated, dense_seconds=dense_seconds, accelerated_seconds=accelerated_seconds,
+        dense=dense, accelerated=accelerated, dense_seconds=seconds[0], accelerated_seconds=seconds[1],
         metrics=metrics, not_measured=missing, runs=runs,
+        sections=[section for section in report.sections if "error" in section.data] if report else (),
     )  # fmt: skip
 
 

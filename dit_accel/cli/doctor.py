@@ -18,11 +18,10 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON, for a 
     what won here, `dit-accel plan` and `dit-accel recommend` count by it.
     DIT_ACCEL_MEASURE=0 measures nothing.
 
+    \b
     Examples:
-
-    dit-accel doctor
-
-    dit-accel doctor --json > machine.json
+      dit-accel doctor
+      dit-accel doctor --json > machine.json
     """
     columns = TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=TALK, disable=not TALK.is_terminal, transient=True) as bar:

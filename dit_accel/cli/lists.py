@@ -32,15 +32,12 @@ def methods(
 ) -> None:
     """List the methods and what each does; with --options, or named, what can be set.
 
+    \b
     Examples:
-
-    dit-accel methods
-
-    dit-accel methods radial sol
-
-    dit-accel methods --options
-
-    dit-accel methods --json
+      dit-accel methods
+      dit-accel methods radial sol
+      dit-accel methods --options
+      dit-accel methods --json
     """
     known = method_registry.methods()
     for name in names or ():
@@ -84,11 +81,10 @@ def models(json: Json = False) -> None:
 
     Embedded models ship with the project: generate's --model takes their names.
 
+    \b
     Examples:
-
-    dit-accel models
-
-    dit-accel models --json
+      dit-accel models
+      dit-accel models --json
     """
     refused = {adapter.name: refused_by(adapter) for adapter in installed.adapters().values()}
     rows = [

@@ -51,7 +51,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="careful, balanced, fast or none: methods chosen for the model; those that are named win.",
+        help="careful, balanced, fast, few-steps or none: methods for the model; named ones win.",
         metavar="LEVEL",
         rich_help_panel=PANEL,
     ),

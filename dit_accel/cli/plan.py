@@ -70,15 +70,12 @@ def plan(
     attention_flops and total_flops are the dense run's; the planned_ ones
     are those with the methods. Tiles count visual tokens only.
 
+    \b
     Examples:
-
-    dit-accel plan --family wan2.1-14b --num-frames 69 --radial
-
-    dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
-
-    dit-accel plan --family flux.1-dev --preset balanced
-
-    dit-accel plan --family hunyuan-video --sol --quantize fp8 --hardware h200
+      dit-accel plan --family wan2.1-14b --num-frames 69 --radial
+      dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
+      dit-accel plan --family flux.1-dev --preset balanced
+      dit-accel plan --family hunyuan-video --sol --quantize fp8 --hardware h200
     """
     adapter, sizes, config = named_model("plan", family, model)
     described = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)

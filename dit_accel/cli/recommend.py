@@ -29,13 +29,11 @@ def recommend(
     Settings that `dit-accel tune pipeline` found for this model come first,
     then the presets and the dense run, the fastest first. Loads no weights.
 
+    \b
     Examples:
-
-    dit-accel recommend --family wan2.1-14b --height 720 --hardware 24GB
-
-    dit-accel recommend --family wan2.1-14b --quantize int8-weights --hardware 24GB
-
-    dit-accel recommend --model FOLDER --json
+      dit-accel recommend --family wan2.1-14b --height 720 --hardware 24GB
+      dit-accel recommend --family wan2.1-14b --quantize int8-weights --hardware 24GB
+      dit-accel recommend --model FOLDER --json
     """
     if family and not model:
         installed.family(family)

@@ -10,6 +10,7 @@ from ..adapters.adapter import Adapter, Family
 from ..adapters.model_files import ModelFiles, model_source, read_model_files
 from ..errors import ConfigError, UnsupportedModel
 from ..methods.base import AttentionHandler, Model
+from ..methods.few_steps import FEW, MOST
 from ..methods.find import find_transformers, resolve_model
 from ..methods.presets import LEVELS, MEASURED_ON, Choice, PresetMethods, preset_methods
 from ..methods.registry import handler_of
@@ -36,6 +37,11 @@ DENSE = "dense"
 PREDICTED_NOTE = (
     "speed-ups of presets are predicted, of the denoising loop; memory is what the methods hold from step to step, "
     "without a step cache's few copies of the latents for each branch"
+)
+
+FEW_NOTE = (
+    f"runs of {MOST} steps or fewer are for distilled models, and there step caches of the levels skip nothing; what "
+    "was tried on distilled tiny models, and lost more than a step fewer, stands in docs/presets.md"
 )
 
 
@@ -90,7 +96,8 @@ def recommend(
         linears=of.linears, kernel_cost=KERNEL_COST if elsewhere(hardware) else None,
     )  # fmt: skip
     dense = estimate(of.adapter, of.family, **sizes)
-    presets = [preset_methods(level, of.model) for level in LEVELS]
+    few = dense.num_inference_steps <= MOST
+    presets = [preset_methods(level, of.model) for level in ((*LEVELS, FEW) if few else LEVELS)]
     made = [_preset_row(preset, of, sizes, dense) for preset in presets]
     rows = [Setting(name=DENSE), *(row for row, _ in made)]
     rows.sort(key=lambda row: -round(row.speedup, 2))  # as it is shown: equal ones stay in the presets' order
@@ -107,6 +114,7 @@ def recommend(
         notes=(
             *_notes(of, dense, num_frames, presets[-1]),
             *(_card_notes(of, card) if card else ()),
+            *([FEW_NOTE] if few else []),
             PREDICTED_NOTE,
             *dict.fromkeys(measured for _, measured in made if measured),
             *(_elsewhere(setting) for setting in tuned if setting not in fitting),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.embedded import assets, embedded_names
+from ..adapters.embedded import embedded_at, embedded_names
 from ..errors import ConfigError
 from ..files import read_text, user_cache, write_text
 from ..methods.config import MethodConfig
@@ -53,9 +53,7 @@ def model_key(model: str) -> str:
         return name
     if not Path(model).is_dir():
         return model
-    path = Path(model).resolve()
-    same = [known for known in embedded_names() if assets().model_path(known).resolve() == path]
-    return same[0] if same else str(path)
+    return embedded_at(model) or str(Path(model).resolve())
 
 
 def tuned_folder(model: str) -> Path:

@@ -14,17 +14,22 @@ from .attention.sol import SolAttention
 from .attention.ultravico import UltraViCo
 from .base import Model
 from .caches.easy import EasyCache
+from .caches.static import StaticCache
 from .compose import make_handlers
 from .config import MethodConfig
+from .few_steps import FEW
 from .positions.rope import RoPE
 from .preset_figures import Promise, promise
 from .registry import handler_of
 
-Level = Literal["careful", "balanced", "fast"]
-LEVELS: tuple[Level, ...] = get_args(Level)
+Level = Literal["careful", "balanced", "fast", "few-steps"]
+LEVELS: tuple[Level, ...] = get_args(Level)[:3]
 
 NONE = "none"
 """The word for no preset."""
+
+NAMES = (*get_args(Level), NONE)
+"""All words for a preset."""
 
 MEASURED_ON = ("wan-tiny", "flux-tiny")
 """The families on which the levels were measured; to others the same rule applies unmeasured."""
@@ -73,15 +78,22 @@ def _cache(level: Level, warmup: float, bound: float, last: int) -> Choice:
     )
 
 
-def _sparse(beta: float) -> Choice:
+def _sparse(beta: float, **options: float) -> Choice:
+    dense = "".join(f", dense above noise level {level}" for level in options.values())
     return Choice(
-        SolAttention(beta=beta, min_tokens=SolAttention.worthwhile_tokens),
+        SolAttention(beta=beta, min_tokens=SolAttention.worthwhile_tokens, **options),
         "video",
-        f"sparse attention from {SolAttention.worthwhile_tokens:,} visual tokens on",
+        f"sparse attention from {SolAttention.worthwhile_tokens:,} visual tokens on{dense}",
         "published (arXiv 2607.24027), not measured by us on a model of that size",
     )
 
 
+_TAIL = Choice(
+    StaticCache(below_sigma=0.03, stored="output"),
+    "all",
+    "skips steps that begin below noise level .03, where a schedule has any",
+    "measured: docs/presets.md, few steps",
+)
 _LONGER = Choice(
     RoPE(kind="riflex", axes=("frames",)),
     "video",
@@ -111,6 +123,7 @@ PRESETS: Mapping[str, tuple[Choice, ...]] = {
     "careful": (_cache("careful", 0.5, 0.03, 2), *_BEYOND),
     "balanced": (_cache("balanced", 0.35, 0.03, 1), _sparse(1.0), *_BEYOND),
     "fast": (_cache("fast", 0.25, 0.06, 1), _sparse(1.3), *_BEYOND),
+    FEW: (_TAIL, _sparse(1.0, dense_above_sigma=0.909), *_BEYOND),
 }
 
 
@@ -167,7 +180,7 @@ def preset_methods(
     if level == NONE:
         return PresetMethods(level, model)
     if level not in PRESETS:
-        raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), (*LEVELS, NONE))}")
+        raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), NAMES)}")
     try_out = try_out or partial(make_handlers, model=model, alone=False)
     chosen: list[Choice] = []
     left_out: dict[str, str] = {}

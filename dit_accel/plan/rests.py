@@ -196,6 +196,7 @@ class Rests:
         self._calls: dict[Key, int] = {}
         self._ahead = Ahead()
         self.most_held = 0
+        self.measured: list[tuple[CallContext, Tensor]] = []  # dense turns, each with the squares of `lists_error`
 
     def reset(self) -> None:
         """Forget all turns, and free what is kept."""

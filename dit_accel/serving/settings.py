@@ -39,16 +39,14 @@ def requested(environ: Mapping[str, str] = os.environ) -> str:
 
 def read_setting(text: str) -> ServerSetting:
     """Read a preset's name, such as ``balanced`` or ``none``, or the path of a TOML file that ends in ``.toml``."""
-    from ..methods.presets import LEVELS, NONE
+    from ..methods.presets import NAMES, NONE
     from ..methods.toml import from_toml, run_table
 
-    if text in (*LEVELS, NONE):
+    if text in NAMES:
         level: Any = text
         return ServerSetting(preset=level)
     if not text.endswith(".toml"):
-        raise ConfigError(
-            f"{text!r} is no setting; give one of {', '.join((*LEVELS, NONE))}, or the path of a .toml file"
-        )
+        raise ConfigError(f"{text!r} is no setting; give one of {', '.join(NAMES)}, or the path of a .toml file")
     try:
         read = read_text(Path(text).expanduser())
     except (OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """The commands of `dit-accel eval`; what they need is loaded when they run."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,19 +11,19 @@ from rich.markup import escape
 from dit_accel import ConfigError
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, print_error, print_json, print_table, warn
+from dit_accel.errors import did_you_mean
 
-from .benchmarking import show_protocol
 from .compare_options import CompareOptions
 from .folders import compare_folders, merge_results, show_board
 from .judging.command import ask_judge
 from .vbench.command import evaluate
+from .vbench.job import tell
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("folders")(compare_folders)
 eval_app.command("merge")(merge_results)
 eval_app.command("board")(show_board)
 eval_app.command("vbench")(evaluate)
-eval_app.command("protocol")(show_protocol)
 eval_app.command("judge")(ask_judge)
 
 
@@ -40,13 +41,11 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     Each run is a JSON line beside the page, written as it ends; the same
     command goes on where it was stopped.
 
+    \b
     Examples:
-
-    dit-accel eval compare --easycache --preset fast
-
-    dit-accel eval compare --model DIR --radial --easycache --prompts p.txt
-
-    dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
+      dit-accel eval compare --easycache --preset fast
+      dit-accel eval compare --model DIR --radial --easycache --prompts p.txt
+      dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
     """
     from .comparing import run_comparison
 
@@ -79,17 +78,16 @@ def run_suite(
 
     A verdict stands after Holm's correction over all arms, from 6 clips on.
 
+    \b
     Examples:
-
-    dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
-
-    accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
+      dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
+      accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
     """
     from dit_accel_pipelines.processes.processes import started_process
     from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .runs.conditions import Machine
-    from .runs.results import AGREE, result_lines
+    from .runs.loaded import Machine
+    from .runs.results import result_lines
     from .suites.figures import suite_table
     from .suites.job import Job, clips_of
     from .suites.reference import default_cache
@@ -110,11 +108,7 @@ def run_suite(
         run_job(job, clips_of(read, clips), workers, quiet=quiet)
     if quiet or not (only_table or Ranks().first):
         return
-    lines = result_lines(job.out)
-    print(suite_table(read, lines))
-    for clip, line in sorted({line.clip: line for line in lines if line.reference_agreement < AGREE}.items()):
-        agreement = f"{line.reference_steps} steps agree with half as many to {line.reference_agreement:.1f} dB only"
-        warn(f"the reference of clip {clip} did not converge: {agreement}")
+    print(suite_table(read, result_lines(job.out)))
     if not only_table:
         page = "" if read.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
         TALK.print(f"written to {job.out}{page}", markup=False)
@@ -122,27 +116,19 @@ def run_suite(
 
 @eval_app.command("report")
 def report_results(
-    results: Annotated[
-        list[Path],
-        typer.Argument(help="Lines of eval run, or its JSON file; several make one page.", metavar="RESULTS"),
-    ],
+    results: Annotated[list[Path], typer.Argument(help="Lines of eval run, or its JSON.", metavar="RESULTS ...")],
     output: Annotated[Path | None, option("Page to write, an offline .html.", "--output", "-o", metavar="FILE")] = None,
     json: Annotated[Path | None, option("The run in one file to share, by a schema.", "--json", metavar="FILE")] = None,
-    suite: Annotated[
-        list[Path] | None,
-        option("Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"),
-    ] = None,
+    suite: Annotated[list[Path] | None, option("For its pairs; default: ../suites/NAME.toml.", metavar="FILE")] = None,
     clips: Annotated[int | None, option("Prompts shown of kept frames, hardest first; default: all.", min=0)] = None,
 ) -> None:
-    """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.
+    """Report suites' results: one page that opens offline, or JSON; without a file to write, a Markdown table.
 
+    \b
     Examples:
-
-    dit-accel eval report smoke.jsonl -o smoke.html
-
-    dit-accel eval report wan.jsonl flux.jsonl -o both.html
-
-    dit-accel eval report smoke.jsonl --json smoke.json
+      dit-accel eval report smoke.jsonl -o smoke.html
+      dit-accel eval report wan.jsonl flux.jsonl -o both.html
+      dit-accel eval report smoke.jsonl --json smoke.json
     """
     from .report.report import suite_reports
     from .report.writing import markdown_text, write_reports
@@ -168,13 +154,12 @@ def compare_results(
     interval; under six there is no verdict. What the files do not share, such
     as the model, the call or versions, is said on stderr.
 
+    \b
     Examples:
-
-    dit-accel eval diff main.jsonl branch.jsonl
+      dit-accel eval diff main.jsonl branch.jsonl
     """
-    from .report.diff import diff_markdown, diff_of, others_of
     from .report.lines import read_results
-    from .report.report import suite_report
+    from .report.report import diff_markdown, diff_of, others_of, suite_report
 
     first, second = (suite_report(read_results(path)) for path in (before, after))
     for text in others_of(first, second):
@@ -190,9 +175,9 @@ def compare_results(
 def list_metrics(json: Json = False) -> None:
     """List the metrics: what each is, which way is better, and whether it can be measured here.
 
+    \b
     Examples:
-
-    dit-accel eval metrics
+      dit-accel eval metrics
     """
     from .metrics import metrics
 
@@ -224,58 +209,33 @@ def set_up_weights(
 
     --tier 2 is for eval vbench: it unpacks VBench's prompts.
 
+    \b
     Examples:
-
-    dit-accel eval setup
-
-    dit-accel eval setup --clip ViT-L-14/openai
-
-    dit-accel eval setup --tier 2
+      dit-accel eval setup
+      dit-accel eval setup --clip ViT-L-14/openai
+      dit-accel eval setup --tier 2
     """
+    if clip and (tier == 2 or archives):
+        raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
     if clip:
-        if tier == 2 or archives:
-            raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
-        return _fetch_clip(clip, json)
-    if tier == 2:
-        from .vbench.command import set_up_prompts
+        from .metrics.clip_scores import set_up_models
 
-        return set_up_prompts(archives, json)
-    from .metrics.weights import folder as weights_folder
-    from .metrics.weights import set_up
+        data, there, failed = set_up_models(clip)
+    elif tier == 2:
+        from .vbench.official import set_up_prompts
 
-    reasons = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
-    failed = {net: reason for net, reason in reasons.items() if reason is not None}
-    if json:
-        print_json({"folder": str(weights_folder()), "networks": reasons})
+        data, there, failed = set_up_prompts(archives, tell)
     else:
-        there = ", ".join(net for net in reasons if net not in failed)
-        OUT.print(f"{weights_folder()} holds {there or 'nothing'}", markup=False, soft_wrap=True)
-    for net, reason in failed.items():
-        print_error(f"no weights of {net}: {reason}")
-    if failed:
-        raise typer.Exit(1)
+        from .metrics.weights import set_up
 
-
-def _fetch_clip(names: list[str], json: bool) -> None:
-    """Fetch models of open_clip's, and print where each lies; exit code 1 where one could not be had."""
-    from .metrics.clip_scores import no_head
-    from .metrics.openclip import fetch_model, no_library, weighted
-
-    reason = no_library()
-    if reason is not None:
-        raise ConfigError(reason)
-    models = [weighted(name) for name in names]
-    failed = {str(model): fetch_model(model) for model in models}
+        data, there, failed = set_up(archives, tell)
     if json:
-        print_json({str(model): {"path": str(model.path() or ""), "missing": failed[str(model)]} for model in models})
-    for model in models if not json else ():
-        if failed[str(model)] is None:
-            OUT.print(f"{model} is at {model.path()}", markup=False, soft_wrap=True)
-        if (lack := no_head(model)) is not None:
-            OUT.print(f"for aesthetic@open_clip:{model}, {lack}", markup=False, soft_wrap=True)
-    for reason in filter(None, failed.values()):
+        print_json(data)
+    for text in there if not json else ():
+        OUT.print(text, markup=False, soft_wrap=True)
+    for reason in failed:
         print_error(reason)
-    if any(failed.values()):
+    if failed:
         raise typer.Exit(1)
 
 
@@ -283,14 +243,7 @@ def _fetch_clip(names: list[str], json: bool) -> None:
 def score_clips(
     clips: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: videos or pictures.", metavar="CLIPS")],
     reference: Annotated[Path | None, option("What they should be: a clip, or such a folder.", metavar="CLIPS")] = None,
-    metric: Annotated[
-        list[str] | None,
-        option(
-            "A metric, or fid@inception, kid@inception; may be repeated. Default: psnr and ssim, or motion.",
-            "--metric",
-            "-m",
-        ),
-    ] = None,
+    metric: Annotated[list[str] | None, option("Repeatable; default: psnr, ssim; or motion.", "--metric", "-m")] = None,
     output: Annotated[Path | None, option("JSON lines, one a clip.", "--output", "-o", metavar="FILE")] = None,
     prompt: Annotated[str, option("What all clips should show, for metrics of prompts.")] = "",
     prompts: Annotated[Path | None, option("JSON object {file name: prompt}, instead of it.", metavar="FILE")] = None,
@@ -301,20 +254,19 @@ def score_clips(
     """Measure clips that lie in files, each against the reference of its name.
 
     Frames that `eval run --frames` kept are read as clips. Lossy files such as
-    .mp4 are compared with a warning: what they lost is in the figures.
+    .mp4 are compared with a warning: what they lost is in the figures. Of two
+    folders fid@inception and kid@inception are measured too.
 
+    \b
     Examples:
-
-    dit-accel eval score out/ --reference dense/ -m psnr -m lpips@alex
-
-    dit-accel eval score kite.mp4 -m dynamic@dis -m flickering --json
-
-    dit-accel eval score kite.mp4 -m clip-score@open_clip:ViT-B-32/openai --prompt "a red kite"
+      dit-accel eval score out/ --reference dense/ -m psnr -m lpips@alex
+      dit-accel eval score kite.mp4 -m dynamic@dis -m flickering --json
+      dit-accel eval score kite.mp4 -m clip-score@open_clip:ViT-B-32/openai --prompt "a red kite"
     """
     from dit_accel.files import check_writable
 
     from .runs.results import write_lines
-    from .suites.scoring import score_files
+    from .suites.folders import score_files
 
     if output is not None:
         check_writable(output, "scores")
@@ -333,3 +285,69 @@ def score_clips(
             for name, reason in line.get(key, {}).items()}  # fmt: skip
     for name, reason in sorted(skips):
         warn(f"{name} was skipped: {reason}")
+
+
+@eval_app.command("protocol")
+def show_protocol(
+    prompts: Annotated[str | None, option("Print these prompts, one a line.", metavar="choosing|judging")] = None,
+    see: Annotated[list[float] | None, option("Print the clips that a lead takes; repeatable.", metavar="DB")] = None,
+    results: Annotated[list[Path] | None, option("Spread for --see; default: our own.", metavar="FILE")] = None,
+    arms: Annotated[int, option("Arms that are judged together, for --see.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Print the rules by which accelerated models are compared, or the prompts, or the clips that a verdict takes.
+
+    \b
+    Examples:
+      dit-accel eval protocol
+      dit-accel eval protocol --prompts judging
+      dit-accel eval protocol --see 1 --see 3 --arms 4 --results pilot.jsonl
+    """
+    from rich.markdown import Markdown
+
+    from .protocol import PROTOCOL, USES, prompts_in_order, protocol_prompts, protocol_rules
+
+    if prompts is not None and prompts not in USES:
+        raise ConfigError(f"there are no {prompts!r} prompts; {did_you_mean(prompts, USES)}")
+    if prompts and see:
+        raise ConfigError("eval protocol got --prompts and --see; name one of them")
+    if (results or arms > 1) and not see:
+        raise ConfigError("--results and --arms go with --see; add, say, --see 1")
+    if any(not lead > 0 for lead in see or ()):
+        raise ConfigError(f"--see takes leads above 0 dB, got {min(see or ()):g}")
+    if see:
+        _show_clips(see, results or (), arms, json)
+    elif json:
+        rules = re.split(r"\n(?=\d+\. )", protocol_rules())
+        print_json({"version": PROTOCOL, "rules": rules, "prompts": {use: protocol_prompts(use) for use in USES}})
+    elif prompts:
+        print("\n".join(prompts_in_order(prompts)))
+    else:
+        OUT.print(f"The protocol of accelerated models, version {PROTOCOL}\n")
+        OUT.print(Markdown(protocol_rules()))
+
+
+def _show_clips(see: list[float], results: "list[Path] | tuple[()]", arms: int, json: bool) -> None:
+    """Print how many clips it takes to see leads, for the spread of the arm of median spread in each file."""
+    from .protocol import CHANCE, clips_for, committed, power_table, typical
+    from .report.lines import read_results
+    from .statistics import FEWEST
+    from .suites.figures import Comparison
+
+    spreads = [] if results else committed()
+    for path in results:
+        comparison = Comparison(lines := read_results(path).lines)
+        key = "steps_in_time" if all(line.steps_in_time is not None for line in lines) else "work"
+        leads = {name: [*comparison.leads(name, key).values()] for name in {line.arm: None for line in lines}}
+        leads = {name: each for name, each in leads.items() if len(each) >= FEWEST}
+        if not leads:
+            raise ConfigError(f"{path} has no arm with {FEWEST} clips beside fewer steps; run more, or leave it out")
+        spreads.append(typical(path.stem, leads))
+    if not json:
+        together = "1 arm" if arms == 1 else f"{arms} arms judged together"
+        print(f"Clips that give a true lead its verdict {CHANCE:.0%} of the time; {together}.\n")
+        return print(power_table(spreads, see, arms))
+    print_json([
+        {"results": spread.results, "arm": spread.arm, "deviation": spread.deviation, "arms": arms,
+         "clips": {f"{lead:g}": clips_for(spread.leads, lead, arms=arms) for lead in see}} for spread in spreads
+    ])  # fmt: skip

@@ -9,9 +9,7 @@ from dit_accel_pipelines.generation.options import option
 
 from dit_accel.cli.method_options import PANEL
 
-FurtherMetrics = Annotated[
-    list[str] | None, option("Beside PSNR, SSIM; repeatable; default: lpips@alex.", "--metric", "-m")
-]
+FurtherMetrics = Annotated[list[str] | None, option("Repeatable; default: lpips@alex.", "--metric", "-m")]
 KeepFrames = Annotated[bool, option("Keep all frames, so that the page can show clips.")]
 
 
@@ -26,9 +24,7 @@ class CompareOptions(shared.SharedOptions):
     clips: Annotated[int | None, option("Run only the first so many clips.", min=1)] = None
     steps: Annotated[int | None, option("Denoising steps; default: the model's.", min=1)] = None
     reference: Annotated[str, option("own: the model's steps; converged: many more.", metavar="own|converged")] = "own"
-    output: Annotated[
-        Path, option("Page to write; its runs are kept beside it.", "--output", "-o", metavar="FILE.html")
-    ] = Path("compare.html")
+    output: Annotated[Path, option("Page to write.", "--output", "-o", metavar="FILE.html")] = Path("compare.html")
     metric: FurtherMetrics = None
     frames: KeepFrames = True
     preset: Annotated[

@@ -1,7 +1,7 @@
 """Runs what `dit-accel eval compare` is given as a suite, and shows it: a table, and a page with clips."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,14 +27,13 @@ from .compare_options import CompareOptions
 from .metrics.registered import DYNAMICS, check_names, decimals_of
 from .report.lines import read_results
 from .report.report import SuiteReport, suite_report
-from .report.writing import write_reports
-from .runs.conditions import Machine, OwnClips
-from .runs.loaded import tuning_request
+from .report.writing import arm_rows, write_reports
+from .runs.loaded import Machine, OwnClips, tuning_request
 from .runs.model import OWN
 from .runs.results import read_lines, result_lines
 from .statistics import FEWEST, WRONG
 from .suites.arms import read_arms
-from .suites.figures import NOTHING
+from .suites.figures import pairs_markdown
 from .suites.job import SCALES, Job, clips_of
 from .suites.reference import default_cache
 from .suites.running import run_job
@@ -75,12 +74,19 @@ def run_comparison(options: CompareOptions, settings: Sequence[NamedSetting]) ->
             warn(suite.many)
     run_job(job, clips, 1, quiet=options.quiet)
     if first:
-        report = suite_report(read_results(lines))
-        write_reports([report], {"html": options.output})
-        if not options.quiet:
-            OUT.print(arms_table(report))
-            TALK.print("\n".join(report.warnings), markup=False, soft_wrap=True)
-        OUT.print(str(options.output), markup=False, soft_wrap=True)
+        show_results(lines, {"html": options.output}, quiet=options.quiet)
+
+
+def show_results(lines: Path, files: Mapping[str, Path], *, quiet: bool) -> None:
+    """Write the page of results, and what else is wanted of `write_reports`; print how the arms stand."""
+    report = suite_report(read_results(lines))
+    write_reports([report], files)
+    if not quiet:
+        OUT.print(arms_table(report))
+        if report.of_folders and report.pairs:
+            print(pairs_markdown(report.pairs))
+        TALK.print("\n".join(report.warnings), markup=False, soft_wrap=True)
+    OUT.print(str(files["html"]), markup=False, soft_wrap=True)
 
 
 def check_page(page: Path, beside: Sequence[str] = ()) -> Path:
@@ -180,22 +186,22 @@ def arms_table(report: SuiteReport) -> Table:
     Of clips in folders their rivals stand below.
     """
     main, whole, further = report.main, report.full_steps, report.further
-    key = {arm.name: (report.is_dense(arm), -arm.ahead[main].mean if main in arm.ahead else 0.0) for arm in report.arms}
-    arms = sorted(report.arms if report.of_folders else report.judged, key=lambda arm: key[arm.name])
+    rows = arm_rows(report, report.arms if report.of_folders else report.judged, {})
+    arms = [row["arm"] for row in rows]
     moved = [name for name in DYNAMICS if any(name in arm.dynamics for arm in arms)]
     heads = ["PSNR, dB (median)", *further, *filter(None, [", ".join(DYNAMICS[name].head for name in moved)])]
     if main in arms[0].means:
         heads = [f"{'time' if main == 'steps_in_time' else 'work'}, of {whole} steps", "speed-up", *heads]
         heads += ["ahead of fewer steps, dB", "verdict"]
     table = plain_table("setting", *heads, right=tuple(heads[:-1]))
-    for arm in arms:
-        lead, steps = arm.ahead.get(main), arm.means.get(main)
+    for row in rows:
+        arm, lead, steps = row["arm"], row["lead"], row["arm"].means.get(main)
         cells = [f"{steps:.2f}", f"{whole / steps:.2f}"] if steps else []
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         means = {name: f"{value.mean:.{decimals_of(name)}f}" for name, value in arm.metrics.items()}
         cells += [means.get(name, "") for name in further]
         dynamics = (f"{arm.dynamics[name].mean:+.1f}" for name in moved if name in arm.dynamics)
         cells += [", ".join(dynamics)] if moved else []
-        stands = [f"{lead:+}", lead.verdict] if lead else ["", NOTHING * arm.saved_nothing]
+        stands = [f"{lead:+}" if lead else "", row["verdict"]]
         table.add_row(arm.name, *cells, *(stands if steps else []))
     return table

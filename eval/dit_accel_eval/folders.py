@@ -15,15 +15,10 @@ from .compare_options import FurtherMetrics, KeepFrames
 def compare_folders(
     reference: Annotated[Path, option("What clips should be: a folder of clips.", metavar="DIR")],
     arm: Annotated[list[str], option("Clips under test, by a name of yours; may be repeated.", metavar="NAME=DIR")],
-    rival: Annotated[
-        list[str] | None,
-        option("What arms are held against, such as fewer steps; may be repeated.", metavar="NAME=DIR"),
-    ] = None,
+    rival: Annotated[list[str] | None, option("What arms are held against; repeatable.", metavar="NAME=DIR")] = None,
     times: Annotated[Path | None, option("CSV of folder, seconds, and file if clips differ.", metavar="FILE")] = None,
     table: Annotated[Path | None, option("CSV of file, prompt, seed, where names don't tell.", metavar="FILE")] = None,
-    output: Annotated[
-        Path, option("Page to write; the results lie beside it.", "--output", "-o", metavar="FILE.html")
-    ] = Path("folders.html"),
+    output: Annotated[Path, option("Page to write.", "--output", "-o", metavar="FILE.html")] = Path("folders.html"),
     model: Annotated[str, option("What made the clips, for the title.")] = "clips",
     metric: FurtherMetrics = None,
     fps: Annotated[float, option("Frames per second of the clips.")] = 16.0,
@@ -42,17 +37,13 @@ def compare_folders(
     All that keeps clips from being compared is said before one is measured.
     Results lie beside the page: .jsonl a line a clip, .json a file to share.
 
+    \b
     Examples:
-
-    dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
+      dit-accel eval folders --reference own50 --rival 25=own25 --arm fast=fast
     """
-    from .comparing import arms_table, check_page
+    from .comparing import check_page, show_results
     from .metrics.registered import check_names
-    from .report.lines import read_results
-    from .report.report import suite_report
-    from .report.writing import write_reports
     from .runs.pairing import REFERENCE, pair, read_rows
-    from .suites.figures import pairs_markdown
     from .suites.folders import measure_folders
 
     lines, shared, paths = check_page(output, beside=(".json",)), output.with_suffix(".json"), {REFERENCE: reference}
@@ -72,15 +63,9 @@ def compare_folders(
         raise typer.Exit(2)
     how = {"model": model, "metrics": metrics, "fps": fps, "frames": frames, "quiet": quiet}
     measure_folders(folders, [*paths][1 : 1 + len(rival or ())], lines, **how)
-    report = suite_report(read_results(lines))
-    write_reports([report], {"html": output, "json": shared})
+    show_results(lines, {"html": output, "json": shared}, quiet=quiet)
     if not quiet:
-        OUT.print(arms_table(report))
-        if report.pairs:
-            print(pairs_markdown(report.pairs))
-        texts = (*report.warnings, f"written: {lines}, and to share {shared}")
-        TALK.print("\n".join(texts), markup=False, soft_wrap=True)
-    OUT.print(str(output), markup=False, soft_wrap=True)
+        TALK.print(f"written: {lines}, and to share {shared}", markup=False, soft_wrap=True)
 
 
 def merge_results(
@@ -92,9 +77,9 @@ def merge_results(
     Refused are runs of another model, call, reference or prompts, and a clip
     of an arm that two of them tell otherwise.
 
+    \b
     Examples:
-
-    dit-accel eval merge ours.json theirs.json -o both.json
+      dit-accel eval merge ours.json theirs.json -o both.json
     """
     from .report.lines import merged_results, read_results
     from .report.report import suite_report
@@ -117,9 +102,9 @@ def show_board(
     write; figures are made anew from their lines. Results of fastvideo eval
     and of VBench stand below, as they are.
 
+    \b
     Examples:
-
-    dit-accel eval board runs -o board.html
+      dit-accel eval board runs -o board.html
     """
     from dit_accel.files import check_writable, write_text
 

@@ -73,8 +73,8 @@ def chance(
     differs, so that Holm's first step, the level over the number of arms, decides.
     """
     data = np.asarray(leads, dtype=np.float64)
-    apart = (data - data.mean()) * np.sqrt(len(data) / (len(data) - 1))  # as wide as the clips that were not measured
-    drawn = lead + np.random.default_rng(seed).choice(apart, (draws, clips))
+    centred = (data - data.mean()) * np.sqrt(len(data) / (len(data) - 1))  # as wide as the clips that were not measured
+    drawn = lead + np.random.default_rng(seed).choice(centred, (draws, clips))
     return float((p_values(drawn) < WRONG / arms).mean())
 
 

@@ -98,8 +98,8 @@ def _error(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the standard error of each row's mean, and its skewness over 6 times the root of the number of values."""
     count, root, spread = data.shape[-1], math.sqrt(data.shape[-1]), data.std(-1, ddof=1)
     alike = spread <= 1e-9 * np.abs(data).max(-1)  # but for rounding
-    apart = np.where(alike, 1.0, spread)
-    cubes = (((data - data.mean(-1, keepdims=True)) / apart[..., None]) ** 3).sum(-1)
+    divisor = np.where(alike, 1.0, spread)
+    cubes = (((data - data.mean(-1, keepdims=True)) / divisor[..., None]) ** 3).sum(-1)
     skewness = count / ((count - 1) * (count - 2)) * cubes  # unbiased
     return np.where(alike, 0.0, spread / root), np.where(alike, 0.0, skewness / (6 * root))
 

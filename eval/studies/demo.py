@@ -16,9 +16,8 @@ import typer
 from dit_accel_assets import held_out_prompts
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.pixels import psnr
-from dit_accel_eval.runs.conditions import OwnClips, processor_name
 from dit_accel_eval.runs.counting import work
-from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
+from dit_accel_eval.runs.loaded import EmbeddedModel, OwnClips, check_name, processor_name, tuning_request
 from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge

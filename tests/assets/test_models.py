@@ -14,7 +14,7 @@ from dit_accel_assets import catalog, checker, clips, loading, painter, world
 
 import dit_accel
 
-EVERY_MODEL = pytest.mark.parametrize("name", catalog.KNOWN)
+EVERY_MODEL = pytest.mark.parametrize("name", [name for name, model in catalog.KNOWN.items() if not model.base])
 
 
 @pytest.fixture(scope="module", params=assets.model_names())
@@ -40,7 +40,8 @@ def run(call, *arguments, **options):
 def test_each_model_is_what_the_catalog_says(name):
     index = json.loads((assets.model_path(name) / "model_index.json").read_text())
     assert index["_class_name"] == catalog.KNOWN[name].pipeline
-    known = json.loads((assets.model_path(name) / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    weights = assets.model_path(catalog.KNOWN[name].base or name)
+    known = json.loads((weights / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     assert set(known) - {"<pad>", "</s>", "<unk>"} == set(catalog.vocabulary(name))
     accepted = set(inspect.signature(getattr(diffusers, index["_class_name"]).__call__).parameters)
     assert {"height", "width", "num_inference_steps"} < set(assets.model_defaults(name)) < accepted
@@ -49,7 +50,8 @@ def test_each_model_is_what_the_catalog_says(name):
 
 def test_names():
     assert assets.model_path() == assets.model_path("wan-tiny")
-    assert assets.model_names() == ("wan-tiny", "wan-plain", "flux-tiny")
+    assert assets.model_names()[:4] == ("wan-tiny", "wan-plain", "flux-tiny", "flux-sizes")
+    assert {catalog.KNOWN[name].base for name in assets.model_names()[4:]} <= {"wan-tiny", "flux-tiny"}
     for ask in (assets.model_path, assets.model_defaults, catalog.vocabulary, assets.load):
         with pytest.raises(ValueError, match=r"'wan-huge'.*wan-tiny"):
             ask("wan-huge")

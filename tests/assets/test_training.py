@@ -1,6 +1,7 @@
 """The training scripts: they resume bit for bit, refuse another recipe, and measure attention's mass rightly."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "assets" / "training"))
 
 import accept
 import concentration
+import distill
 import export
+import export_lora
 import loop
 import numpy as np
 import pool
@@ -23,7 +26,7 @@ import train_image
 import train_transformer
 import train_vae
 import training_ranks
-from dit_accel_assets import painter, world
+from dit_accel_assets import catalog, load, loading, painter, world
 from parallel_ranks import processes
 from training_ranks import Steps
 
@@ -233,6 +236,40 @@ def test_two_trainings_are_packed_half_each():
     assert not torch.equal(one["proj_out.weight"], other["proj_out.weight"])
 
 
+def test_a_lora_of_few_steps_is_packed_judged_and_loaded_into_its_base(tmp_path, monkeypatch, capsys):
+    models = tmp_path / "models"
+    shutil.copytree(catalog.MODELS / "wan-tiny", models / "wan-tiny")
+    for module in (catalog, loading, export_lora):
+        monkeypatch.setattr(module, "MODELS", models)
+    monkeypatch.setattr(export_lora, "LOGS", tmp_path)
+    scores = {("wan-tiny-4", 4): 0.75, ("wan-tiny", 4): 0.5, ("wan-tiny", 20): 0.79}
+    names = {1.0: "wan-tiny-4", 4.0: "wan-tiny"}
+    monkeypatch.setattr(accept, "judged", lambda *args: {"score": scores[names[args[-1]], args[-2]]})
+    trained = distill.Video("wan-tiny")
+    before = {name: weight.clone() for name, weight in trained.pipe.transformer.state_dict().items()}
+    distill.add_lora(trained, 2)
+    weights = dict(trained.pipe.transformer.named_parameters())
+    changed = "blocks.3.attn1.to_q"
+    torch.nn.init.normal_(weights[f"{changed}.lora_B.default.weight"])
+    recipe = {"model": "wan-tiny", "student_steps": 4, "flow_shift": 3.0}
+    torch.save({"recipe": recipe, "step": 7, "averages": {"transformer": weights}}, tmp_path / "checkpoint.pt")
+    (tmp_path / "log.jsonl").touch()
+    for usual, passed in ((0.79, True), (0.81, False)):
+        scores["wan-tiny", 20] = usual
+        monkeypatch.setattr(sys, "argv", ["export_lora.py", str(tmp_path)])
+        export_lora.main()
+        figures = json.loads((tmp_path / "wan-tiny-4.acceptance.json").read_text())
+        assert (figures["step"], figures["judge"]["passed"], figures["judge"]["without"]["score"]) == (7, passed, 0.5)
+    pipe = load("wan-tiny", few_steps=4)
+    assert (type(pipe.scheduler).__name__, pipe.scheduler.config.shift) == ("FlowMatchEulerDiscreteScheduler", 3.0)
+    assert {"num_inference_steps": 4, "guidance_scale": 1.0}.items() <= catalog.model_defaults("wan-tiny-4").items()
+    added = weights[f"{changed}.lora_B.default.weight"] @ weights[f"{changed}.lora_A.default.weight"]
+    for name, weight in pipe.transformer.state_dict().items():  # plain weights, the LoRA added
+        wanted = before[name] + (added if name == f"{changed}.weight" else 0)
+        assert torch.allclose(weight, wanted, atol=2e-3), name
+    assert sum(file.stat().st_size for file in (models / "wan-tiny-4").rglob("*.*") if file.is_file()) < 1_500_000
+
+
 def test_sharper_queries_are_those_of_self_attention_alone():
     plain, sharper = (
         train_transformer.prepare(replace(TRANSFORMER, sharpen=factor), train_vae.first_autoencoder(None)).transformer
@@ -251,7 +288,7 @@ def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_p
     for name in ("num_layers", "num_single_layers"):
         monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], name, 1)
     vae = train_image.ImageVaeTraining(steps=2, picture=48, crop=32, batch=1)
-    flux = train_image.FluxTraining(steps=3, picture=48, batch=2)
+    flux = train_image.FluxTraining(steps=3, sizes=((0.5, 48, 2), (0.5, 64, 1)))
     for name, parts in (("whole", (3,)), ("parts", (1, 2))):
         folder = tmp_path / name
         for part in parts:

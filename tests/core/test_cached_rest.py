@@ -147,6 +147,27 @@ def test_between_dense_calls_exact_tiles_are_new_and_the_rest_is_old(dtype):
     assert not torch.allclose(out, F.scaled_dot_product_attention(*new), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
+def test_a_dense_turn_tells_what_the_lists_before_it_would_have_been_off_by(methods):
+    for layout, every in ((LAYOUT, 1), (replace(LAYOUT, frames=10, text_after=77), 2)):  # 9 query tiles, and 20
+        x, other = ([part.repeat(1, 1, 3, 1)[:, :, : layout.tokens] for part in parts_of(seed)] for seed in (0, 1))
+        layer, plans, outs, dense = OneLayer(*methods), [], [], F.scaled_dot_product_attention(*x)
+        layer.observe(lambda seen, plans=plans: plans.append(seen.plan))
+        for step, parts in enumerate((other, other, x, x)):
+            outs.append(layer.call(*parts, layout, step=step))
+        (section,) = (section for handler in layer.engine.handlers if (section := handler.report()) is not None)
+        order = torch.arange(layout.tokens) if plans[2].token_order is None else plans[2].token_order
+        rows = order[torch.arange(layout.tokens) // 16 % every == 3 % every]
+        error = float((outs[2] - dense)[:, :, rows].norm() / dense[:, :, rows].norm())
+        assert section.data["error"] == pytest.approx(error, rel=1e-4)
+        assert 0 < error != section.data["tiles_alone"]
+        assert [(call["step_index"], call["layer"]) for call in section.data["measured"]] == [(3, 0)]
+        assert f"1 dense turns: {error:.3f} mean" in str(section)
+        assert [(strip.steps, strip.values) for strip in section.strips] == [((3,), (section.data["error"],))]
+    layer.engine.begin_run()
+    assert all(handler.report() is None for handler in layer.engine.handlers)
+
+
 def test_turns_without_a_kept_rest_are_plain_dense_calls():
     for config in (SparseD(density=0.3), SolAttention(), LiteAttention(threshold=-2.0)):
         layer = OneLayer(replace(config, block_size=16, dense_steps=0, dense_layers=0, refresh=3))

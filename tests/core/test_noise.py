@@ -11,7 +11,7 @@ from diffusers.hooks import SeaCacheConfig
 from tiny_stock import stock_pipeline
 
 import dit_accel
-from dit_accel import DFA, ConfigError, EasyCache, SeaCache, SolAttention, UltraImage
+from dit_accel import DFA, ConfigError, EasyCache, SeaCache, SolAttention, StaticCache, UltraImage
 from dit_accel.adapters.installed import adapters
 from dit_accel.adapters.noise import listed_level, noise_of
 from dit_accel.methods.base import Model
@@ -75,6 +75,7 @@ NEEDING = {
     "ultraimage.guided": (UltraImage(guided=True, trained_height=2, trained_width=2), {"flow"}),
     "easycache.predictor = 'corrected'": (EasyCache(predictor="corrected"), {"flow", "exploding"}),
     "sol.dense_above_sigma = 0.5": (SolAttention(dense_above_sigma=0.5), {"flow", "exploding"}),
+    "staticcache.below_sigma = 0.03": (StaticCache(below_sigma=0.03), {"flow", "exploding"}),
     "nothing": (EasyCache(), {"flow", "exploding", "none"}),
     "no foreground": (DFA(share=0), {"flow", "exploding", "none"}),
 }

@@ -39,6 +39,8 @@ def test_unset_options_take_the_recipe_then_the_method_s_value():
     resolved = RadialAttention(sink=False, dense_steps=0).filled({"sink": True, "dense_steps": 12})
     assert (resolved.sink, resolved.dense_steps) == (False, 0)
     assert RadialAttention().filled().to_dict().items() >= dict(RadialAttention.defaults).items()
+    for first, expected in ((None, 0), (2, 2)):  # a noise level stands in place of the recipe's first steps
+        assert RadialAttention(dense_above_sigma=0.9, dense_steps=first).filled(recipe).dense_steps == expected
 
 
 def test_a_wrong_recipe_and_one_frame_are_refused():

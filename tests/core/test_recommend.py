@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from model_folders import model_folder
@@ -23,6 +24,7 @@ from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.easy import EasyHandler
+from dit_accel.methods.few_steps import check_preset
 from dit_accel.methods.preset_figures import figures, promise
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, PRESETS, preset_methods
 
@@ -88,6 +90,32 @@ def test_every_preset_can_be_attached_to_every_released_model():
     wan, family = described("wan2.1-1.3b")
     refusing = replace(wan, refused={"ultravico": "its clips have no end"})
     assert named("balanced", refusing, family) == ["easycache", "sol"]
+
+
+class Distilled:
+    """A pipeline of few steps, by its scheduler or its LoRA."""
+
+    def __init__(self, scheduler: str = "EulerDiscreteScheduler", *loras: str) -> None:
+        self.transformer = tiny_transformer()
+        self.transformer.peft_config = dict.fromkeys(loras)
+        self.components = {"transformer": self.transformer}
+        self.scheduler = getattr(diffusers, scheduler)()
+
+
+def test_a_model_of_few_steps_is_told_by_scheduler_or_lora_and_takes_its_own_preset():
+    for pipe in (Distilled("FlowMatchLCMScheduler"), Distilled("FlowMatchEulerDiscreteScheduler", "Wan-4steps")):
+        with dit_accel.attach(pipe) as attachment:
+            assert [handler.name for handler in attachment.engine.handlers] == ["sol", "staticcache"]
+            assert "preset few-steps" in attachment.preset
+        for level in LEVELS:
+            with pytest.raises(ConfigError, match=rf"{level} .*{LEAST_STEPS} .*(LCM|4steps).*few-steps"):
+                dit_accel.attach(pipe, preset=level)
+    for pipe in (Distilled("FlowMatchEulerDiscreteScheduler"), Distilled("FlowMatchEulerDiscreteScheduler", "a-style")):
+        with dit_accel.attach(pipe) as attachment:
+            assert "preset balanced" in attachment.preset
+    check_preset("few-steps", "", 8, LEAST_STEPS)
+    with pytest.raises(ConfigError, match=r"few-steps .* 9;"):
+        check_preset("few-steps", "", 9, LEAST_STEPS)
 
 
 def test_an_unknown_preset_and_a_named_method_that_does_not_fit_are_refused():
@@ -167,7 +195,9 @@ def test_what_waits_for_a_larger_run_is_said_and_nothing_is_promised_of_it():
     fast = row(recommend("wan2.1-14b", **SMALL), "fast")
     assert (fast.needs, fast.state_bytes) == (("sol waits for 40,000 tokens, here 32,760",), 0)
     few = recommend("flux.1-dev", num_inference_steps=4)
-    assert [(one.name, one.speedup) for one in few.settings] == [(name, 1.0) for name in ("dense", *LEVELS)]
+    assert [(one.name, one.speedup) for one in few.settings] == [
+        (name, 1.0) for name in ("dense", *LEVELS, "few-steps")
+    ]
     assert row(few, "fast").needs == (f"easycache waits for {LEAST_STEPS} steps, here 4",)
     assert "fast nothing acts in this run" in on_one_line(few)
 

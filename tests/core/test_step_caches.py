@@ -79,6 +79,21 @@ def test_lists_decide_which_steps_are_computed():
     assert THIRDS.always_computed(0, 28) == "listed"
 
 
+def test_steps_below_a_noise_level_are_skipped_and_no_others():
+    driven = Driven(StaticCache(below_sigma=0.03, stored="output"), line)
+    for noise, levels in (("flow", (1.0, 0.86, 0.6, 0.0089)), ("exploding", (80.0, 0.2, 0.02, 0.01))):
+        driven.handler.begin_run()
+        driven.ran.clear()
+        for step, sigma in enumerate(levels):
+            driven.forward(step, still(step), steps=4, sigma=sigma, noise=noise)
+        assert driven.drawn(steps=4) == ("###." if noise == "flow" else "##..")
+    with pytest.raises(ConfigError, match=r"^staticcache\.below_sigma = 0\.03 .*noise level"):
+        driven.forward(1, still(1), steps=4)
+    with pytest.raises(ConfigError, match=r"staticcache\.every = 2 .*below_sigma = 0\.03"):
+        StaticCache(every=2, below_sigma=0.03)
+    assert not driven.handler.estimate(None, 4).skipped
+
+
 def test_the_first_branch_of_a_step_decides_for_all():
     def output(step, branch):
         grows = 1.0 if branch == "cond" else float("inf")

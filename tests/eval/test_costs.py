@@ -10,8 +10,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from dit_accel_eval.report.charts import costs, step_map
-from dit_accel_eval.report.page import page
-from dit_accel_eval.report.writing import data_of
+from dit_accel_eval.report.writing import data_of, page
 from dit_accel_eval.runs.counting import Counter, Counts, attended_share, work
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.results import read_lines

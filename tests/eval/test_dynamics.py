@@ -10,8 +10,8 @@ from dit_accel_eval.metrics.pixels import psnr
 from dit_accel_eval.metrics.registered import dynamics
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.lines import read_results
-from dit_accel_eval.report.page import page
 from dit_accel_eval.report.report import suite_report
+from dit_accel_eval.report.writing import page
 from dit_accel_eval.runs.results import read_lines
 from fake_model import written
 

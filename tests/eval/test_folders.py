@@ -12,8 +12,7 @@ import imageio.v2 as imageio
 import numpy as np
 import plain_diffusers
 import pytest
-from dit_accel_eval.runs.clip_files import clips_in
-from dit_accel_eval.runs.encodings import encoder_like, form_of
+from dit_accel_eval.runs.clip_files import clips_in, encoder_like, form_of
 from dit_accel_eval.runs.pairing import pair, read_rows
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites import folders as measuring

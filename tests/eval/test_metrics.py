@@ -298,11 +298,11 @@ def archive(folder: Path, **members: bytes) -> Archive:
 def test_set_up_unpacks_what_is_right_once_and_tells_what_is_wrong(empty):
     given = archive(empty, **{"x": b"3", "toy.py": b"y = 1"})
     told: list[str] = []
-    assert set_up(given, given=empty, tell=told.append) == {"toy": None}
+    assert set_up(empty, told.append, given).data["networks"] == {"toy": None}
     assert told == ["toy==1.0 (MIT) for toy"]
     assert tensors("toy")["x"].tolist() == [3]
     assert (empty / "weights" / "toy.py").read_text() == "y = 1"
-    assert set_up(given, given=empty, tell=told.append) == {"toy": None}
+    assert set_up(empty, told.append, given).data["networks"] == {"toy": None}
     assert len(told) == 1
     (empty / "weights" / "toy.safetensors").write_bytes(b"broken")
     with pytest.raises(ConfigError, match=r"toy\.safetensors.*eval setup"):
@@ -311,11 +311,11 @@ def test_set_up_unpacks_what_is_right_once_and_tells_what_is_wrong(empty):
 
 def test_set_up_uses_no_file_of_another_hash_and_leaves_nothing_half_written(empty):
     wrong = archive(empty, **{"x": b"no number", "toy.py": b""})
-    assert "could not convert" in str(set_up(wrong, given=empty)["toy"])
+    assert "could not convert" in str(set_up(empty, print, wrong).failed)
     (empty / wrong.file).write_bytes(b"something else")
-    assert "expected was" in str(set_up(wrong, given=empty)["toy"])
+    assert "expected was" in str(set_up(empty, print, wrong).failed)
     (empty / wrong.file).unlink()
-    assert "put it there, or leave --archives out" in str(set_up(wrong, given=empty)["toy"])
+    assert "put it there, or leave --archives out" in str(set_up(empty, print, wrong).failed)
     assert not [*(empty / "weights").glob("*.safetensors"), *(empty / "weights").glob(".dit-accel*")]
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from dit_accel_eval import protocol
 from dit_accel_eval.protocol import chance, clips_for, committed, prompts_in_order
-from dit_accel_eval.report.page import page
-from dit_accel_eval.runs.conditions import CARD, card_state
+from dit_accel_eval.report.writing import page
+from dit_accel_eval.runs.loaded import CARD, card_state
 from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.statistics import judge, p_value, p_values
 from dit_accel_eval.suites.figures import Comparison

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.charts import forest
-from dit_accel_eval.report.diff import diff_of
-from dit_accel_eval.report.page import page, score_leads, summary
+from dit_accel_eval.report.report import diff_of
+from dit_accel_eval.report.writing import page, score_leads, summary
 from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_figures, suite_table
 from dit_accel_eval.suites.suite import read_suite
@@ -206,14 +206,14 @@ def test_results_that_no_report_can_be_true_of(tmp_path):
         ([first, {**lines[1], "psnr": math.nan}], "line 2 has psnr nan, which is no finite number"),
         ([{**first, "methods": []}], "line 1 has methods [], which is no table"),
         ([{**first, "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
-        ([first, [1]], "line 2 is no result but '[1]'"),
+        ([first, [1]], "line 2 is '[1]', no object"),
         (read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks psnr, ssim,"),
     ):
         refuses(message, "report", written(path, changed), "-o", tmp_path / "r.html")
         assert not (tmp_path / "r.html").exists()
     for content, message in (
         (b"\xff\xfe\n", "can't be read ('utf-8' codec"),
-        (WAN.read_bytes().splitlines()[0] + b"\n{broken\n", "r.jsonl, line 2 is not JSON ("),
+        (WAN.read_bytes().splitlines()[0] + b"\n{broken\n", "r.jsonl, line 2 is no JSON ("),
     ):
         path.write_bytes(content)
         refuses(message, "report", path)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.metrics import metrics
-from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.loaded import OwnClips
 from dit_accel_eval.runs.model import Times
 from dit_accel_eval.runs.results import ResultLine, last_lines, read_kept, read_lines, result_lines, run_of
 from dit_accel_eval.suites import reference, running

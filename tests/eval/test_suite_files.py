@@ -8,7 +8,7 @@ import pytest
 from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
 from dit_accel_eval.protocol import prompts_in_order
-from dit_accel_eval.runs.conditions import OwnClips
+from dit_accel_eval.runs.loaded import OwnClips
 from dit_accel_eval.runs.results import result_lines
 from dit_accel_eval.runs.servers import Server
 from dit_accel_eval.suites.job import Job, check_lines, checked

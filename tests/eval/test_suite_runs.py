@@ -6,7 +6,6 @@ import functools
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -15,7 +14,7 @@ from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.runs import loaded as given
 from dit_accel_eval.runs import results
-from dit_accel_eval.runs.conditions import Machine, OwnClips
+from dit_accel_eval.runs.loaded import Machine, OwnClips
 from dit_accel_eval.runs.model import OWN, SuiteModel, arm_scheduler, check_guided, guided_by
 from dit_accel_eval.runs.results import append_line, read_kept, read_lines, run_of, write_lines
 from dit_accel_eval.suites import reference
@@ -109,10 +108,8 @@ class Pictures(SuiteModel):
         adapter = adapter_for("HunyuanImageTransformer2DModel")
         call = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
         call["width"] = 96
-        clips = SimpleNamespace(prompt=lambda clip: None, seed=lambda clip: clip)
-        super().__init__(
-            pipe, name="pictures", weights="w", call=call, adapter=adapter, family=adapter.families[0], clips=clips
-        )
+        about = {"weights": "w", "call": call, "adapter": adapter, "family": adapter.families[0]}
+        super().__init__(pipe, name="pictures", prompt=lambda clip: None, seed=lambda clip: clip, **about)
 
 
 def test_a_guider_takes_the_place_of_the_pipeline_s_own_for_its_arm():

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.vbench import official
+from dit_accel_eval.vbench.dimensions import first_of, read_full_info
 from dit_accel_eval.vbench.generating import own_pieces, read_augmented, share_of_work, video_pieces
-from dit_accel_eval.vbench.prompts import first_of, read_full_info
 from fake_model import command, told
 from tiny_vbench import frames_of
 

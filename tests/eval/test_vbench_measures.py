@@ -15,8 +15,7 @@ from dit_accel_eval.metrics import clip_scores
 from dit_accel_eval.metrics.openclip import Weighted
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.vbench import official, run
-from dit_accel_eval.vbench.dimensions import DIMENSIONS, totals
-from dit_accel_eval.vbench.prompts import Prompt, read_full_info
+from dit_accel_eval.vbench.dimensions import DIMENSIONS, Prompt, read_full_info, totals
 from dit_accel_eval.vbench.run import WAYS, VideoScore
 from dit_accel_pipelines.generation.media import read_video, write_media
 from fake_model import command, drawn, refuses, told
@@ -167,7 +166,7 @@ def test_missing_and_unusable_videos_are_named_with_the_reason(work, monkeypatch
     path = at / "clips" / "a still red circle-0.mp4"
     path.unlink()
     write_media(path, np.zeros((1, 64, 64, 3), np.uint8), fps=8)
-    why = f"error: temporal_flickering can't be measured of {path}: it takes at least 2 frames, and there are 1"
+    why = f"error: temporal_flickering can't be measured of {path}: it takes 2 frames, and there are 1"
     assert why in told(start("-d", "temporal_flickering", "--filtered"))
     path.write_bytes(b"none")
     assert f"video {path} can't be read" in told(start("-d", "temporal_flickering", "--filtered"))
@@ -312,7 +311,7 @@ def test_published_totals_follow_from_published_scores():
         found = totals({name: float(row[name]) / 100 for name in DIMENSIONS})
         for name in ("total", "quality", "semantic"):
             # both are rounded to 0.01: a raw score's half step grows by at most 1 / 0.2846 in its range
-            assert 100 * getattr(found, name) == pytest.approx(float(row[name]), abs=0.0101), (row["model"], name)
+            assert 100 * found[name] == pytest.approx(float(row[name]), abs=0.0101), (row["model"], name)
 
 
 def test_the_command_prints_them_of_plain_and_of_official_files_and_of_the_page(tmp_path):

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from wan_tiny import generate
 
 import dit_accel
-from dit_accel import AttachError, ConfigError, EasyCache, RadialAttention, StaticCache
+from dit_accel import AttachError, ConfigError, EasyCache, RadialAttention, SparseD, StaticCache
 from dit_accel.adapters.embedded import embedded_names
 from dit_accel.attachment import check
 from dit_accel.cli.app import app
@@ -43,7 +43,8 @@ def test_two_runs_of_one_seed_are_compared(pipe, tmp_path):
     def made():
         return pipe("a red circle", generator=torch.Generator().manual_seed(3), output_type="np", **CALL).frames[0]
 
-    with dit_accel.attach(pipe, CACHE) as attachment:
+    sparse = SparseD(rest="cached", dense_steps=0, dense_layers=0, block_size=16)
+    with dit_accel.attach(pipe, CACHE, sparse) as attachment:
         result, again = attachment.check("a red circle", seed=3, **CALL), made()
     assert np.array_equal(result.dense, made())
     assert np.array_equal(result.accelerated, again)
@@ -51,6 +52,8 @@ def test_two_runs_of_one_seed_are_compared(pipe, tmp_path):
     assert result.metrics["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
     assert {*result.metrics, *result.not_measured} == {"psnr", "ssim", "lpips@alex"}
     assert "same seed" in str(result)
+    assert "error of attention" in str(result)
+    assert [*result.to_dict()["sections"]] == ["sparsed"]  # the cache tells nothing of errors
     result.save(tmp_path / "check.png")
     assert Image.open(tmp_path / "check.png").width > 100
     with pytest.raises(ConfigError, match=r"check\.mp4"):

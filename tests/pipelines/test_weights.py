@@ -250,6 +250,18 @@ def test_options_of_few_step_loras_are_proposed_by_name_or_title(tmp_path: Path,
     assert not list(proposals(request(tmp_path, lora=("owner/wan-lightning-4steps",), **done), call))
 
 
+def test_presets_and_few_steps_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path: Path):
+    few = str(lora(tmp_path / "wan-4steps.safetensors"))
+    for options, words in (
+        (dict(lora=(few,), preset="fast"), r"fast .*4steps.* 2 steps; .*few-steps"),
+        (dict(preset="few-steps", num_inference_steps=9), r"few-steps .* 9; .*balanced"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            resolve(request(tmp_path, **options))
+    for options in (dict(lora=(few,), preset="few-steps"), dict(lora=(few,), preset="fast", num_inference_steps=12)):
+        assert resolve(request(tmp_path, **options)).request.preset == options["preset"]
+
+
 def test_the_autoencoder_in_tiles_and_a_text_encoder_that_waits(tmp_path: Path, plain):
     pipe = load_pipeline(resolve(request(tmp_path, vae="tile,slice")).request)
     assert (pipe.vae.use_tiling, pipe.vae.use_slicing) == (True, True)

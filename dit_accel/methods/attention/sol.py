@@ -46,8 +46,8 @@ class SolAttention(SparseConfig):
             part of the sequence (as queries they see all exactly, too), or ``first_frame``, text and the first frame.
         rest: what becomes of the other tiles: ``pooled``, or ``cached`` (they enter as they did in the layer's last
             dense call, in which the tiles of the calls after it are routed; see ``refresh``). Unset: pooled.
-        dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. What TensorRT-LLM calls
-            disabled_until_timestep.
+        dense_above_sigma: steps whose noise level is above it stay dense, in place of an unset ``dense_steps``; unset:
+            none. What TensorRT-LLM calls disabled_until_timestep.
     """
 
     name: ClassVar[str] = "sol"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from ...plan.tiling import (
     tiles_without_text,
     visual_lists_bytes,
 )
+from ...report.errors import error_section
+from ...report.sections import Section
 from ..base import AttentionHandler, Handler, Model
 from ..config import MethodConfig
 from ..noise import NeedsNoise
@@ -35,8 +37,9 @@ class SparseConfig(MethodConfig):
         dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
         dense_last_steps: last denoising steps that stay dense, likewise.
         dense_layers: first layers that stay dense.
-        dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. Schedules with a large
-            shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
+        dense_above_sigma: steps whose noise level is above it stay dense; unset: none. Schedules with a large shift
+            spend a small share of the steps there, or a large one, so that counting steps misses the point: set, it
+            stands in place of ``dense_steps``, where that is unset.
         min_tokens: visual tokens below which all calls stay dense; unset: the method acts at any size.
         block_size: tokens of a tile; a power of two, 16 to 512. All methods that are attached together share their
             tiles: what is unset follows what is set.
@@ -95,6 +98,12 @@ class SparseConfig(MethodConfig):
 
     def recipe_options(self) -> set[str]:
         return {*self.defaults, "dense_above_sigma"}
+
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in; a noise level takes the place of first steps."""
+        if self.dense_above_sigma is not None and self.dense_steps is None:
+            return replace(self, dense_steps=0).filled(recipe)
+        return MethodConfig.filled(self, recipe)
 
     def noise_needed(self) -> NeedsNoise | None:
         """Return the option that needs the noise level, where it is set."""
@@ -168,6 +177,15 @@ class SparseHandler(AttentionHandler):
                 f"{self.name}.refresh = {self.rests.every} has layers compute all rows in turn, and {partial.name} "
                 "leaves rows out; attach one of the two"
             )
+
+    def begin_run(self) -> None:
+        if self.rests is not None:
+            self.rests.measured.clear()
+
+    def report(self) -> Section | None:
+        """Return the errors of its lists, as the layers that were dense in turn show them."""
+        measured = [] if self.rests is None else self.rests.measured
+        return error_section(self.name, measured) if measured else None
 
     def state_bytes(self) -> int:
         return super().state_bytes() + (0 if self.rests is None else self.rests.most_held)

@@ -35,13 +35,11 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     An arm that needs more memory than is free is refused, with both numbers;
     arms run in another process, so that one which the system kills is a row.
 
+    \b
     Examples:
-
-    dit-accel bench --family wan2.1-1.3b --height 256 --width 256 --radial
-
-    dit-accel bench --family flux.1-dev --layers 3 --sol -o bench.jsonl
-
-    dit-accel bench --shapes all --budget 1500 -o shapes.jsonl
+      dit-accel bench --family wan2.1-1.3b --height 256 --width 256 --radial
+      dit-accel bench --family flux.1-dev --layers 3 --sol -o bench.jsonl
+      dit-accel bench --shapes all --budget 1500 -o shapes.jsonl
     """
     import torch
     from dit_accel_pipelines.generation.loading import pick_device

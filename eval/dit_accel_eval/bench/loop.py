@@ -15,7 +15,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 
-from ..runs.conditions import device_name
+from ..runs.loaded import device_name
 from ..runs.pool import end_with_parent
 
 Made = TypeVar("Made")

@@ -1,1 +1,1 @@
-"""Judges that look at two clips: what they are asked, ours and those of others, and what their answers say."""
+"""Judges that look at two clips: their questions, ours and those of others, and what their answers say."""

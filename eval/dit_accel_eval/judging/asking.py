@@ -110,12 +110,12 @@ def ask(
     judge: ClipJudge, pairs: Sequence[ClipPair], questions: Sequence[str], advance: Callable[[], None] = lambda: None
 ) -> list[Line]:
     """Return a line for each question, clip and order, with the scores of the arm and of the other."""
-    asked, lines = list[Question](), list[Line]()
+    shown, lines = list[Question](), list[Line]()
     for question, pair, first in itertools.product(questions, pairs, ("arm", "other")):
         clips = (pair.arm, pair.other) if first == "arm" else (pair.other, pair.arm)
-        asked.append(Question(question=question, prompt=pair.prompt, first=clips[0], second=clips[1]))
+        shown.append(Question(question=question, prompt=pair.prompt, first=clips[0], second=clips[1]))
         lines.append({"judge": judge.name, "question": question, "clip": pair.clip, "first": first})
-    for line, scores in zip(lines, judge.answers(asked), strict=True):
+    for line, scores in zip(lines, judge.answers(shown), strict=True):
         ours, other = scores if line["first"] == "arm" else scores[::-1]
         line |= {"arm": ours, "other": other}
         advance()

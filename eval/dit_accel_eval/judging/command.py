@@ -29,11 +29,10 @@ def ask_judge(
     the share of pairs that the order turns round. Agreement: Spearman's rank
     correlation of the preference with the differences of each metric.
 
+    \b
     Examples:
-
-    dit-accel eval judge mine.jsonl --arm fast --judge videoscore2
-
-    dit-accel eval judge mine.jsonl --arm fast --against easycache --judge "python my.py"
+      dit-accel eval judge mine.jsonl --arm fast --judge videoscore2
+      dit-accel eval judge mine.jsonl --arm fast --against easycache --judge "python my.py"
     """
     from dit_accel_pipelines.generation.progress import Stages
 
@@ -47,19 +46,19 @@ def ask_judge(
     if output is not None:
         check_writable(output, "answers")
     pairs = pairs_of(read_results(results).lines, results.parent, arm, against, frames_seen, fps)
-    asked = judge_named(judge, device)
+    chosen = judge_named(judge, device)
     if len(pairs) < FEWEST:
         warn(f"there are {len(pairs)} clips, and a verdict takes {FEWEST}")
-    questions = [*dict.fromkeys(question or asked.questions)]
+    questions = [*dict.fromkeys(question or chosen.questions)]
     with Stages(quiet=json) as stages:
         stages.stage("questions", 2 * len(pairs) * len(questions))
-        lines = ask(asked, pairs, questions, stages.advance)
+        lines = ask(chosen, pairs, questions, stages.advance)
     if output is not None:
         write_lines(output, lines)
     figures = answers_of(lines, pairs)
     if json:
         said = {name: asdict(figure) for name, figure in figures.items()}
-        return print_json({"judge": asked.name, "clips": len(pairs), "questions": said})
+        return print_json({"judge": chosen.name, "clips": len(pairs), "questions": said})
     for name, figure in figures.items():
         agreement = ", ".join(f"{metric} {value:+.2f}" for metric, value in figure.agreement.items() if value)
         texts = [
@@ -69,4 +68,4 @@ def ask_judge(
         ]
         OUT.print("\n".join(texts), markup=False, soft_wrap=True)
     beside = f"that of {against}" if against else "the reference"
-    note(f"{asked.name}: {arm} above {beside}, {len(pairs)} clips in both orders; agreement is the rank correlation")
+    note(f"{chosen.name}: {arm} above {beside}, {len(pairs)} clips in both orders; agreement is the rank correlation")

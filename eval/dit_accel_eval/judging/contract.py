@@ -53,15 +53,15 @@ class ClipJudge(Protocol):
 
     @property
     def questions(self) -> Sequence[str]:
-        """What it is asked where no questions are named."""
+        """The questions where none are named."""
         ...
 
-    def answers(self, asked: Sequence[Question]) -> Iterable[tuple[float, float]]:
+    def answers(self, questions: Sequence[Question]) -> Iterable[tuple[float, float]]:
         """Give for each question the scores of the first clip and of the second."""
         ...
 
 
-OVERALL = "How good is the clip as a video of its prompt?"  # what a command is asked where no questions are named
+OVERALL = "How good is the clip as a video of its prompt?"  # the question for a command where none is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +77,18 @@ class CommandJudge:
                 f"there is no judge {self.name!r}; take a command, likert=MODEL, videoscore2, FILE.py:CLASS"
             )
 
-    def answers(self, asked: Sequence[Question]) -> list[tuple[float, float]]:
+    def answers(self, questions: Sequence[Question]) -> list[tuple[float, float]]:
         """Return what the command prints, which sees frames as PNG files that are deleted afterwards."""
         from PIL import Image
 
         with tempfile.TemporaryDirectory(prefix="dit-accel-judge-") as folder:
             files, lines = dict[ShownClip, list[str]](), ""
-            for clip in dict.fromkeys(clip for question in asked for clip in (question.first, question.second)):
+            for clip in dict.fromkeys(clip for question in questions for clip in (question.first, question.second)):
                 frames = clip.frames()
                 files[clip] = [f"{folder}/{len(files)}-{number}.png" for number in range(len(frames))]
                 for path, frame in zip(files[clip], frames, strict=True):
                     Image.fromarray(frame).save(path)
-            for question in asked:
+            for question in questions:
                 about = {"question": question.question, "prompt": question.prompt, "fps": question.first.fps}
                 shown = {"first": files[question.first], "second": files[question.second]}
                 lines += json.dumps(about | shown) + "\n"
@@ -97,8 +97,8 @@ class CommandJudge:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise ConfigError(f"the judge {self.name!r} ended with exit code {done.returncode}: {last}")
         answers = [line for line in done.stdout.splitlines() if line.strip()]
-        if len(answers) != len(asked):
-            raise ConfigError(f"the judge {self.name!r} printed {len(answers)} lines for {len(asked)} questions")
+        if len(answers) != len(questions):
+            raise ConfigError(f"the judge {self.name!r} printed {len(answers)} lines for {len(questions)} questions")
         return [self._scores(line) for line in answers]
 
     def _scores(self, line: str) -> tuple[float, float]:

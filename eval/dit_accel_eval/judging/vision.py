@@ -29,7 +29,7 @@ LIKERT = {
     "dynamics": "Does the clip really move as its prompt says, rather than stand still?",
     "prompt": "Does the clip show all that its prompt says?",
 }
-"""What is asked where no questions are named, after dimensions of WorldJen (arXiv 2605.03475)."""
+"""The questions where none are named, after dimensions of WorldJen (arXiv 2605.03475)."""
 
 THINKING = 1024  # tokens at most that VideoScore2 thinks in
 
@@ -81,9 +81,9 @@ class LikertJudge:
         self.name, self.questions = f"likert={source}", tuple(LIKERT.values())
         self.model = VisionModel(source, device)
 
-    def answers(self, asked: Sequence[Question]) -> Iterator[tuple[float, float]]:
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[float, float]]:
         """Give the scores of the first clip and, once that is said, of the second."""
-        return map(self._answer, asked)
+        return map(self._answer, questions)
 
     def _answer(self, question: Question) -> tuple[float, float]:
         pictures, content = [], [{"type": "text", "text": f"Two clips were made for this prompt: {question.prompt}"}]
@@ -108,12 +108,12 @@ class VideoScore2Judge:
         self.name, self.model = "videoscore2", VisionModel(source or VIDEOSCORE2, device)
         self._known: dict[tuple[ShownClip, str], dict[str, float]] = {}
 
-    def answers(self, asked: Sequence[Question]) -> Iterator[tuple[float, float]]:
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[float, float]]:
         """Give both clips' scores in the dimension that a question names."""
-        for question in asked:
+        for question in questions:
             if question.question not in self.questions:
                 raise ConfigError(f"videoscore2 scores {', '.join(self.questions)}, got {question.question!r}")
-        for question in asked:
+        for question in questions:
             first, second = (self._scored(clip, question.prompt) for clip in (question.first, question.second))
             yield first[question.question], second[question.question]
 

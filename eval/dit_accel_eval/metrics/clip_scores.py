@@ -1,6 +1,6 @@
 """What a CLIP model of open_clip's says of a clip: how near to its prompt, its reference and itself, and how pretty."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 from dit_accel import ConfigError
 
 from .metric import FAMILY, Measured, Metric, Sample, mean_of, neighbours
-from .openclip import Weighted, no_library, weighted
-from .weights import folder
+from .openclip import Weighted, fetch_model, no_library, weighted
+from .weights import SetUp, folder
 
 HEADS = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
 PUBLISHED = tuple(f"sa_0_4_vit_{size}_linear.pth" for size in ("l_14", "b_32", "b_16"))  # over OpenAI's weights
@@ -44,11 +44,15 @@ def _both(by: Weighted, sample: Sample) -> tuple[Tensor, Tensor]:
     return by.embedder().pictures(sample.frames), by.embedder().text(sample.prompt)
 
 
-def consistency(by: Weighted, sample: Sample) -> Measured:
-    """Return how alike frames are, half to the one before, half to the first: cosines of at least 0, and their mean."""
-    seen = by.embedder().pictures(neighbours(sample))
+def consistent(seen: Tensor) -> Tensor:
+    """Return how alike embeddings [F, D] are, half to the one before, half to the first: cosines of at least 0."""
     before, first = (seen[1:] * seen[:-1]).sum(1), seen[1:] @ seen[0]
-    return mean_of(((before.clamp(min=0) + first.clamp(min=0)) / 2).tolist())
+    return (before.clamp(min=0) + first.clamp(min=0)) / 2
+
+
+def consistency(by: Weighted, sample: Sample) -> Measured:
+    """Return the mean of `consistent` over frames, and each frame's."""
+    return mean_of(consistent(by.embedder().pictures(neighbours(sample))).tolist())
 
 
 def aesthetic(by: Weighted, sample: Sample) -> Measured:
@@ -71,6 +75,18 @@ def no_head(model: Weighted) -> str | None:
         return None
     published = f"{HEADS}/{path.name}" if path.name in PUBLISHED else f"one of your own for {model.model}"
     return f"the aesthetic head is not here: put {published} at {path}"
+
+
+def set_up_models(names: Sequence[str]) -> SetUp:
+    """Fetch models of open_clip's."""
+    if (reason := no_library()) is not None:
+        raise ConfigError(reason)
+    models = [weighted(name) for name in names]
+    failed = {model: fetch_model(model) for model in models}
+    there = [f"{model} is at {model.path()}" for model in models if failed[model] is None]
+    there += [f"for aesthetic@open_clip:{model}, {lack}" for model in models if (lack := no_head(model)) is not None]
+    data = {str(model): {"path": str(model.path() or ""), "missing": failed[model]} for model in models}
+    return SetUp(data, there, [reason for reason in failed.values() if reason])
 
 
 def _head(model: Weighted) -> torch.nn.Linear:

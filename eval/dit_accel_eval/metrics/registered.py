@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
-from types import MappingProxyType
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
@@ -117,12 +116,10 @@ class Dynamic:
     below: str
 
 
-DYNAMICS = MappingProxyType(
-    {
-        "dynamic@dis": Dynamic(head="dynamic degree", above="moves more", below="moves less"),
-        "flickering": Dynamic(head="flicker score", above="changes less", below="flickers more"),
-    }
-)
+DYNAMICS = {
+    "dynamic@dis": Dynamic(head="dynamic degree", above="moves more", below="moves less"),
+    "flickering": Dynamic(head="flicker score", above="changes less", below="flickers more"),
+}
 """Metric -> its words; points of each are hundredths, as VBench counts them."""
 
 

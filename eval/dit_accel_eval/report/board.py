@@ -17,8 +17,8 @@ from dit_accel import ConfigError
 from ..metrics.registered import DYNAMICS
 from ..protocol import PROTOCOL, protocol_rules
 from .lines import SCHEMA, read_results
-from .page import SPEEDS, arm_rows, templates
 from .report import suite_report
+from .writing import SPEEDS, arm_rows, templates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def read_board(folder: Path) -> Board:
 def _rows(file: str, path: Path) -> list[dict[str, Any]]:
     """Return the rows of a run, whose figures are made anew from its lines."""
     report = suite_report(read_results(path))
-    first, rows = report.results.lines[0].raw, arm_rows(report, {})
+    first, rows = report.results.lines[0].raw, arm_rows(report, report.judged, {})
     about = {"file": file, "run": report.name, "model": first["model"], "reference": first["reference"]}
     about |= {"machine": first.get("device", "not known"), "protocol": first.get("protocol", "–")}
     for row in rows:

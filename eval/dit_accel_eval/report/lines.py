@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_accel_pipelines.generation.batch import json_lines
+
 from dit_accel import ConfigError
 
 from ..metrics.registered import metric_about
@@ -57,7 +59,7 @@ def read_results(path: Path) -> Results:
     if path.suffix == ".json":
         text = "".join(f"{json.dumps(line)}\n" for line in _travelled(path, text))
     whole, _, rest = text.rpartition("\n")
-    lines = [_line(f"{path}, line {number}", line) for number, line in enumerate(whole.splitlines(), 1) if line.strip()]
+    lines = [_line(*line) for line in json_lines(whole, str(path), "delete that line, and run the suite again")]
     if not lines:
         raise ConfigError(f"{path} holds no results; fill it with dit-accel eval run SUITE.toml --out {path}")
     _check_one(path, lines)
@@ -97,13 +99,7 @@ def merged_results(files: Sequence[Results]) -> Results:
     return Results(path=files[0].path, lines=tuple(every), cut=False)
 
 
-def _line(where: str, text: str) -> ResultLine:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
-    if not isinstance(line, dict):
-        raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
+def _line(where: str, line: dict[str, Any]) -> ResultLine:
     unknown = COSTS if "role" in line or not {*line.get("rival", ())}.isdisjoint(SERVERS) else ()
     needed = {key: kind for key, kind in KINDS.items() if key not in unknown}
     missing = [key for key in needed if key not in line]

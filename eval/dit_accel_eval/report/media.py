@@ -168,5 +168,5 @@ def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], No
 
 def difference(clip: Frames, reference: Frames) -> Frames:
     """Return the amplified absolute difference of two clips, uint8."""
-    apart = np.maximum(clip, reference) - np.minimum(clip, reference)
-    return np.minimum(apart, 255 // AMPLIFIED) * np.uint8(AMPLIFIED)
+    gap = np.maximum(clip, reference) - np.minimum(clip, reference)
+    return np.minimum(gap, 255 // AMPLIFIED) * np.uint8(AMPLIFIED)

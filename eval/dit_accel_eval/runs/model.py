@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,9 +25,8 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
-from .conditions import HeldOutClips, OwnClips
+from .clip_files import Encoder
 from .counting import Counter, Counts, attended_share, density_map, run_estimate
-from .encodings import Encoder
 from .rivals import cached_by
 
 DIGITS = 4  # digits behind the point of seconds
@@ -70,9 +69,9 @@ class SuiteModel:
 
     def __init__(
         self, pipe: Any, *, name: str, weights: str, call: Mapping[str, Any], adapter: Adapter, family: Family,
-        clips: HeldOutClips | OwnClips,
+        prompt: Callable[[int], str], seed: Callable[[int], int],
     ) -> None:  # fmt: skip
-        self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
+        self.pipe, self.prompt, self.seed = pipe, prompt, seed  # of a clip, by its number
         self.name, self.weights, self.call = name, weights, dict(call)
         self.adapter, self.family = adapter, family
         size = run_estimate(adapter, family, self.call)

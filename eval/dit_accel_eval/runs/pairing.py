@@ -17,8 +17,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 from dit_accel.files import read_text
 
-from .clip_files import ClipFile, clips_in
-from .encodings import LOSSLESS, Form, form_of
+from .clip_files import LOSSLESS, ClipFile, Form, clips_in, form_of
 
 REFERENCE = "reference"  # what the reference's folder is called, in tables too
 COLUMNS = ("folder", "file", "prompt", "seed", "seconds", "num_inference_steps")

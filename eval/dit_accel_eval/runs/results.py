@@ -147,11 +147,9 @@ class ResultLine:
     @cached_property
     def is_rival(self) -> bool:
         """Whether this is a dense run that others are compared with; a suite's are named by their steps."""
-        return (
-            self.raw["role"] == "rival"
-            if self.of_folder
-            else self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
-        )
+        if self.of_folder:
+            return self.raw["role"] == "rival"
+        return self.arm in (f"{kind} {self.num_inference_steps}" for kind in (BEST, TUNED))
 
     @property
     def of_folder(self) -> bool:

@@ -13,9 +13,8 @@ import numpy as np
 
 from dit_accel import ConfigError
 
-from .clip_files import ClipFile
+from .clip_files import ClipFile, encoder_like, form_of
 from .counting import Counts
-from .encodings import encoder_like, form_of
 from .model import ModelRun
 
 KINDS = {"url": str, "timeout": (int, float), "extra": dict}
@@ -81,7 +80,7 @@ class Server:
             raise self._error(f"answered without a picture: {str(answer)[:100]}") from None
 
     def _job(self, fields: Mapping[str, Any]) -> bytes:
-        """Return a video's file as SGLang gives it: by a job that is asked after."""
+        """Return a video's file as SGLang gives it: by a job whose state is polled."""
         until = time.monotonic() + self.timeout
         job = self._json("post", "/v1/videos", json=fields)
         at = f"/v1/videos/{job.get('id')}"

@@ -234,7 +234,7 @@ def _all_have(key: str, lines: Sequence[ResultLine]) -> bool:
 def _costs(
     both: Sequence[tuple[ResultLine, ...]], known: Mapping[tuple[str, int], ResultLine], dense: int
 ) -> tuple[str, tuple[float, float]]:
-    """Return by what two arms' costs are told, the best that all lines have, and these; see `PairFigures`."""
+    """Return what measures two arms' costs, the best kind that all lines have, and the costs; see `PairFigures`."""
     whole = {clip: _busy(line) for (name, clip), line in known.items() if name == f"{BEST} {dense}"}
     kinds = {
         "time": lambda line: (line.steps_in_time or 0) / dense,
@@ -318,14 +318,11 @@ def arms_markdown(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     works = WORKS | (TIMED if any("steps_in_time" in arm.ahead for arm in arms) else {})
     works = {key: words for key, words in works.items() if any(key in arm.means for arm in arms)}
 
-    def mean(key: str, spec: str) -> Callable[[ArmFigures], str]:
-        return lambda arm: f"{arm.means[key]:{spec}}" if key in arm.means else ""
+    def of(table: str, key: str, spec: str) -> Callable[[ArmFigures], str]:
+        return lambda arm: format(values[key], spec) if key in (values := getattr(arm, table)) else ""
 
     def lead(key: str) -> Callable[[ArmFigures], str]:
         return lambda arm: arm.ahead[key].judged() if key in arm.ahead else NOTHING * arm.saved_nothing
-
-    def metric(name: str) -> Callable[[ArmFigures], str]:
-        return lambda arm: f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else ""
 
     def moved(name: str) -> Callable[[ArmFigures], str]:
         return lambda arm: f"{arm.dynamics[name]:+.1f} {arm.dynamic_words(name)}" if name in arm.dynamics else ""
@@ -333,14 +330,14 @@ def arms_markdown(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     columns: dict[str, Callable[[ArmFigures], str]] = {"arm": lambda arm: arm.name}
     if any(arm.clips < whole for arm in arms):
         columns["clips"] = lambda arm: str(arm.clips)
-    columns |= {words: mean(key, ".2f") for key, words in works.items()}
+    columns |= {words: of("means", key, ".2f") for key, words in works.items()}
     if any("seconds" in arm.means for arm in arms):
         columns["seconds, of dense"] = seconds_cell
-    columns |= {"PSNR to the reference, dB (median)": lambda arm: arm.psnr.cell(), "SSIM": mean("ssim", ".3f")}
+    columns |= {"PSNR to the reference, dB (median)": lambda arm: arm.psnr.cell(), "SSIM": of("means", "ssim", ".3f")}
     if any("score" in arm.means for arm in arms):
-        columns["score"] = mean("score", ".0%")
+        columns["score"] = of("means", "score", ".0%")
     columns |= {f"against fewer steps at equal {words}, dB (median)": lead(key) for key, words in works.items()}
-    columns |= {name: metric(name) for name in dict.fromkeys(name for arm in arms for name in arm.metrics)}
+    columns |= {name: of("metrics", name, f".{decimals_of(name)}f") for arm in arms for name in arm.metrics}
     columns |= {f"{about.head} less the reference's, points": moved(name)
                 for name, about in DYNAMICS.items() if any(name in arm.dynamics for arm in arms)}  # fmt: skip
     return markdown_table(" | ".join(columns), [[cell(arm) for cell in columns.values()] for arm in arms])

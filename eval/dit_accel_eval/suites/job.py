@@ -19,8 +19,7 @@ from dit_accel.files import check_room, check_writable, held, make_folder
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 
-from ..runs.conditions import Machine, OwnClips
-from ..runs.loaded import check_given, embedded_call, embedded_weights, given_weights, model_call
+from ..runs.loaded import Machine, OwnClips, check_given, embedded_call, embedded_weights, given_weights, model_call
 from ..runs.model import arm_scheduler, check_guided, shipped_scheduler, with_timestep
 from ..runs.results import AGREE, Line, ResultLine, result_lines, write_lines
 from ..runs.rivals import require_rivals

@@ -4,7 +4,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ from dit_accel.adapters.embedded import assets
 from ..metrics.metric import Clip, Sample
 from ..metrics.registered import FLOOR, dynamics, scores
 from ..protocol import PROTOCOL
-from ..runs.conditions import card_state, device_name, processor_name
+from ..runs.clip_files import Encoder
 from ..runs.counting import Counts, work, works
-from ..runs.encodings import Encoder
+from ..runs.loaded import card_state, device_name, processor_name
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.results import Line, frames_hash, keep_beside
 from .arms import Arm
@@ -145,10 +144,10 @@ def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
     return line | {"frames_hash": frames_hash(run.frames), "reference_hash": frames_hash(reference.frames)}
 
 
-def measured_line(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] = MappingProxyType({})) -> Line:
+def measured_line(sample: Sample, metrics: Sequence[str], skipped: Mapping[str, str] | None = None) -> Line:
     """Return what a line says of a clip held against its reference: values, by frame, and why some are missing."""
     results = scores(dict.fromkeys((*ALWAYS, *metrics)), sample)
-    results.skipped.update(skipped)
+    results.skipped.update(skipped or {})
     values = results.values()
     line: Line = {name: values.pop(name) for name in ALWAYS}
     if metrics:

@@ -19,8 +19,7 @@ from dit_accel.cli.console import TALK, warn
 from dit_accel.cli.stopping import STOP
 
 from ..metrics.registered import metric, unavailable
-from ..runs.conditions import Machine, OwnClips
-from ..runs.loaded import EmbeddedModel, GivenModel
+from ..runs.loaded import EmbeddedModel, GivenModel, Machine, OwnClips
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import AGREE, KEPT, ResultLine, append_line, last_lines, result_lines, write_lines

@@ -22,7 +22,7 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..protocol import USES, prompts_in_order
-from ..runs.conditions import OwnClips
+from ..runs.loaded import OwnClips
 from ..runs.model import OWN, ModelRun, SuiteModel
 from ..runs.results import TUNED, Line
 from .arms import Arm, check_kinds, dense_arm, read_arms, read_table
@@ -53,9 +53,8 @@ class Rung:
     psnr: float
     flow_shift: float | None = None
     tried: Mapping[str, float] = field(default_factory=dict)  # solver and shift in words -> the mean PSNR of each run
-    confirming: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of the best of these, over clips that did not choose
+    # of the best of these, over clips that did not choose
+    confirming: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best_elsewhere(self) -> tuple[str, float] | None:

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dit_accel_pipelines.generation import options as usual
 from dit_accel_pipelines.generation.options import option, with_option_fields
@@ -27,23 +27,16 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return tune_app.command()(with_option_fields(function))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shared:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared(usual.PlacedOptions):
     """The options that all commands share."""
 
     prompt: Annotated[list[str] | None, option("What to show, repeatable; default: an embedded model's.")] = None
     prompt_file: Annotated[Path | None, option("Text file, one prompt per line.", metavar="FILE")] = None
     output: Annotated[Path | None, option("Default: named as the command.", "--output", "-o", metavar="FILE")] = None
     model: usual.Model = None
-    height: usual.Pixels = None
-    width: usual.Pixels = None
-    num_frames: Annotated[int | None, option("Output frames.")] = None
     num_inference_steps: Annotated[int | None, option("Denoising steps; the file holds for this number alone.")] = None
-    guidance_scale: usual.Guidance = None
     seed: usual.Seed = 0
-    dtype: usual.Dtype = None
-    device: usual.Device = None
-    offload: usual.Offload = "none"
     backend: usual.Backend = "auto"
     quiet: usual.Quiet = False
     json: usual.Json = False
@@ -102,6 +95,23 @@ def _prompts(shared: Shared, count: int) -> tuple[str, ...]:
 
 
 @_command
+def density(
+    shared: Shared,
+    *,
+    methods: MethodList,
+    error: Annotated[float, option("Mean relative error of a layer's attention, as the report measures it.")] = 0.05,
+    by: Annotated[Literal["density", "mass"], option("What is found.")] = "density",
+) -> None:
+    """Find the one density, or mass, of SparseD at which attention errs by so much on this model and size.
+
+    Examples:
+
+    dit-accel tune density --error 0.05 -o density.toml
+    """
+    _tune("density", shared, methods, 4, error=error, by=by)
+
+
+@_command
 def heads(
     shared: Shared,
     *,
@@ -117,11 +127,10 @@ def heads(
     Every clip that was judged is kept beside the file, so that a search that
     was stopped goes on; processes of accelerate share it.
 
+    \b
     Examples:
-
-    dit-accel tune heads --rounds 2 -o heads.json
-
-    dit-accel generate "a red circle" --set softpag.heads=heads.json
+      dit-accel tune heads --rounds 2 -o heads.json
+      dit-accel generate "a red circle" --set softpag.heads=heads.json
     """
     _tune("heads", shared, methods, 4, ".json", objective=objective, rounds=rounds, per_round=per_round)
 
@@ -135,11 +144,10 @@ def lite(
 ) -> None:
     """Search LiteAttention's thresholds by layer and step for a target error, at every attention call.
 
+    \b
     Examples:
-
-    dit-accel tune lite --target-error 0.02 -o lite.toml
-
-    dit-accel generate "a red circle" --set lite.thresholds_file=lite.toml
+      dit-accel tune lite --target-error 0.02 -o lite.toml
+      dit-accel generate "a red circle" --set lite.thresholds_file=lite.toml
     """
     _tune("lite", shared, methods, 2, target_error=target_error)
 
@@ -148,11 +156,10 @@ def lite(
 def magcache(shared: Shared, *, methods: MethodList) -> None:
     """Measure for MagCache how the size of what it stores changes from step to step.
 
+    \b
     Examples:
-
-    dit-accel tune magcache -o mag.toml
-
-    dit-accel generate "a red circle" --config mag.toml
+      dit-accel tune magcache -o mag.toml
+      dit-accel generate "a red circle" --config mag.toml
     """
     _tune("magcache", shared, methods, 4)
 
@@ -161,9 +168,9 @@ def magcache(shared: Shared, *, methods: MethodList) -> None:
 def period(shared: Shared, *, methods: MethodList) -> None:
     """Measure for UltraViCo whether attention over frames repeats.
 
+    \b
     Examples:
-
-    dit-accel tune period -o period.toml
+      dit-accel tune period -o period.toml
     """
     _tune("period", shared, methods, 2)
 
@@ -183,13 +190,11 @@ def pipeline(
     shows all. A model that is not embedded takes four prompts or more, of which
     the second half is held out.
 
+    \b
     Examples:
-
-    dit-accel tune pipeline --target psnr=30 -o fast.toml
-
-    dit-accel tune pipeline --target lpips=0.1 --model MODEL --prompt-file p.txt
-
-    dit-accel generate "a red circle" --config fast.toml
+      dit-accel tune pipeline --target psnr=30 -o fast.toml
+      dit-accel tune pipeline --target lpips=0.1 --model MODEL --prompt-file p.txt
+      dit-accel generate "a red circle" --config fast.toml
     """
     _tune("pipeline", shared, methods, 1, target=target, space=space)
 
@@ -200,17 +205,14 @@ def profile(
     *,
     methods: MethodList,
     criterion: Annotated[str, option("attention, delta or error.")] = "error",
-    cached: Annotated[
-        int | None, option("Blocks cached, of the lowest scores; default: below the largest gap.")
-    ] = None,
+    cached: Annotated[int | None, option("Blocks of the lowest scores; default: below the largest gap.")] = None,
 ) -> None:
     """Tell which blocks ProfilingCache may cache.
 
+    \b
     Examples:
-
-    dit-accel tune profile --cached 3 -o profile.json
-
-    dit-accel generate "a red circle" --set profilingcache.blocks=profile.json
+      dit-accel tune profile --cached 3 -o profile.json
+      dit-accel generate "a red circle" --set profilingcache.blocks=profile.json
     """
     _tune("profile", shared, methods, 4, ".json", criterion=criterion, cached=cached)
 
@@ -221,26 +223,19 @@ def schedule(
     *,
     methods: MethodList,
     computed: Annotated[int, option("Steps that are computed.")] = 12,
-    placement: Annotated[
-        list[str] | None,
-        option(
-            "Steps of UniPC, and a noise shift behind @, such as 30@8; may be repeated, then the second half of "
-            "the prompts chooses; default: the model's own.",
-            metavar="STEPS[@SHIFT]",
-        ),
-    ] = None,
+    placement: Annotated[list[str] | None, option("UniPC's; repeatable.", metavar="STEPS[@SHIFT]")] = None,
 ) -> None:
     """Search which steps StaticCache computes, from what each forecast would have been off by.
 
-    A predictor is set as usual; without one it is taylor.
+    A predictor is set as usual; without one it is taylor. --placement names
+    steps of UniPC, and a noise shift behind @; of several the second half of
+    the prompts chooses one. Without it the model's own solver is taken.
 
+    \b
     Examples:
-
-    dit-accel tune schedule --computed 10 -o schedule.toml
-
-    dit-accel tune schedule --placement 30@8 --placement 20@5 -o schedule.toml
-
-    dit-accel generate "a red circle" --config schedule.toml
+      dit-accel tune schedule --computed 10 -o schedule.toml
+      dit-accel tune schedule --placement 30@8 --placement 20@5 -o schedule.toml
+      dit-accel generate "a red circle" --config schedule.toml
     """
     _tune("schedule", shared, methods, 8, computed=computed, placement=placement or ())
 
@@ -249,10 +244,9 @@ def schedule(
 def teacache(shared: Shared, *, methods: MethodList) -> None:
     """Fit TeaCache's polynomial from the change of the first block's input to that of the output.
 
+    \b
     Examples:
-
-    dit-accel tune teacache -o tea.toml
-
-    dit-accel generate "a red circle" --config tea.toml
+      dit-accel tune teacache -o tea.toml
+      dit-accel generate "a red circle" --config tea.toml
     """
     _tune("teacache", shared, methods, 4)

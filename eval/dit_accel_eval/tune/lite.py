@@ -3,7 +3,7 @@
 Source: the calibration of LiteAttention (arXiv 2511.11062): at every attention call, on its own queries, keys and
 values, a threshold's votes, used on the same inputs, may change the output by a target error. Where we depart from it:
 the highest threshold found within the target is taken, and if there is none between the limits, nothing is dropped;
-branches are tuned apart, and several prompts count.
+branches are tuned separately, and several prompts count.
 """
 
 import contextlib

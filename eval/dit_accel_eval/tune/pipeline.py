@@ -25,8 +25,7 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.verdicts import refused_by
 
-from ..runs.conditions import Machine, OwnClips
-from ..runs.loaded import SIZES, TuningRequest, check_given, embedded_prompts
+from ..runs.loaded import SIZES, Machine, OwnClips, TuningRequest, check_given, embedded_prompts
 from ..runs.model import OWN, shipped_scheduler
 from ..runs.results import result_lines
 from ..statistics import FEWEST, frontier

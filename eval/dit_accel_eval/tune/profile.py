@@ -144,7 +144,7 @@ class Profiler:
         self._received.clear()
 
     def _mask(self, state: TransformerState, inputs: Any, output: Any) -> np.ndarray | None:
-        """Return the foreground of a step, bool [F, Y, X]; None where it can't be told, which may be an error."""
+        """Return the foreground of a step, bool [F, Y, X]; None where it can't be found, which may be an error."""
         layout, sigma = self.engine.forward.layout, self.denoising.context(state).sigma
         if layout is None:
             why = f"can't tell {state.name}'s tokens in this call"

@@ -41,7 +41,7 @@ COLUMNS = 2**20
 class Trace:
     """What a scheduler saw and made in a run, float32 on the CPU."""
 
-    # noise level before each step, and after the last; None where it is not told
+    # noise level before each step, and after the last; None where the scheduler does not say
     sigmas: list[float | None] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)  # before each step, and after the last, each [D]
     # of the model, guided, as the scheduler takes them, one a step, each [D]

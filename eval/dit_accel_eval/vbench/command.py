@@ -1,22 +1,20 @@
 """The command `dit-accel eval vbench`; what it needs is loaded when it runs."""
 
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import typer
 from dit_accel_pipelines.generation.options import fields_of, with_option_fields
 
 from dit_accel import ConfigError
 from dit_accel.cli import MethodList
-from dit_accel.cli.console import OUT, print_error, print_json, print_table
+from dit_accel.cli.console import OUT, print_json, print_table
 from dit_accel.cli.stopping import STOP
 from dit_accel.files import make_folder
 
-from .dimensions import DIMENSIONS, read_scores, totals
+from .dimensions import DIMENSIONS, first_of, read_full_info, read_scores, totals
 from .job import VideoJob, tell
-from .prompts import first_of, read_full_info
 
 
 @with_option_fields
@@ -30,25 +28,22 @@ def evaluate(job: VideoJob, *, methods: MethodList) -> None:
     With --generate the videos are made: those of the dimensions' prompts, or of
     --prompts, that the folder lacks, each of another seed.
 
+    \b
     Examples:
-
-    dit-accel eval vbench --totals scores.json --json
-
-    dit-accel eval vbench --videos out/ --official vbench-env
-
-    dit-accel eval vbench --videos out/ -d background_consistency -d aesthetic_quality
-
-    dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
+      dit-accel eval vbench --totals scores.json --json
+      dit-accel eval vbench --videos out/ --official vbench-env
+      dit-accel eval vbench --videos out/ -d background_consistency -d aesthetic_quality
+      dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
     """
     _refuse(job, methods)
     if job.videos is None:
         assert job.totals is not None
         sums = totals(read_scores(job.totals))
         if job.json:
-            return print_json(asdict(sums))
-        rows = [(name, DIMENSIONS[name].group, f"{100 * value:.2f}") for name, value in sums.normalized.items()]
+            return print_json(sums)
+        rows = [(name, DIMENSIONS[name].group, f"{100 * value:.2f}") for name, value in sums["normalized"].items()]
         print_table(("dimension", "group", "in its range"), rows, right=("in its range",))
-        return _print_sums(asdict(sums))
+        return _print_sums(sums)
     if job.generate:
         return _generate(job, methods)
     if job.official is not None:
@@ -86,14 +81,14 @@ def _refuse(job: VideoJob, methods: MethodList) -> None:
 
 def _generate(job: VideoJob, methods: MethodList) -> None:
     """Make the videos that a folder lacks; how many, and their sizes, are printed before the model is loaded."""
-    from dit_accel_pipelines.generation.request import Request, resolve
+    from dit_accel_pipelines.generation.request import Request, read_prompts, resolve
 
     from . import generating
     from .official import prompts_path
 
     make_folder(job.clips)
     if job.prompts is not None:
-        texts = generating.read_texts(job.prompts, "--prompts")[: job.subset]
+        texts = read_prompts(job.prompts, "--prompts")[: job.subset]
         work = generating.own_pieces(texts, job.clips, job.samples, job.seed)
     else:
         every = read_full_info(prompts_path(job.full_info))
@@ -117,7 +112,7 @@ def _generate(job: VideoJob, methods: MethodList) -> None:
 
 def _print_scores(by_name: dict[str, list[Any]], results: Path, *, whole: bool, json: bool) -> None:
     scores = {name: held[0] for name, held in by_name.items()}
-    sums = asdict(totals(scores)) if whole and len(scores) == len(DIMENSIONS) else None
+    sums = totals(scores) if whole and len(scores) == len(DIMENSIONS) else None
     if json:
         print_json({"scores": scores, "totals": sums, "results": str(results)})
         return
@@ -130,17 +125,3 @@ def _print_scores(by_name: dict[str, list[Any]], results: Path, *, whole: bool, 
 
 def _print_sums(sums: dict[str, Any]) -> None:
     OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
-
-
-def set_up_prompts(archives: Path | None, json: bool) -> None:
-    """Unpack VBench's prompts, and print where they lie; exit code 1 where they can't be had."""
-    from . import official
-
-    reason = official.unpack_prompts(archives, tell)
-    if json:
-        print_json({"prompts": str(official.unpacked()), "missing": reason})
-    elif reason is None:
-        OUT.print(f"VBench's prompts are at {official.unpacked()}", markup=False, soft_wrap=True)
-    if reason is not None:
-        print_error(reason)
-        raise typer.Exit(1)

@@ -15,7 +15,7 @@ from dit_accel_pipelines.generation.room import check_outputs_fit
 from dit_accel import ConfigError
 from dit_accel.files import held
 
-from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
+from .dimensions import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 
 SIZES = ("num_frames", "height", "width", "num_inference_steps")
 LONGEST_NAME = 249  # bytes that a video's name may have, so that its side-car and its lock have names, too
@@ -42,13 +42,13 @@ def video_pieces(
     """
     texts = [prompt.text for prompt in every]
     order = texts if augmented else list(dict.fromkeys(texts))
-    apart = 100_000 if augmented else max(FILTERED_SAMPLES, samples or 0)
+    stride = 100_000 if augmented else max(FILTERED_SAMPLES, samples or 0)
     pieces = []
     for item in wanted:
         count = FILTERED_SAMPLES if FLICKERING in item.dimensions and FLICKERING in names else SAMPLES
         place = order.index(item.text)
         prompt = augmented[place] if augmented else item.text
-        pieces += _of_prompt(prompt, item.text, folder, samples or count, seed + apart * place)
+        pieces += _of_prompt(prompt, item.text, folder, samples or count, seed + stride * place)
     return pieces
 
 
@@ -68,19 +68,11 @@ def _of_prompt(prompt: str, name: str, folder: Path, count: int, first: int) -> 
 
 def read_augmented(path: Path, every: Sequence[Prompt]) -> tuple[str, ...]:
     """Return a file's prompts, a line for each of VBench's in their order; another number of lines is refused."""
-    texts = read_texts(path, "--augmented")
+    texts = read_prompts(path, "--augmented")
     if len(texts) != len(every):
         where = "such as VBench's repository has them in prompts/augmented_prompts"
         raise ConfigError(f"{path} has {len(texts)} prompts, and VBench {len(every)}; give all in order, {where}")
     return texts
-
-
-def read_texts(path: Path, option: str) -> tuple[str, ...]:
-    """Return a text file's prompts, a line each; errors call the file by the option that named it."""
-    try:
-        return read_prompts(path)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--prompt-file", option)) from None
 
 
 def share_of_work(work: Sequence[Piece], shard: str | None) -> list[Piece]:

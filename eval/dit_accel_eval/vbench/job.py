@@ -11,7 +11,7 @@ from dit_accel.cli.console import TALK
 from dit_accel.cli.run_options import InferenceSteps
 from dit_accel.files import check_writable, make_folder, write_json
 
-from .prompts import known_names
+from .dimensions import known_names
 
 tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
 VIDEOS, MAKING = "Videos", "Making videos"

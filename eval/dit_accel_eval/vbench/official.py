@@ -18,10 +18,9 @@ from dit_accel import ConfigError
 from dit_accel.cli.console import warn
 
 from ..metrics import weights
-from ..metrics.weights import Archive, folder
-from .dimensions import DIMENSIONS
+from ..metrics.weights import Archive, SetUp, folder
+from .dimensions import DIMENSIONS, FIXED, FLICKERING, all_videos_of, check_custom, custom_videos, read_full_info
 from .job import VideoJob, tell
-from .prompts import FIXED, FLICKERING, all_videos_of, check_custom, custom_videos, read_full_info
 
 PROMPTS = "vbench/VBench_full_info.json"
 
@@ -126,7 +125,7 @@ def _done(command: Sequence[str], what: str) -> list[str]:
 
 
 def _call(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command apart from this process's own packages, and return what it printed."""
+    """Run a command without this process's own packages on its path, and return what it printed."""
     without = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     return subprocess.run(command, env=without | environment, capture_output=True, text=True, check=False)
 
@@ -141,12 +140,14 @@ def unpacked() -> Path:
     return folder() / "vbench-package" / PROMPTS
 
 
-def unpack_prompts(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:
-    """Unpack the prompts where they are missing; returns why that could not be, None if they are there."""
-    if unpacked().is_file():
-        return None
-    tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts")
-    return weights.unpack(PACKAGE, given, folder() / "vbench-package")
+def set_up_prompts(given: Path | None, tell: Callable[[str], None]) -> SetUp:
+    """Unpack the prompts where they are missing."""
+    reason = None
+    if not unpacked().is_file():
+        tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts")
+        reason = weights.unpack(PACKAGE, given, folder() / "vbench-package")
+    found = [] if reason else [f"VBench's prompts are at {unpacked()}"]
+    return SetUp({"prompts": str(unpacked()), "missing": reason}, found, [reason] if reason else [])
 
 
 def prompts_path(given: Path | None = None) -> Path:

@@ -3,7 +3,6 @@
 They are those of pixels alone, and those that take CLIP, which is open_clip's. Source: Huang et al., arXiv 2311.17982.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,15 +19,16 @@ from dit_accel import ConfigError
 from dit_accel.cli.console import warn
 from dit_accel.files import held
 
-from ..metrics.clip_scores import head_path, no_head
+from ..metrics.clip_scores import consistent, head_path, no_head
+from ..metrics.metric import Sample
+from ..metrics.motion import flickering
 from ..metrics.openclip import TOGETHER, Weighted
 from ..runs.loaded import file_hash
 from ..runs.results import Line, append_line, read_lines
-from . import prompts as of_prompts
-from .dimensions import DIMENSIONS
+from . import dimensions as of_vbench
+from .dimensions import DIMENSIONS, FLICKERING, SAMPLES, Prompt, Wanted
 from .job import VideoJob, tell
 from .official import prompts_path
-from .prompts import FLICKERING, SAMPLES, Prompt, Wanted
 
 BASE, LARGE = Weighted("ViT-B-32", tag="openai"), Weighted("ViT-L-14", tag="openai")  # VBench's CLIP models
 COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # mean, deviation
@@ -49,26 +49,12 @@ def over_videos(scores: Sequence[VideoScore]) -> float:
     return sum(score.value * score.parts for score in scores) / sum(score.parts for score in scores)
 
 
-def _check_pairs(frames: int) -> None:
-    if frames < 2:
-        raise ConfigError(f"it takes at least 2 frames, and there are {frames}")
-
-
 def pair_consistency(features: Tensor) -> VideoScore:
     """Return the mean over pairs of half the likeness to the frame before and half that to the first."""
-    _check_pairs(len(features))
-    before = (features[1:] * features[:-1]).sum(1).clamp(min=0)
-    first = (features[1:] * features[0]).sum(1).clamp(min=0)
-    value, pairs = float(((before + first) / 2).double().mean()), len(features) - 1
+    if len(features) < 2:
+        raise ConfigError(f"it takes 2 frames, and there are {len(features)}")
+    value, pairs = float(consistent(features).double().mean()), len(features) - 1
     return VideoScore(value=value, parts=pairs, more={"video_sim": value * pairs, "cnt_per_video": pairs})
-
-
-def frame_flickering(frames: Frames) -> VideoScore:
-    """Return one minus the mean absolute difference of neighbouring 8-bit frames over 255."""
-    _check_pairs(len(frames))
-    levels = frames.astype(np.int16)
-    changes = [float(np.abs(second - first).mean()) for first, second in itertools.pairwise(levels)]
-    return VideoScore(value=(255 - float(np.mean(changes))) / 255)
 
 
 def text_likeness(text: Tensor, frames: Tensor) -> VideoScore:
@@ -98,6 +84,10 @@ def _aesthetic(frames: Frames, prompt: Prompt) -> VideoScore:
     return VideoScore(value=float((scores / 10).mean()))
 
 
+def _flickering(frames: Frames, prompt: Prompt) -> VideoScore:
+    return VideoScore(value=flickering(Sample(frames=np.divide(frames, 255, dtype=np.float32))).value)
+
+
 def _style(frames: Frames, prompt: Prompt) -> VideoScore:
     clip = BASE.embedder()
     return text_likeness(clip.text(prompt.style), clip.pictures(np.divide(frames, 255, dtype=np.float32)))
@@ -123,7 +113,7 @@ class Way:
 
 WAYS: dict[str, Way] = {
     "background_consistency": Way(lambda frames, prompt: pair_consistency(clip_features(BASE, frames)), BASE),
-    "temporal_flickering": Way(lambda frames, prompt: frame_flickering(frames)),
+    "temporal_flickering": Way(_flickering),
     "aesthetic_quality": Way(_aesthetic, LARGE, LARGE),
     "appearance_style": Way(_style, BASE),
 }
@@ -141,14 +131,14 @@ UNFILTERED = (
 
 def measure(job: VideoJob) -> dict[str, list[Any]]:
     """Measure videos, and return the official result: dimension -> [score, [one entry a video]]."""
-    of_prompts.files_in(job.clips)
+    of_vbench.files_in(job.clips)
     wanted = _wanted(job)
     job.check_files(LINES, RESULTS, INFO, ABOUT)
     with held(job.file(LINES), "the results file"):
         results = {name: _dimension(job, name, videos) for name, videos in wanted.items()}
     about = {name: {"networks": WAYS[name].hashes(), "videos": len(entries)} for name, (_, entries) in results.items()}
-    info = [{"prompt_en": item.prompt.text, "dimension": [name], "video_list": [str(path) for path in item.paths]}
-            for name, videos in wanted.items() for item in videos]  # fmt: skip
+    info = [{"prompt_en": prompt.text, "dimension": [name], "video_list": [*map(str, paths)]}
+            for name, videos in wanted.items() for prompt, paths in videos]  # fmt: skip
     for what, content in ((INFO, info), (ABOUT, about), (RESULTS, results)):
         job.write(what, content)
     return results
@@ -157,20 +147,20 @@ def measure(job: VideoJob) -> dict[str, list[Any]]:
 def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
     """Return dimension -> its videos."""
     if job.custom:
-        of_prompts.check_custom(job.dimensions)
-        names = _measurable(job, [name for name in DIMENSIONS if name not in of_prompts.FIXED])
+        of_vbench.check_custom(job.dimensions)
+        names = _measurable(job, [name for name in DIMENSIONS if name not in of_vbench.FIXED])
         if FLICKERING in names:
             warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
-        return dict.fromkeys(names, of_prompts.custom_videos(job.clips, job.prompts))
-    every = of_prompts.read_full_info(prompts_path(job.full_info))
+        return dict.fromkeys(names, of_vbench.custom_videos(job.clips, job.prompts))
+    every = of_vbench.read_full_info(prompts_path(job.full_info))
     names = _measurable(job, [name for name in DIMENSIONS if any(name in prompt.dimensions for prompt in every)])
-    some = every if job.subset is None else of_prompts.first_of(every, names, job.subset)
+    some = every if job.subset is None else of_vbench.first_of(every, names, job.subset)
     wanted = {}
     for name in names:
         if name != FLICKERING:
-            wanted[name] = of_prompts.all_videos_of(some, job.clips, name, job.samples or SAMPLES)
+            wanted[name] = of_vbench.all_videos_of(some, job.clips, name, job.samples or SAMPLES)
         else:
-            wanted[name] = _still(job, of_prompts.videos_of(some, job.clips, name))
+            wanted[name] = _still(job, of_vbench.videos_of(some, job.clips, name))
     return wanted
 
 
@@ -192,19 +182,19 @@ def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
 
 def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
     """Measure one dimension; returns its official result."""
-    tell(f"{name}: {sum(len(videos.paths) for videos in wanted)} videos")
+    tell(f"{name}: {sum(len(paths) for _, paths in wanted)} videos")
     used = WAYS[name].hashes()
     earlier = {_key(line): line for line in read_lines(job.file(LINES)) if line["dimension"] == name}
     scores: list[tuple[Path, VideoScore]] = []
-    for videos in wanted:
-        for path in videos.paths:
+    for prompt, paths in wanted:
+        for path in paths:
             stat = path.stat()
             line: Line = {"dimension": name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
                           "networks": used}  # fmt: skip
             if (before := earlier.get(_key(line))) is None:
                 try:
                     frames = np.stack([np.asarray(frame) for frame in read_video(path)])
-                    before = line | asdict(WAYS[name].measure(frames, videos.prompt))
+                    before = line | asdict(WAYS[name].measure(frames, prompt))
                 except ConfigError as error:
                     raise ConfigError(f"{name} can't be measured of {path}: {error}") from None
                 append_line(job.file(LINES), before)
@@ -219,8 +209,8 @@ def _key(line: Line) -> str:
 
 def _still(job: VideoJob, wanted: Sequence[Wanted]) -> list[Wanted]:
     """Return the prompts that have still videos; warns of those with fewer than 5, and refuses where there is none."""
-    still = [videos for videos in wanted if videos.paths]
-    few, none = sum(len(videos.paths) < SAMPLES for videos in wanted), len(wanted) - len(still)
+    still = [videos for videos in wanted if videos[1]]
+    few, none = sum(len(paths) < SAMPLES for _, paths in wanted), len(wanted) - len(still)
     if not still:
         raise ConfigError(f"there are no still videos of {FLICKERING}, so it has no score; generate some")
     if few:

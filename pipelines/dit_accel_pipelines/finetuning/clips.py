@@ -76,11 +76,11 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _listed(file: Path) -> Iterator[tuple[Path, str]]:
-    example = '{"file_name": "a.mp4", "text": "..."}'
-    for where, entry in json_lines(file.read_text(encoding="utf-8-sig"), str(file), example):
+    remedy = 'write, say, {"file_name": "a.mp4", "text": "..."}'
+    for where, entry in json_lines(file.read_text(encoding="utf-8-sig"), str(file), remedy):
         name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ConfigError(f"{where} lacks a video or its caption; write, say, {example}")
+            raise ConfigError(f"{where} lacks a video or its caption; {remedy}")
         path = file.parent / name
         if not path.is_file():
             raise ConfigError(f"{where} names {name}, which is not there; put it beside the list, or strike the line")

@@ -43,13 +43,11 @@ def finetune_model(options: FinetuneOptions, *, methods: MethodList) -> None:
     clips; with --ulysses N, groups of N do, and each group shares its clips'
     tokens. A run that was stopped goes on with --resume, bit for bit.
 
+    \b
     Examples:
-
-    dit-accel finetune --drawn 64 --num-frames 65 --radial --steps 200 -o lora
-
-    dit-accel finetune clips/ --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 161 --radial
-
-    accelerate launch -m dit_accel finetune clips/ --radial --batch-size 2
+      dit-accel finetune --drawn 64 --num-frames 65 --radial --steps 200 -o lora
+      dit-accel finetune clips/ --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 161 --radial
+      accelerate launch -m dit_accel finetune clips/ --radial --batch-size 2
     """
     from ..generation.progress import Stages
     from ..processes.processes import started_process

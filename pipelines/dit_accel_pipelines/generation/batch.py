@@ -109,7 +109,8 @@ def _lines(options: Any) -> list[Line]:
     if path.suffix.lower() == ".csv":
         lines = list(_csv_lines(text, path))
     else:
-        lines = [Line(*line) for line in json_lines(text, f"--prompt-file {path}", '{"prompt": "a red circle"}')]
+        remedy = 'write, say, {"prompt": "a red circle"}'
+        lines = [Line(*line) for line in json_lines(text, f"--prompt-file {path}", remedy)]
     if not lines:
         raise ConfigError(f"--prompt-file {path} has no prompt in it; write one per line")
     for line in lines:
@@ -136,7 +137,7 @@ def _csv_lines(text: str, path: Path) -> Iterator[Line]:
         ) from None
 
 
-def json_lines(text: str, file: str, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(text: str, file: str, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a JSON Lines file, each behind what errors call its line; empty lines are left out."""
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -145,9 +146,9 @@ def json_lines(text: str, file: str, example: str) -> Iterator[tuple[str, dict[s
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{where} is no JSON ({error}); write, say, {example}") from None
+            raise ConfigError(f"{where} is no JSON ({error}); {remedy}") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"{where} is {line.strip()[:40]!r}, no object; write, say, {example}")
+            raise ConfigError(f"{where} is {line.strip()[:40]!r}, no object; {remedy}")
         yield where, values
 
 

@@ -18,6 +18,7 @@ from .options import RUN, Json, Model, Quiet, RunOptions, option, require_one_do
 from .ranges import between, check_ranges
 
 if TYPE_CHECKING:
+    from .batch import Planned
     from .generate import Written
     from .request import Request
 
@@ -69,22 +70,18 @@ def generate_video(options: GenerateOptions, *, context: typer.Context, methods:
     With --gpus N (or under accelerate launch or torchrun) each of N processes
     makes every N-th prompt; with --ulysses N, N make each output together.
 
+    \b
     Examples:
-
-    dit-accel generate "a red circle moving right" --radial -o red.mp4
-
-    dit-accel generate "a red circle" --preset balanced --check
-
-    dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
-
-    dit-accel generate --prompt-file prompts.txt --gpus 4 --resume
+      dit-accel generate "a red circle moving right" --radial -o red.mp4
+      dit-accel generate "a red circle" --preset balanced --check
+      dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+      dit-accel generate --prompt-file prompts.txt --gpus 4 --resume
     """
     from ..processes.launching import launch, refuse_cfg_parallel, starts_processes
     from ..processes.processes import Process, started_process
     from .batch import planned
     from .dry_run import print_dry_run
     from .generate import generate, resolved_requests
-    from .grid_sheet import write_sheet
     from .progress import Stages
 
     options = _with_table(options, context, run)
@@ -110,13 +107,20 @@ def generate_video(options: GenerateOptions, *, context: typer.Context, methods:
         written = generate(
             requests, stages=stages, command=sys.argv, process=process, resume=options.resume, notes=notes, **shown
         )
+    _show(options, outputs, written, alone=not many)
+
+
+def _show(options: GenerateOptions, outputs: "Sequence[Planned]", written: "Sequence[Written]", *, alone: bool) -> None:
+    """Write the contact sheet of a grid, and print what one process wrote; of several each has printed its own."""
+    from .grid_sheet import write_sheet
+
     sheet = write_sheet(outputs, options.output) if options.grid else None
     if sheet and not options.quiet:
         TALK.print(f"contact sheet: {sheet}", markup=False, soft_wrap=True)
     if options.json:
         print_json([output.record for output in written])
         return
-    for output in () if many else written:
+    for output in written if alone else ():
         print(output.record["output"])
         if not options.quiet:
             _print_written(output)
@@ -161,13 +165,11 @@ def describe_model(
 ) -> None:
     """Tell what to attach to a model, and which methods it takes; no weights.
 
+    \b
     Examples:
-
-    dit-accel describe
-
-    dit-accel describe --options
-
-    dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
+      dit-accel describe
+      dit-accel describe --options
+      dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
     """
     import dit_accel
 

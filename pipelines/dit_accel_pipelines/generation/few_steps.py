@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dit_accel.adapters import Family
+from dit_accel.adapters.model_files import ModelFiles
+from dit_accel.methods.few_steps import MOST, SCHEDULERS
+
 from .lora import Lora, lora_file
 from .options import RunOptions
 from .pipeline_call import CallSignature
@@ -44,9 +48,7 @@ TITLES = ("modelspec.title", "ss_output_name", "title", "name")
 def proposals(request: RunOptions, call: CallSignature) -> Iterator[str]:
     """Give, for each LoRA that seems made for few steps, the options of its makers that a request does not have."""
     for lora in map(Lora.of, request.lora):
-        words = _words(lora.name)
-        steps = STEPS.search(words)
-        kind = next((kind for kind in KINDS if re.search(kind.sign, words, re.IGNORECASE)), OTHERS if steps else None)
+        kind, steps = _kind(lora)
         if kind is None:
             continue
         guidance = "true_cfg_scale" if call.takes("true_cfg_scale") else "guidance_scale"
@@ -63,6 +65,22 @@ def proposals(request: RunOptions, call: CallSignature) -> Iterator[str]:
         if missing:
             by = f", as {kind.source} runs its kind" if kind.source else ""
             yield f"the LoRA {lora.name} seems made for few steps, by its name; try {' '.join(missing)}{by}"
+
+
+def few_steps_of(request: RunOptions, family: Family, files: ModelFiles) -> str:
+    """Return what tells, before weights are loaded, that a model is made for few steps; empty: nothing does."""
+    loras = [f"the LoRA {lora.name}" for lora in map(Lora.of, request.lora) if _kind(lora)[0] is not None]
+    kinds = [str(files.index[name][1]) for name in ("scheduler",) if files.has(name)]
+    usual = [family.name] if family.num_inference_steps <= MOST else []
+    return next(iter([*loras, *filter(SCHEDULERS.match, kinds), *usual]), "")
+
+
+def _kind(lora: Lora) -> tuple[FewSteps | None, re.Match[str] | None]:
+    """Return the kind of few-step LoRA that one seems to be, and the steps that its name says."""
+    words = _words(lora.name)
+    steps = STEPS.search(words)
+    kind = next((kind for kind in KINDS if re.search(kind.sign, words, re.IGNORECASE)), OTHERS if steps else None)
+    return kind, steps
 
 
 def _words(name: str) -> str:

@@ -344,7 +344,8 @@ def check_of(dense: Generation, accelerated: Generation) -> Check:
     """Compare a run with methods to the dense one of the same seed, and the seconds of both."""
     assert dense.pictures is not None
     assert accelerated.pictures is not None
-    return compared(dense.pictures, accelerated.pictures, dense.timings.total, accelerated.timings.total)
+    seconds = dense.timings.total, accelerated.timings.total
+    return compared(dense.pictures, accelerated.pictures, seconds, accelerated.report)
 
 
 def _with_choices(request: Request, pipe: Any) -> Request:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from dit_accel.adapters.embedded import assets, embedded_at
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import INDEX, model_source, read_config, read_model_files
 from dit_accel.errors import ConfigError, UnsupportedModel
@@ -51,7 +52,8 @@ def open_pipeline(source: str, *, dtype: str, **more: Any) -> Any:
         cls = pipeline_class(read_model_files(source, more.get("revision")))
     try:
         with quiet_diffusers():
-            pipe = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **more)
+            name, options = embedded_at(source), {"dtype": dtypes, "use_safetensors": True, **more}
+            pipe = assets().opened(cls, name, **options) if name else cls.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None

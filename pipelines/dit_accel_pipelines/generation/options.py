@@ -59,17 +59,23 @@ Json = Annotated[bool, option("Print JSON.", "--json")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SharedOptions:
-    """What is made whatever the prompt, and where: options of all commands that run a model."""
+class PlacedOptions:
+    """How large what is made is, and where: options of all commands that run a model."""
 
     height: Pixels = None
     width: Pixels = None
     num_frames: Frames = None
     guidance_scale: Guidance = None
-    negative_prompt: Annotated[str | None, option("What guidance should lead away from.", metavar="TEXT")] = None
     device: Device = None
     dtype: Dtype = None
     offload: Offload = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedOptions(PlacedOptions):
+    """What is made whatever the prompt, and where: options of all commands that do not search it."""
+
+    negative_prompt: Annotated[str | None, option("What guidance should lead away from.", metavar="TEXT")] = None
     solver: Annotated[
         str | None, option("unipc, euler or dpm++ in place of the model's own.", panel=RUN, metavar="NAME")
     ] = None

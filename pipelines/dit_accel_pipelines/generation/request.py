@@ -22,9 +22,10 @@ from dit_accel.files import check_writable, read_text
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
-from dit_accel.methods.presets import LEVELS, NONE, preset_methods
+from dit_accel.methods.few_steps import check_preset
+from dit_accel.methods.presets import LEAST_STEPS, NAMES, NONE, preset_methods
 
-from .few_steps import proposals
+from .few_steps import few_steps_of, proposals
 from .fit import check_vae, fitted, sizes_of, vae_ways
 from .inputs import CONDITIONS, arguments_of, follow_inputs, inputs_of
 from .lora import Lora, check_lora, check_loras
@@ -63,7 +64,7 @@ OFFLOADS = ("none", "text", "model", "group", "sequential")
 CHOICES: Mapping[str, Sequence[str]] = {
     "dtype": DTYPES, "offload": OFFLOADS, "solver": tuple(SOLVERS),
     "quantize": tuple(QUANTIZATIONS), "quantize_text_encoder": tuple(QUANTIZATIONS),
-    "backend": BACKENDS, "preset": (*LEVELS, NONE), "dense": get_args(Dense),
+    "backend": BACKENDS, "preset": NAMES, "dense": get_args(Dense),
 }  # fmt: skip
 """Option -> the names that it takes."""
 
@@ -298,6 +299,8 @@ def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[
     adapter = adapter_for(str(files.transformer.get("_class_name")))
     check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer)
+    if request.preset is not None:
+        check_preset(request.preset, few_steps_of(request, family, files), request.num_inference_steps, LEAST_STEPS)
     methods = [*request.methods, *preset_methods(request.preset or NONE, model, request.methods).configs]
     handlers = make_handlers(methods, model)
     check_backend(request.backend, request.dense or "auto", handlers)

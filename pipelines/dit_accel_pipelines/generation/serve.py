@@ -54,11 +54,10 @@ def print_server(
     installed, and that the server is not told to leave the plugin out. What is
     missing is a line each, and exit code 1.
 
+    \b
     Examples:
-
-    dit-accel serve Wan-AI/Wan2.1-T2V-14B-Diffusers --engine sglang
-
-    dit-accel serve ./my-wan --engine vllm-omni --setting fast.toml
+      dit-accel serve Wan-AI/Wan2.1-T2V-14B-Diffusers --engine sglang
+      dit-accel serve ./my-wan --engine vllm-omni --setting fast.toml
     """
     if engine not in ENGINES:
         raise ConfigError(f"there is no engine {engine!r}; {did_you_mean(engine, ENGINES)}")

@@ -42,11 +42,10 @@ def serve_page(
     listens to this machine alone unless --host is given, and reports to nobody.
     Ctrl-C ends it.
 
+    \b
     Examples:
-
-    dit-accel ui
-
-    dit-accel ui --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
+      dit-accel ui
+      dit-accel ui --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --offload model
     """
     _require_gradio()
     from dit_accel.adapters.model_files import model_source
@@ -80,7 +79,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
     import gradio  # pyright: ignore[reportMissingImports]
 
     from dit_accel.adapters.embedded import embedded_names
-    from dit_accel.methods.presets import LEVELS, NONE
+    from dit_accel.methods.presets import NAMES
 
     running: dict[str, threading.Event] = {}
     models = dict.fromkeys([model, *embedded_names()])
@@ -114,7 +113,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
             with gradio.Column(min_width=280):
                 prompt = gradio.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
                 gradio.Examples(EXAMPLES, prompt, label="Prompts that the embedded models know")
-                preset = field("preset", gradio.Radio, choices=[*LEVELS, NONE], value="balanced")
+                preset = field("preset", gradio.Radio, choices=[*NAMES], value="balanced")
                 with gradio.Accordion("Methods as TOML, beside the preset", open=False):
                     config = gradio.Textbox("", placeholder=TOML, lines=4, label="Methods", elem_id="methods")
             with gradio.Column(min_width=280):

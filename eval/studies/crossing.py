@@ -1,0 +1,60 @@
+"""From how many tokens on sparse attention takes less time than dense, in layers with two embedded models' attention.
+
+CPU seconds of one thread, the least of two. Run it alone, on a quiet machine:
+``python eval/studies/crossing.py > eval/results/crossing.jsonl``.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import replace
+
+import torch
+from diffusers import WanTransformer3DModel
+from dit_accel_eval.runs.conditions import processor_name
+
+from dit_accel import SparseD, attach
+
+SHAPES = {"wan-plain": (5, 32), "flux-tiny": (2, 64)}  # heads and channels of one
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+SKIPPED = SparseD(density=0.3, block_size=64, dense_steps=0, dense_layers=0)
+CACHED = replace(SKIPPED, rest="cached", refresh=3)
+
+
+@torch.no_grad()
+def seconds(layers: WanTransformer3DModel, tokens: int, method: SparseD | None) -> float:
+    """Return the seconds of three forwards after the first, in one of which each layer of a cached arm is dense."""
+    inputs = torch.randn(1, 4, tokens // 64, 16, 16), torch.randn(1, 8, 32)
+    attachment = None if method is None else attach(layers, method, backend="torch")
+    times = []
+    for step in range(4):
+        times.append(time.process_time())
+        layers(inputs[0], torch.tensor([900 - 100 * step]), inputs[1])
+    if attachment is not None:
+        attachment.detach()
+    return time.process_time() - times[1]
+
+
+def main() -> None:
+    """Print a line for each length, and one for each arm with the length at which it takes as long as dense."""
+    torch.set_num_threads(1)
+    about = {"threads": 1, "processor": processor_name(), "torch": torch.__version__}
+    for shape, (heads, size) in SHAPES.items():
+        small = dict(in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=3 * heads * size, num_layers=3)
+        layers = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=size, **small).eval()
+        shares = []
+        for tokens in LENGTHS:
+            rounds = [[seconds(layers, tokens, arm) for arm in (None, SKIPPED, CACHED)] for _ in range(2)]
+            dense, *sparse = map(min, zip(*rounds, strict=True))
+            shares.append([least / dense for least in sparse])
+            line = {"shape": shape, "tokens": tokens, "dense": dense, "skipped": shares[-1][0], "cached": shares[-1][1]}
+            print(json.dumps({**line, "load": os.getloadavg()[0], **about}), flush=True)
+        for arm, points in zip(("skipped", "cached"), zip(*shares, strict=True), strict=True):
+            lines = zip(LENGTHS, LENGTHS[1:], points, points[1:], strict=False)
+            passes = [a * (b / a) ** (math.log(x) / math.log(x / y)) for a, b, x, y in lines if x > 1 >= y]
+            print(json.dumps({"shape": shape, "arm": arm, "crossing": passes, **about}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
