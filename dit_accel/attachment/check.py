@@ -72,9 +72,8 @@ class Check:
         )
         counted = "one run each" if self.runs == 1 else f"the faster of {self.runs} runs each"
         measured = [f"{name} {value:.4g}" for name, value in self.metrics.items()]
-        missing = [f"{name} not measured: {why}" for name, why in self.not_measured.items()]
-        lines = [f"{counted}, same seed: {seconds}", ", ".join(measured) or "nothing measured", *missing]
-        return "\n".join([*lines, *map(str, self.sections)])
+        more = [*(f"{name} not measured: {why}" for name, why in self.not_measured.items()), *map(str, self.sections)]
+        return "\n".join([f"{counted}, same seed: {seconds}", ", ".join(measured) or "nothing measured", *more])
 
 
 def check(

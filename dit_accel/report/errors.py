@@ -23,10 +23,11 @@ def error_section(method: str, measured: Sequence[tuple[CallContext, Tensor]]) -
     mean, alone = errors.mean(0).tolist()
     layers, steps = _means(calls, "layer"), _means(calls, "step_index")
     worst = sorted(layers, key=lambda layer: -layers[layer])[:3]
+    named = min(steps), max(steps, key=lambda step: steps[step]), max(steps)
     lines = (
         f"error of attention at {len(calls)} dense turns: {mean:.3f} mean, {alone:.3f} by the tiles alone",
         f"worst layers: {', '.join(f'{layer} ({layers[layer]:.3f})' for layer in worst)}",
-        f"by step: {', '.join(f'{step} ({steps[step]:.3f})' for step in steps)}",
+        f"first, worst and last step: {', '.join(f'{step} ({steps[step]:.3f})' for step in named)}",
     )
     strips = []
     for panel in dict.fromkeys((call["transformer"], call["branch"]) for call in calls):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 from diffusers import WanTransformer3DModel
-from dit_accel_eval.runs.conditions import processor_name
+from dit_accel_eval.runs.loaded import processor_name
 
 from dit_accel import SparseD, attach
 

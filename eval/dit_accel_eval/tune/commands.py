@@ -116,14 +116,13 @@ def heads(
     shared: Shared,
     *,
     methods: MethodList,
-    objective: Annotated[
-        str, option("checker, a metric, module:function; or harmonic: A, B; threshold: A, B >= 2, C >= 6.")
-    ] = "checker",
+    objective: Annotated[str, option("checker, a metric, module:function; or of several, as below.")] = "checker",
     rounds: Annotated[int, option("Greedy rounds.")] = 1,
     per_round: Annotated[int, option("Heads that a round adds.")] = 3,
 ) -> None:
     """Search the attention heads that SoftPAG perturbs, by greedy rounds with an objective.
 
+    Of several objectives: harmonic: A, B, or threshold: A, B >= 2, C >= 6.
     Every clip that was judged is kept beside the file, so that a search that
     was stopped goes on; processes of accelerate share it.
 

@@ -50,4 +50,4 @@ def tune_density(
     runs.finish()
     rows = [tuple(f"{cell:.3g}" for cell in tried[at]) for at in sorted(tried)]
     found = {"by": by, "value": value, "tried": sorted(tried.values())}
-    return Tuned(found=found, columns=(by, "error", "kept of sparse calls"), rows=rows)
+    return Tuned(found=found, columns=(by, "error", "kept, dense turns included"), rows=rows)
