@@ -33,6 +33,7 @@ from .methods.caches.sea import SeaCache as SeaCache
 from .methods.caches.static import StaticCache as StaticCache
 from .methods.caches.tea import TeaCache as TeaCache
 from .methods.guidance.autoguidance import AutoGuidance as AutoGuidance
+from .methods.guidance.cfg_cache import CFGCache as CFGCache
 from .methods.guidance.nag import NAG as NAG
 from .methods.guidance.seg import SEG as SEG
 from .methods.guidance.slg import SLG as SLG

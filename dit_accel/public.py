@@ -28,6 +28,7 @@ MODULES = {
     "methods.caches.static": "StaticCache",
     "methods.caches.tea": "TeaCache",
     "methods.guidance.autoguidance": "AutoGuidance",
+    "methods.guidance.cfg_cache": "CFGCache",
     "methods.guidance.nag": "NAG",
     "methods.guidance.seg": "SEG",
     "methods.guidance.slg": "SLG",

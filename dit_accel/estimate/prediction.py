@@ -324,7 +324,7 @@ def _planned_run(
     ``dense`` are the figures of the run without methods, its steps and layers.
     """
     forwards, attention_flops, total_flops = dense["forwards"], dense["attention_flops"], dense["total_flops"]
-    skipped = sum(saving.forwards for saving in savings.values()) / forwards
+    skipped = 1 - math.prod(1 - saving.forwards / forwards for saving in savings.values())
     extra = sum(saving.extra_forwards for saving in savings.values()) / forwards
     blocks = max(0.0, 1 - sum(saving.blocks for saving in savings.values()) / (forwards * dense["layers"]))
     share = max(0.0, 1 + extra - skipped) * blocks

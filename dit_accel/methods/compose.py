@@ -124,6 +124,6 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
         )
 
 
-def _place(handler: type[Handler]) -> tuple[int, bool]:
-    """Return where a method acts among others: what runs a forward again lies around all that changes the forward."""
-    return handler.phase, "perturbed prediction" in handler.exclusive
+def _place(handler: type[Handler]) -> tuple[bool, int, bool]:
+    """Return where a method acts among others: what runs a forward again, or in parts, lies around what changes it."""
+    return "unconditional prediction" in handler.exclusive, handler.phase, "perturbed prediction" in handler.exclusive

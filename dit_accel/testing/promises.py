@@ -179,8 +179,8 @@ def _both(case: Case) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def check_skips(case: Case, tried: MethodCase) -> str | None:
     """A step cache computes the first ``warm`` steps, bit for bit, skips the next, and runs no more than it says."""
-    if not issubclass(handler_of(tried.config), StepCacheHandler):
-        return "it skips no forward"
+    if not issubclass(handler_of(tried.config), StepCacheHandler) or "cache" not in handler_of(tried.config).exclusive:
+        return "it skips no forward of the prompt"
     name, warm, rows = tried.config.name, tried.warm, case.inputs(1)
     plain = [case.run(moved(case, rows, step), step) for step in range(warm + 1)]
     layers = [layer for layer, _, _ in attention_modules(case.transformer, case.adapter)]

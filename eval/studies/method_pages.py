@@ -24,7 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "steps": ("easycache", "seacache", "magcache", "teacache", "staticcache"),
     "blocks": ("dbcache", "firstblockcache", "profilingcache", "dbprune", "dfa", "referencecache"),
     "longer": ("ultravico", "lvsa", "rope", "ultraimage"),
-    "guidance": ("slg", "pag", "softpag", "seg", "autoguidance", "nag"),
+    "guidance": ("slg", "pag", "softpag", "seg", "autoguidance", "nag", "cfgcache"),
 }
 """Group of the index -> its methods; the groups have marks of these names there."""
 

@@ -214,6 +214,7 @@ PICTURES: Mapping[str, Callable[[], Image.Image]] = {
     "staticcache": lambda: cached(d.StaticCache(every=2, predictor="taylor")),
     "profilingcache": lambda: cached(d.ProfilingCache(blocks="0-5", every=3, warmup_steps=2, last_steps=1)),
     "dbprune": lambda: cached(d.DBPrune(threshold=0.15)),
+    "cfgcache": lambda: cached(d.CFGCache()),
     "dbcache": lambda: cached(d.DBCache(threshold=0.1, first_blocks=2, predictor="taylor"), model="flux-tiny"),
     "firstblockcache": lambda: cached(d.FirstBlockCache(threshold=0.1, predictor="taylor"), model="flux-tiny"),
     "dfa": lambda: foreground(d.DFA()),

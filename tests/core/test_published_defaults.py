@@ -30,6 +30,7 @@ DEFAULTS = {
     "seg": {"scale": 3.0, "layers": None, **WHOLE_RUN},
     "autoguidance": {"scale": 1.0, **WHOLE_RUN},
     "slg": {"scale": 2.8, "start": 0.01, "stop": 0.2, "layers": None},
+    "cfgcache": {"warmup_steps": 0.2, "last_steps": 0, "max_consecutive": 1},
     "easycache": {**ENDS, "threshold": 0.05},
     "firstblockcache": {**ENDS, "threshold": 0.08},
     "dbcache": {**ENDS, "threshold": 0.08, "first_blocks": 8, "last_blocks": 0},

@@ -131,6 +131,11 @@ def declared(trial: Trial) -> str | None:
         return "does not say how to get it"
     if trial.method == "diffusers-cache":
         return _no_native(adapter, transformer, trial)
+    if trial.method == "cfgcache":
+        alone, own = names & {*adapter.guidance.alone} and not hasattr(trial.pipe, "guider"), adapter.guidance.own
+        last = adapter.guidance.uncond_tokens == "last" and "Turbo" not in type(trial.pipe).__name__
+        why = "is unconditional" if alone else "as many tokens" if last else None
+        return next((own[one] for one in names if one in own), why)
     return _not_guided(adapter, trial) if trial.method in GUIDING else None
 
 

@@ -59,7 +59,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "profilingcache": _row("profilingcache"),
     "diffusers-cache": _of(FirstBlockCacheConfig(threshold=1e9)),
     "nag": lambda call: (replace(TABLE["nag"].config, negative_embeds=_negative_text(call)),),
-    **{name: _row(name) for name in ("pag", "softpag", "seg", "slg")},
+    **{name: _row(name) for name in ("pag", "softpag", "seg", "slg", "cfgcache")},
 }
 """Name of a registered method -> a call of a pipeline -> what is attached."""
 

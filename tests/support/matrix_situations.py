@@ -222,7 +222,9 @@ def _one(trial: Trial) -> list[str]:
     made, plain = trial.one(), trial.plain.rows([0], [0])
     if not bool(made.isfinite().all()):
         return ["not finite"]
-    return ["changes nothing"] if torch.equal(made, plain) else []
+    section = trial.attachment.report().section("cfgcache")  # which can do nothing where nothing is guided
+    idle = section is not None and not any(entry["branch"] == "uncond" for entry in section.data["forwards"])
+    return ["changes nothing"] if torch.equal(made, plain) and not idle else []
 
 
 def _again(trial: Trial) -> list[str]:

@@ -230,6 +230,10 @@ TABLE: dict[str, MethodCase] = {
         neutral=d.ProfilingCache(blocks="1", every=1, warmup_steps=0),
         active=d.ProfilingCache(blocks="1", every=2, **CACHE), warm=1, still_run=(0, 2), held=2 * TOKENS,
     ),
+    "cfgcache": _case(
+        *BAD_CACHE, *each(gate=(0, 1.5), stored=("residual",), branches=("all",)), held=2 * OUTPUT,
+        neutral=d.CFGCache(warmup_steps=99), active=d.CFGCache(warmup_steps=1), warm=1, beside=(RADIAL, LITE, SPARSED),
+    ),
     "referencecache": _case(  # on `EDITING`: 6 reference tokens, 4 layers
         *each(refresh_every=(0, 1.5), warmup_steps=(0,)), neutral=d.ReferenceCache(refresh_every=1),
         active=d.ReferenceCache(refresh_every=9), warm=1, held=2 * 4 * 2 * 4 * 6 * 32,

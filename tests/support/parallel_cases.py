@@ -38,6 +38,7 @@ CASES: dict[str, tuple[MethodConfig, ...]] = {
     "slg, first block": (d.SLG(layers="L0", scale=1.0),),
     "autoguidance": (d.AutoGuidance(weak="a copy", scale=1.0),),
     "nag": (d.NAG(),),
+    "cfgcache": (d.CFGCache(warmup_steps=1),),
     "easycache": (d.EasyCache(last_steps=0, **SKIPS),),
     "easycache, error": (d.EasyCache(error=1e9, warmup_steps=2, last_steps=0, max_consecutive=1, predictor="taylor"),),
     "teacache": (d.TeaCache(polynomial=(1.0, 0.0), **SKIPS),),

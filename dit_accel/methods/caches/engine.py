@@ -146,7 +146,7 @@ class StepCacheHandler(Handler):
         self._transformers[site.name] = site.transformer
 
         def around(context: ForwardContext, run: Callable[..., Any]) -> Any:
-            output = self._around(context, run, site.adapter.latents, site.name)
+            output = self._around(context, run, site)
             self.note_held(sum(holder.nbytes for holder in (*self._histories.values(), *self._decisions.values())))
             return output
 
@@ -155,8 +155,8 @@ class StepCacheHandler(Handler):
     def check_with(self, others: Sequence[Handler]) -> None:
         self._others = tuple(others)
 
-    def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
-        latents = context.inputs[name]
+    def _around(self, context: ForwardContext, run: Callable[..., Any], site: Site) -> Any:
+        latents, transformer = context.inputs[site.adapter.latents], site.name
         if self.is_trained(context, latents):
             return run()
         self._begin(context)
@@ -359,7 +359,7 @@ class StepCacheHandler(Handler):
     def forwards_cached(self) -> int:
         """Count the forwards of a step in which the cache acts."""
         family = self.model.family
-        return family.forwards_per_step if family and self.settings.branches == "all" else 1
+        return family.forwards_per_step - (self.settings.branches == "uncond") if family else 1
 
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:

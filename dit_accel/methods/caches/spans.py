@@ -161,15 +161,15 @@ class SpanHandler(StepCacheHandler):
         self.cover(site)
         site.around_blocks(self._run_cached, blocks)
 
-    def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
-        if self.is_trained(context, context.inputs[name]):
+    def _around(self, context: ForwardContext, run: Callable[..., Any], site: Site) -> Any:
+        if self.is_trained(context, context.inputs[site.adapter.latents]):
             self._keep(context, ())
             return run()
-        now = self._passes[transformer] = Pass(context, super()._needing(context))
+        now = self._passes[site.name] = Pass(context, super()._needing(context))
         try:
             output = run()
         finally:
-            del self._passes[transformer]
+            del self._passes[site.name]
         if not now.reuse and is_recorded(output):
             self._keep(context, ())
         elif now.reuse is not None:
@@ -177,7 +177,7 @@ class SpanHandler(StepCacheHandler):
             self._take(now)
             skipped = [span for span in self._spans(context) if {*span} <= {*now.skipped}]
             self._keep(context, [*now.spans, *skipped])
-        count = self._counts[transformer]
+        count = self._counts[site.name]
         self._ran.append((count - len(now.skipped), count))
         return output
 

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError, MissingOption, UnsupportedModel
@@ -25,7 +25,7 @@ from .guiders import GUIDERS, guided_by, require_own
 from .head_specs import first_layer, split_specs
 from .log import PerturbedForward, WindowedHandler, distances_of, note_of, strips_of
 from .perturbed_blocks import PerturbedBlocks
-from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, shapes
+from .rows import Sample, joined, mapped, plus, require_sample, rows_of, shapes
 
 
 class PerturbedHandler(WindowedHandler):
@@ -197,7 +197,7 @@ class PerturbedHandler(WindowedHandler):
             self._for_guider = further, cond
             return output
         self._added = context.step_index, further
-        return with_sample(output, plus(sample, further if rows is None else repeated(further)))
+        return with_sample(output, plus(sample, further if rows is None else joined(further, further)))
 
     def _require_addable(self, site: Site, context: ForwardContext, rows: Rows) -> None:
         """Refuse a step whose predictions can't all get the same addend, on which the exactness of the sum rests."""
@@ -221,7 +221,7 @@ class PerturbedHandler(WindowedHandler):
         self._require_folded(site)
         sample, further = require_sample(sample_of(output), site.name), self._added[1]
         if site.adapter.guidance.uncond_tokens == "last" and isinstance(sample, Tensor):
-            further = _ending_alike(further, sample.shape[1])
+            further = F.pad(further, (0, 0, sample.shape[1] - further.shape[1], 0))  # below 0 it cuts
         if shapes(sample) != shapes(further):
             raise ConfigError(
                 f"{self.name} can't be folded into {site.name}'s guidance: its branch {context.branch} gives "
@@ -336,14 +336,6 @@ class PerturbedHandler(WindowedHandler):
         """Return the first perturbed layer, without a model; None where that is not known."""
         specs = [name for spec in self.specs or () for name in self.published.get(spec, (spec,))]
         return first_layer(specs, self.model.layers, max(1, self.model.heads))
-
-
-def _ending_alike(further: Sample, tokens: int) -> Sample:
-    """Return the addend of so many tokens, the last of which are those of ``further``; the others get nothing."""
-    if not isinstance(further, Tensor):
-        return further
-    more = max(0, tokens - further.shape[1])
-    return torch.cat([further.new_zeros(len(further), more, *further.shape[2:]), further[:, -tokens:]], 1)
 
 
 def block_of(site: Site, layer: int) -> int | None:

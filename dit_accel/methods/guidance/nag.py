@@ -17,7 +17,7 @@ from ...report.sections import Section
 from ..base import AttentionHandler, Model, Place
 from ..config import MethodConfig
 from ..options import NO_FILE, ge, within
-from ..prompt_branches import part_of, rows_of_prompt
+from ..prompt_branches import NAMES, part_of, rows_of_prompt
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .guidance_config import WindowedConfig
@@ -145,7 +145,7 @@ class NAGHandler(WindowedHandler, AttentionHandler):
             return run()
         outer = context if context.beside is None else replace(context, branch=context.beside)
         # a perturbed branch runs beside the conditional one, and has its rows alone where it says which it has
-        named = "/" in outer.branch or context.rows is not None
+        named = ("/" in outer.branch and outer.branch.split("/")[-1] not in NAMES) or context.rows is not None
         part = "cond" if named else part_of(self.name, site, outer, latents)
         if part == "uncond":
             return run()

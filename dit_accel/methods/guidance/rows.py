@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ...adapters.adapter import Adapter
 from ...errors import ConfigError
@@ -85,9 +86,13 @@ def as_rows(sample: Sample) -> list[Tensor]:
     return [sample] if isinstance(sample, Tensor) else sample
 
 
-def repeated(sample: Sample) -> Sample:
-    """Return a prediction twice, one behind the other."""
-    return torch.cat([sample, sample]) if isinstance(sample, Tensor) else [*sample, *sample]
+def joined(first: Any, second: Any) -> Any:
+    """Return two forwards' outputs as that of one forward, the rows of the second behind those of the first."""
+
+    def behind(one: Any, other: Any) -> Any:
+        return torch.cat([one, other]) if isinstance(one, Tensor) else one and [*one, *other]
+
+    return tree_map(behind, first, second, is_leaf=lambda part: isinstance(part, list))
 
 
 def plus(sample: Sample, further: Sample) -> Sample:
