@@ -212,7 +212,7 @@ PICTURES: Mapping[str, Callable[[], Image.Image]] = {
     "magcache": lambda: cached(d.MagCache(threshold=0.06, predictor="taylor")),
     "teacache": lambda: cached(d.TeaCache(threshold=0.1, predictor="taylor")),
     "staticcache": lambda: cached(d.StaticCache(every=2, predictor="taylor")),
-    "progressive": lambda: cached(d.ProgressiveResolution(until=0.9), model="flux-sizes"),
+    "progressive": lambda: cached(d.ProgressiveResolution(until=0.9), model="flux-sizes").crop((0, 0, 710, 588)),
     "profilingcache": lambda: cached(d.ProfilingCache(blocks="0-5", every=3, warmup_steps=2, last_steps=1)),
     "dbprune": lambda: cached(d.DBPrune(threshold=0.15)),
     "cfgcache": lambda: cached(d.CFGCache()),

@@ -212,7 +212,7 @@ TABLE: dict[str, MethodCase] = {
     "progressive": _case(
         *each(until=(1.5,), every=(0,), tau=(1,), last_steps=(1.5,)),
         neutral=d.ProgressiveResolution(until=1.0), active=d.ProgressiveResolution(until=0.0, last_steps=0),
-        beside=(RADIAL, LITE, SPARSED), held=0,
+        beside=(RADIAL, SPARSED), held=0,
     ),
     "progressive, every": _case(
         neutral=d.ProgressiveResolution(until=1.0, every=1), warm=1, beside=(RADIAL, LITE),
