@@ -23,6 +23,8 @@ from loop import Budget, Loss, Recipe, run_training, save_atomic
 from torch import Tensor
 
 SHARD = 50
+EMPTY = 0.03
+"""Steps no longer than this stay as they are: they change next to nothing, and can't mend what those before did."""
 TARGETS = {"to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"}
 FLUX_TARGETS = {
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -202,7 +204,8 @@ def step_loss(subject: Video, config: Distillation, shards: list[dict[str, Any]]
     levels, times = subject.levels(config.student_steps, config.flow_shift)
     texts = [text for shard in shards for text in shard["texts"]]
     path = torch.cat([shard["path"] for shard in shards], dim=1)
-    weights = (levels[:-1] - levels[1:]).clamp(min=0.02).numpy()
+    lengths = (levels[:-1] - levels[1:]).numpy()
+    weights = lengths * (lengths > EMPTY)
 
     def next_latents(latents: Tensor, place: int, states: dict[str, Tensor]) -> Tensor:
         with autocast():

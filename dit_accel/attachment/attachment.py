@@ -216,10 +216,9 @@ def attach(
     Args:
         model: a diffusers pipeline (all its transformers that an adapter covers) or one transformer.
         methods: configs such as ``RadialAttention()``.
-        preset: methods that are chosen for the model, beside those that are named, which win: ``careful``, ``balanced``
-            or ``fast``, ``few-steps`` for models distilled to those (`dit_accel.methods.presets`), or ``none``. Unset,
-            where no method is named: ``few-steps`` where a LoRA's name or the scheduler tells of them, else
-            ``balanced``. What it is on this model, and what it leaves out, says `Attachment.preset`.
+        preset: methods that are chosen for the model, beside those that are named, which win: ``careful``,
+            ``balanced``, ``fast``, ``few-steps`` (`dit_accel.methods.presets`), or ``none``. Unset, with none named:
+            ``few-steps`` if a LoRA's name or the scheduler tells of them, else ``balanced``; `Attachment.preset` says.
         backend: the kernel backend of planned attention calls. A named one never falls back; with ``auto`` calls whose
             tile lists only save time stay dense on a CPU that is known to gain none by them, and the report says so.
         dense: what computes dense calls, steps and layers: ``user``, the attention set in diffusers, or ``auto``, on a

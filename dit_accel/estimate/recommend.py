@@ -40,8 +40,8 @@ PREDICTED_NOTE = (
 )
 
 FEW_NOTE = (
-    f"runs of {MOST} steps or fewer are for distilled models, and there step caches of the levels skip nothing; what "
-    "was tried on distilled tiny models, and lost more than a step fewer, stands in docs/presets.md"
+    f"runs of {MOST} steps or fewer are for distilled models, and there the levels' step caches skip nothing; what was "
+    "tried instead, so far on tiny models that are not distilled, stands in docs/presets.md"
 )
 
 
@@ -96,8 +96,8 @@ def recommend(
         linears=of.linears, kernel_cost=KERNEL_COST if elsewhere(hardware) else None,
     )  # fmt: skip
     dense = estimate(of.adapter, of.family, **sizes)
-    few = dense.num_inference_steps <= MOST
-    presets = [preset_methods(level, of.model) for level in ((*LEVELS, FEW) if few else LEVELS)]
+    few = [FEW] * (dense.num_inference_steps <= MOST)
+    presets = [preset_methods(level, of.model) for level in (*LEVELS, *few)]
     made = [_preset_row(preset, of, sizes, dense) for preset in presets]
     rows = [Setting(name=DENSE), *(row for row, _ in made)]
     rows.sort(key=lambda row: -round(row.speedup, 2))  # as it is shown: equal ones stay in the presets' order
@@ -114,7 +114,7 @@ def recommend(
         notes=(
             *_notes(of, dense, num_frames, presets[-1]),
             *(_card_notes(of, card) if card else ()),
-            *([FEW_NOTE] if few else []),
+            *(FEW_NOTE for _ in few),
             PREDICTED_NOTE,
             *dict.fromkeys(measured for _, measured in made if measured),
             *(_elsewhere(setting) for setting in tuned if setting not in fitting),

@@ -5,19 +5,10 @@ from typing import Any
 
 from ..errors import ConfigError
 
-FEW = "few-steps"
-"""The preset for runs of `MOST` steps or fewer."""
-
+FEW = "few-steps"  # the preset for runs of `MOST` steps or fewer
 MOST = 8
-"""Steps of the longest run that counts as one of few."""
-
-LORAS = re.compile(
-    r"(?<!\d)[1-8][-_ ]?steps?(?![a-z])|lightning|lcm|causvid|self_?forcing|dmd|turbo|hyper", re.IGNORECASE
-)
-"""Pattern in the names of LoRAs that are made for few steps."""
-
-SCHEDULERS = re.compile("(FlowMatch)?LCM|TCD|SCM|HeliosDMD")
-"""Beginning of the names of diffusers' schedulers that only such models run with."""
+LORAS = re.compile(r"(?<!\d)[1-8][-_ ]?steps?(?![a-z])|lightning|lcm|causvid|forcing|dmd|turbo|hyper", re.IGNORECASE)
+SCHEDULERS = re.compile("(FlowMatch)?LCM|TCD|SCM|HeliosDMD")  # with which only such models run
 
 
 def few_steps_sign(transformers: Any, scheduler: Any) -> str:
@@ -28,18 +19,12 @@ def few_steps_sign(transformers: Any, scheduler: Any) -> str:
 
 
 def check_preset(level: str, sign: str, steps: int | None, least: int) -> None:
-    """Refuse a preset for few steps in a run of many, and one that waits for ``least`` steps on a model for few.
+    """Refuse a preset for few steps in a run of many, and one that waits for ``least`` steps where a sign tells of few.
 
-    ``sign``: what tells of few steps, empty: nothing; ``steps``: of the run, None: not known.
+    ``steps``: of the run; None: not known.
     """
     if level == FEW and (steps or 0) > MOST:
-        raise ConfigError(
-            f"preset {FEW} is for models distilled to {MOST} steps or fewer, and this run has {steps}; take balanced, "
-            "or set num_inference_steps"
-        )
+        raise ConfigError(f"preset {FEW} is for runs of {MOST} steps or fewer, and this one has {steps}; take balanced")
     if level not in (FEW, "none") and sign and (steps or 0) < least:
-        run = "run" if steps is None else f"run of {steps} steps"
-        raise ConfigError(
-            f"preset {level} skips steps in runs of {least} or more, and {sign} is for few: none are skipped in such a "
-            f"{run}; take {FEW}"
-        )
+        found = "" if steps is None else f", and the run has {steps}"
+        raise ConfigError(f"preset {level} waits for {least} steps, {sign} is for few{found}; take preset {FEW}")

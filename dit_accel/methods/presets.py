@@ -27,9 +27,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)[:3]
 
 NONE = "none"
 """The word for no preset."""
-
 NAMES = (*get_args(Level), NONE)
-"""All words for a preset."""
 
 MEASURED_ON = ("wan-tiny", "flux-tiny")
 """The families on which the levels were measured; to others the same rule applies unmeasured."""
@@ -79,11 +77,10 @@ def _cache(level: Level, warmup: float, bound: float, last: int) -> Choice:
 
 
 def _sparse(beta: float, **options: float) -> Choice:
-    dense = "".join(f", dense above noise level {level}" for level in options.values())
     return Choice(
         SolAttention(beta=beta, min_tokens=SolAttention.worthwhile_tokens, **options),
         "video",
-        f"sparse attention from {SolAttention.worthwhile_tokens:,} visual tokens on{dense}",
+        f"sparse attention from {SolAttention.worthwhile_tokens:,} visual tokens on",
         "published (arXiv 2607.24027), not measured by us on a model of that size",
     )
 

@@ -52,9 +52,6 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     run_comparison(options, settings)
 
 
-DenseRuns = Annotated[Path | None, option("Folder of dense runs; default: in the user's cache folder.", metavar="DIR")]
-
-
 @eval_app.command("run")
 def run_suite(
     suite: Annotated[Path, typer.Argument(help="Suite of arms, such as eval/suites/smoke.toml.", metavar="SUITE.toml")],
@@ -64,7 +61,7 @@ def run_suite(
     timed: Annotated[bool, option("Time each arm beside the dense run of as many steps.", "--time")] = False,
     threads: Annotated[int | None, option("Of torch; default: 1, timed 2; own models: all.", min=1)] = None,
     frames: Annotated[Path | None, option("Folder that keeps every run's frames, for a page.", metavar="DIR")] = None,
-    cache: DenseRuns = None,
+    cache: Annotated[Path | None, option("Folder of dense runs; default: in the user's cache.", metavar="DIR")] = None,
     device: Device = None,
     offload: Offload = "none",
     only_table: Annotated[bool, option("Print the table of what has run, and generate nothing.", "--table")] = False,

@@ -1,7 +1,6 @@
 """From how many tokens on sparse attention takes less time than dense, in layers with two embedded models' attention.
 
-CPU seconds of one thread, the least of two. Run it alone, on a quiet machine:
-``python eval/studies/crossing.py > eval/results/crossing.jsonl``.
+CPU seconds of one thread, the least of two; alone: ``python eval/studies/crossing.py > eval/results/crossing.jsonl``.
 """
 
 import json
@@ -17,18 +16,19 @@ from dit_accel_eval.runs.loaded import processor_name
 from dit_accel import SparseD, attach
 
 SHAPES = {"wan-plain": (5, 32), "flux-tiny": (2, 64)}  # heads and channels of one
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 SKIPPED = SparseD(density=0.3, block_size=64, dense_steps=0, dense_layers=0)
-CACHED = replace(SKIPPED, rest="cached", refresh=3)
+CACHED = {f"cached, every {n}": replace(SKIPPED, rest="cached", refresh=n) for n in (3, 6)}
+ARMS = {"dense": None, "skipped": SKIPPED, **CACHED}
 
 
 @torch.no_grad()
 def seconds(layers: WanTransformer3DModel, tokens: int, method: SparseD | None) -> float:
-    """Return the seconds of three forwards after the first, in one of which each layer of a cached arm is dense."""
+    """Return the seconds of six forwards after the first, in which each layer of a cached arm has its turns."""
     inputs = torch.randn(1, 4, tokens // 64, 16, 16), torch.randn(1, 8, 32)
     attachment = None if method is None else attach(layers, method, backend="torch")
     times = []
-    for step in range(4):
+    for step in range(7):
         times.append(time.process_time())
         layers(inputs[0], torch.tensor([900 - 100 * step]), inputs[1])
     if attachment is not None:
@@ -45,12 +45,12 @@ def main() -> None:
         layers = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=size, **small).eval()
         shares = []
         for tokens in LENGTHS:
-            rounds = [[seconds(layers, tokens, arm) for arm in (None, SKIPPED, CACHED)] for _ in range(2)]
-            dense, *sparse = map(min, zip(*rounds, strict=True))
-            shares.append([least / dense for least in sparse])
-            line = {"shape": shape, "tokens": tokens, "dense": dense, "skipped": shares[-1][0], "cached": shares[-1][1]}
+            rounds = [[seconds(layers, tokens, arm) for arm in ARMS.values()] for _ in range(2)]
+            dense, *sparse = (min(times) for times in zip(*rounds, strict=True))
+            shares.append([taken / dense for taken in sparse])
+            line = {"shape": shape, "tokens": tokens, **dict(zip(ARMS, [dense, *shares[-1]], strict=True))}
             print(json.dumps({**line, "load": os.getloadavg()[0], **about}), flush=True)
-        for arm, points in zip(("skipped", "cached"), zip(*shares, strict=True), strict=True):
+        for arm, points in zip([*ARMS][1:], zip(*shares, strict=True), strict=True):
             lines = zip(LENGTHS, LENGTHS[1:], points, points[1:], strict=False)
             passes = [a * (b / a) ** (math.log(x) / math.log(x / y)) for a, b, x, y in lines if x > 1 >= y]
             print(json.dumps({"shape": shape, "arm": arm, "crossing": passes, **about}), flush=True)

@@ -17,7 +17,7 @@ from dit_accel_assets import held_out_prompts
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.pixels import psnr
 from dit_accel_eval.runs.counting import work
-from dit_accel_eval.runs.loaded import EmbeddedModel, OwnClips, check_name, processor_name, tuning_request
+from dit_accel_eval.runs.loaded import EmbeddedModel, OwnClips, processor_name, tuning_request
 from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge
@@ -27,8 +27,11 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS, resolve
 from dit_accel_pipelines.generation.threads import one_thread
 from report_tables import over_prompts
 
+from dit_accel import ConfigError
+from dit_accel.adapters.embedded import embedded_names
 from dit_accel.cli import run_alone
 from dit_accel.cli.console import OUT, TALK, plain_table
+from dit_accel.errors import did_you_mean
 from dit_accel.files import held, json_text, new_folder, written_whole
 from dit_accel.methods.presets import PRESETS, Level
 
@@ -83,7 +86,8 @@ def main(
     num_frames: Annotated[int | None, typer.Option(help="Output frames; default: the model's own.")] = None,
 ) -> None:
     """Generate one prompt dense, by a preset, and dense in the same time; compare, and write the pictures."""
-    check_name(model)
+    if model not in embedded_names():
+        raise ConfigError(f"{model!r} is no embedded model; {did_you_mean(model, embedded_names())}")
     text = shown_prompt(model) if prompt is None else prompt
     resolve(tuning_request(prompts=(text,), model=model, num_frames=num_frames))
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):

@@ -108,7 +108,9 @@ def test_key_padding_is_followed_and_other_masks_and_lengths_are_refused(one):
 @pytest.fixture
 def attend(one):
     """What stands in for diffusers' dispatch, in a layer that follows a plan."""
-    one.engine.forward.processor = SimpleNamespace(_dit_accel_layer=torch.tensor(0), _dit_accel_sparse=True)
+    one.engine.forward.processor = SimpleNamespace(
+        _dit_accel_layer=torch.tensor(0), _dit_accel_sparse=True, _dit_accel_keys=None
+    )
     one.engine.forward.lay(GRID)
     return stand_in(lambda *args, **call: pytest.fail("the model's own attention was called"), True, one.engine)
 

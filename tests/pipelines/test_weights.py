@@ -253,7 +253,7 @@ def test_options_of_few_step_loras_are_proposed_by_name_or_title(tmp_path: Path,
 def test_presets_and_few_steps_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path: Path):
     few = str(lora(tmp_path / "wan-4steps.safetensors"))
     for options, words in (
-        (dict(lora=(few,), preset="fast"), r"fast .*4steps.* 2 steps; .*few-steps"),
+        (dict(lora=(few,), preset="fast"), r"fast .*4steps.* 2; .*few-steps"),
         (dict(preset="few-steps", num_inference_steps=9), r"few-steps .* 9; .*balanced"),
     ):
         with pytest.raises(ConfigError, match=words):

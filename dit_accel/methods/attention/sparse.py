@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -79,6 +79,8 @@ class SparseConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
+        if self.dense_above_sigma is not None and self.dense_steps is None:
+            object.__setattr__(self, "dense_steps", 0)
         for name in ("rest_dtype", "rest_memory", "rest_offload"):
             if (value := getattr(self, name)) is not None and not self.caches_rest:
                 raise ConfigError(
@@ -98,12 +100,6 @@ class SparseConfig(MethodConfig):
 
     def recipe_options(self) -> set[str]:
         return {*self.defaults, "dense_above_sigma"}
-
-    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
-        """Return the config with every unset option filled in; a noise level takes the place of first steps."""
-        if self.dense_above_sigma is not None and self.dense_steps is None:
-            return replace(self, dense_steps=0).filled(recipe)
-        return MethodConfig.filled(self, recipe)
 
     def noise_needed(self) -> NeedsNoise | None:
         """Return the option that needs the noise level, where it is set."""

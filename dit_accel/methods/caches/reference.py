@@ -51,8 +51,8 @@ class ReferenceHandler(Handler):
                 f"{model.adapter.references or 'its adapter describes none'}; attach it to FLUX.1 Kontext, FLUX.2 or "
                 "Qwen-Image-Edit"
             )
-        # step, (layout, batch), layer -> keys and values of the reference tokens, and what was predicted for them:
-        self._kept: dict[tuple[str, str], Any] = {}  # of each transformer and branch
+        # (transformer, branch) -> step, layout, batch, layer -> the reference tokens' keys and values, their prediction
+        self._kept: dict[tuple[str, str], Any] = {}
         self._now: tuple[TokenLayout, dict[int, Any], Any] | None = None  # of the forward that runs, with its rows
         self.begin_run()
 
@@ -74,7 +74,7 @@ class ReferenceHandler(Handler):
         return Section(method=self.name, title=f"{self.name}: {title.format(**self._counts)}", data=self._counts)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        family, tokens = self.model.family, layout.text_after or layout.visual_tokens
+        family, tokens = self.model.family, layout.visual_tokens  # as one reference image of the output's size has
         width = family.heads * family.head_dim * family.layers * family.forwards_per_step if family else 0
         note = f"the time that {self.name} saves is not counted; its memory is that of {tokens} reference tokens"
         return Saving(counted=False, carried_bytes=4 * tokens * width, notes=(note,))
@@ -93,38 +93,31 @@ class ReferenceHandler(Handler):
         return k, v, mask
 
     def _around(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
-        layout, self._now = context.layout, None
-        if layout is None or not layout.text_after or self.settings.refresh_every == 1 or torch.is_grad_enabled():
+        layout, every, self._now = context.layout, self.settings.refresh_every, None
+        if layout is None or not layout.text_after or every == 1 or torch.is_grad_enabled():
             return run()
-        kept, key = self._find(context)
-        self._counts["computed" if kept is None else "left_out"] += 1
+        # a forward inside another reads what that one kept, and is whole where that one is
+        step, key = context.step_index, (context.transformer, context.branch.partition("/")[0])
+        since, of, batch, layers, sample = self._kept.get(key, (-every, None, None, {}, None))
+        fits = of == layout and (batch == context.batch or context.rows is not None)
         self._counts["tokens"] = layout.text_after
-        if kept is not None:
-            return self._left_out(site, context, run, kept)
-        layers: dict[int, Any] = {}
+        if fits and 0 < step - since < every and step >= self.settings.warmup_steps:
+            rows = slice(None) if batch == context.batch or context.rows is None else [*context.rows]
+            self._counts["left_out"] += 1
+            self._now = layout, layers, rows
+            out = self._run_without(site, context.inputs, run, layout)
+            return with_sample(out, torch.cat([sample_of(out), sample[rows]], 1))
+        layers = {}
+        self._counts["computed"] += 1
         self._now = layout, layers, None
         out = run()
-        if key is not None and len(layers) == self.model.layers:  # guidance may skip some
-            sample = sample_of(out)[:, layout.visual_tokens :].clone()
-            self._kept[key] = context.step_index, (layout, context.batch), layers, sample
-        self.note_held(sum(x.nbytes for kept in self._kept.values() for pair in kept[2].values() for x in pair))
+        if len(layers) == self.model.layers and since != step:  # guidance may skip some
+            self._kept[key] = step, layout, context.batch, layers, sample_of(out)[:, layout.visual_tokens :].clone()
+        self.note_held(sum(x.nbytes for kept in self._kept.values() for pair in kept[3].values() for x in pair))
         return out
 
-    def _find(self, context: ForwardContext) -> tuple[Any, tuple[str, str] | None]:
-        """Return what a forward reads, None if it computes the reference tokens, and under which key they are kept."""
-        (outer, _, inner), key = context.branch.partition("/"), (context.transformer, context.branch)
-        step, every, around = context.step_index, self.settings.refresh_every, self._kept.get((key[0], outer))
-        if inner and around is not None and step - around[0] < every:  # it follows that forward, and keeps nothing
-            return (None if step == around[0] else around), None
-        kept = self._kept.get(key)
-        if kept is None or kept[1] != (context.layout, context.batch) or step < self.settings.warmup_steps:
-            return None, key
-        return (kept if step - kept[0] < every else None), key
-
-    def _left_out(self, site: Site, context: ForwardContext, run: Callable[..., Any], kept: Any) -> Any:
-        adapter, inputs, ((layout, batch), layers, sample) = cast(Any, site.adapter), context.inputs, kept[1:]
-        rows: Any = slice(None) if context.rows is None or batch == context.batch else [*context.rows]
-        self._now, count = (layout, layers, rows), layout.visual_tokens
+    def _run_without(self, site: Site, inputs: Mapping[str, Any], run: Callable[..., Any], layout: TokenLayout) -> Any:
+        adapter, count = cast(Any, site.adapter), layout.visual_tokens
         sizes = next((inputs[name] for name in adapter.references if isinstance(inputs[name], list)), [])
         cut: dict[str, Any] = {
             name: [row[: layout.frames] for row in sizes] if sizes is inputs[name] else inputs[name][..., :count, :]
@@ -137,5 +130,4 @@ class ReferenceHandler(Handler):
 
         rope = site.transformer.get_submodule(adapter.rope.owner)
         with site.stand_in(rope, place) if sizes else nullcontext():
-            out = run(whole=inputs, **cut)
-        return with_sample(out, torch.cat([sample_of(out), sample[rows]], 1))
+            return run(whole=inputs, **cut)

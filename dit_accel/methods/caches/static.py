@@ -27,9 +27,7 @@ class StaticCache(StepCacheConfig):
         every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``. Beside it
             ``compute_at`` names further steps; without it those alone are computed.
         below_sigma: steps that begin below this share of noise are skipped, and no others: what is left to remove is as
-            little as that. Of few steps some schedules spend the last one there, such as diffusers' Euler for flow
-            matching (.009 of 4 steps at shift 3) in pipelines that hand it no noise levels of their own. It goes best
-            with ``stored = "output"``.
+            little as that, where some schedules spend the last of few steps. It goes best with ``stored = "output"``.
     """
 
     name: ClassVar[str] = "staticcache"
@@ -51,10 +49,9 @@ class StaticCache(StepCacheConfig):
         return full
 
     def noise_needed(self) -> NeedsNoise | None:
-        if self.below_sigma is None:
-            return StepCacheConfig.noise_needed(self)
         asks = f"staticcache.below_sigma = {self.below_sigma}"
-        return NeedsNoise(asks=asks, instead="name the steps by staticcache.steps")
+        needs = NeedsNoise(asks=asks, instead="name the steps by staticcache.steps")
+        return StepCacheConfig.noise_needed(self) if self.below_sigma is None else needs
 
     def always_computed(self, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
         if self.steps is not None and len(self.steps) != count:
@@ -80,14 +77,8 @@ class StaticHandler(StepCacheHandler):
         return self.settings.below_sigma
 
     def indicator(self, context: ForwardContext, decision: StepDecision) -> float | None:
-        needs, share = self.settings.noise_needed(), context.share_of_noise
-        if self.threshold() is not None and share is None and needs is not None:
-            raise needs.untold()
-        return share
+        return context.share_of_noise
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        below = self.settings.below_sigma
-        if below is None:
-            return self.counted(self.settings.skipped_steps(steps))
-        note = f"plan counts no step below staticcache.below_sigma = {below} as skipped: it knows no noise levels"
-        return self.counted((), (note,))
+        known = self.settings.below_sigma is None  # noise levels are known only while it runs
+        return self.counted(self.settings.skipped_steps(steps) if known else ())

@@ -27,7 +27,8 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     steps and layers. Random weights decide nothing: what a cache skips here
     is not what it would skip on the real model.
 
-    With --shapes several models at real sizes, two heads of each, since heads
+    --shapes takes flux-1mp, flux-4mp, wan-480p, wan-720p, hunyuan-720p, and
+    FAMILY:HEIGHTxWIDTHxFRAMES: models at real sizes, two heads of each, since heads
     do not depend on each other: their attention's time is a share of the
     model's, the rest of a step is not. Sparse methods act there in every step
     and layer, as their density says; without methods those of the presets do.

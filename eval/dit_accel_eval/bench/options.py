@@ -53,18 +53,12 @@ def named_shapes(text: str) -> list[Shape]:
     return shapes
 
 
-SHAPES_HELP = (
-    "In place of a family several models at real sizes, two heads of each: all, or some of flux-1mp, flux-4mp, "
-    "wan-480p, wan-720p, hunyuan-720p and FAMILY:HEIGHTxWIDTHxFRAMES."
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """The options of the command `bench`; each is described by its help."""
 
     family: Annotated[str | None, option("A model family, such as wan2.1-1.3b.", metavar="NAME")] = None
-    shapes: Annotated[str | None, option(SHAPES_HELP, metavar="NAMES")] = None
+    shapes: Annotated[str | None, option("Models at real sizes instead: all, or some.", metavar="NAMES")] = None
     layers: Annotated[int, option("Blocks that are made.", min=1)] = 2
     heads: Annotated[int | None, option("Heads of each block; default: all, with --shapes 2.", min=1)] = None
     height: Pixels = None

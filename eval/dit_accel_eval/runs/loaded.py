@@ -22,7 +22,7 @@ from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
-from dit_accel.adapters.embedded import assets, embedded_names
+from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
@@ -116,7 +116,6 @@ class EmbeddedModel(SuiteModel):
     """A loaded embedded model that shows held-out prompts, the number of each its seed, or one's ``own``."""
 
     def __init__(self, name: str, call: Mapping[str, Any], own: OwnClips | None = None) -> None:
-        check_name(name)
         for text in own.prompts if own else ():
             check_words(text, name)
         source = str(assets().model_path(name))
@@ -126,12 +125,6 @@ class EmbeddedModel(SuiteModel):
             family=family, call=embedded_call(name, call), seed=own.seed if own else int,
             prompt=own.prompt if own else lambda clip: assets().held_out_prompts(name, clip + 1)[clip],
         )  # fmt: skip
-
-
-def check_name(name: str) -> None:
-    """Refuse a model that is not embedded, with the nearest that is."""
-    if name not in embedded_names():
-        raise ConfigError(f"{name!r} is no embedded model; {did_you_mean(name, embedded_names())}")
 
 
 @functools.cache

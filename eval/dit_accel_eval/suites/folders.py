@@ -97,13 +97,6 @@ def _of_clip(clip: PairedClip, reference: PairedClip) -> Line:
     return line
 
 
-CAP = (
-    "which caps PSNR and the like (near 39 dB at the quality that diffusers exports) and hides small errors; compare "
-    ".png or lossless .mkv"
-)
-"""What lossy files do to a comparison."""
-
-
 def score_files(
     path: Path, references: Path | None, names: Sequence[str], *, fps: float, trained_frames: int | None = None,
     prompt: str = "", prompts: Path | None = None, warn: Callable[[str], None],
@@ -123,7 +116,8 @@ def score_files(
     said = prompts_by_name(prompts, [clip.path.name for clip in clips]) if prompts else {}
     lossy = [file.path.name for pair in pairs for file in pair if file is not None and not file.is_exact()]
     if lossy and comparing:
-        warn(f"{len(lossy)} of the files are compressed with loss ({lossy[0]}), {CAP}")
+        caps = "which caps PSNR and the like (near 39 dB at the quality that diffusers exports) and hides small errors"
+        warn(f"{len(lossy)} of the files are compressed with loss ({lossy[0]}), {caps}; compare .png or lossless .mkv")
     frames = 0
     for clip, reference in pairs:
         text, other = said.get(clip.path.name, prompt), reference.frames() if reference else None

@@ -25,9 +25,6 @@ from .job import Job
 from .reference import Reference
 
 ALWAYS = ("psnr", "ssim")  # what every line of an arm that is held against a converged run holds by itself
-UNJUDGED = "the judge knows what held-out prompts ask for, and these are not among them"
-"""Why clips of one's own prompts have no score."""
-
 DIGITS = 4  # digits behind the point of values by frame and by step
 
 
@@ -137,7 +134,8 @@ def _measured(sampled: Sampled, run: ModelRun, reference: Reference) -> Line:
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
-    unjudged = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
+    unjudged = "the judge knows what held-out prompts ask for, and these are not among them"
+    unjudged = unjudged if suite.embedded else f"{suite.model} has no judge of its own"
     line = measured_line(sample, suite.metrics, skipped={} if held_out else {"score": unjudged})
     if held_out:
         line["score"] = assets().model_score(suite.model, clip, run.frames)

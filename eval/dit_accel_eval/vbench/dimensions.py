@@ -195,15 +195,6 @@ def first_of(prompts: Sequence[Prompt], names: Sequence[str], count: int | None)
     return [prompt for prompt in prompts if prompt.text in wanted]
 
 
-def known_names(requested: Sequence[str]) -> tuple[str, ...]:
-    """Return dimensions by their official names; refuses unknown ones, and ones given twice."""
-    names = [dimension(name).name for name in requested]
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise ConfigError(f"dimension {double} is given twice; leave one out")
-    return tuple(names)
-
-
 def files_in(folder: Path) -> dict[str, Path]:
     """Return a folder's videos by their names; one that is not there or empty, and two of one name, are refused."""
     if not folder.is_dir():

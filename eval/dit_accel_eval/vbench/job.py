@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 from dit_accel_pipelines.generation.options import Json, SharedOptions, option
 
+from dit_accel import ConfigError
 from dit_accel.cli.console import TALK
 from dit_accel.cli.run_options import InferenceSteps
 from dit_accel.files import check_writable, make_folder, write_json
 
-from .dimensions import known_names
+from .dimensions import dimension
 
 tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
 VIDEOS, MAKING = "Videos", "Making videos"
@@ -49,8 +50,12 @@ class VideoJob(SharedOptions):
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The dimensions that are named, by their official names."""
-        return known_names(self.dimension or ())
+        """The dimensions that are named, by their official names; refuses unknown ones, and ones given twice."""
+        names = [dimension(name).name for name in self.dimension or ()]
+        double = next((name for name in names if names.count(name) > 1), None)
+        if double is not None:
+            raise ConfigError(f"dimension {double} is given twice; leave one out")
+        return tuple(names)
 
     @property
     def clips(self) -> Path:

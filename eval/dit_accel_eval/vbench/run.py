@@ -123,11 +123,6 @@ WAYS: dict[str, Way] = {
 LINES, RESULTS, INFO, ABOUT = "lines.jsonl", "eval_results.json", "full_info.json", "about.json"
 """Files: of lines, one a dimension and video; of official results; of what was measured; of what they rest on."""
 
-UNFILTERED = (
-    "it is for videos that stand still; --official ENV filters them by the vbench package, or say with --filtered that "
-    "they have passed its filter"
-)
-
 
 def measure(job: VideoJob) -> dict[str, list[Any]]:
     """Measure videos, and return the official result: dimension -> [score, [one entry a video]]."""
@@ -166,7 +161,9 @@ def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
 
 def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
     """Return the dimensions to measure: those requested, or all usual ones that can be, warning of the others."""
-    names, moving = job.dimensions or usual, {} if job.filtered or job.custom else {FLICKERING: UNFILTERED}
+    still = "it is for videos that stand still; --official ENV filters them by the vbench package, or say with "
+    still += "--filtered that they have passed its filter"
+    names, moving = job.dimensions or usual, {} if job.filtered or job.custom else {FLICKERING: still}
     known = [name for name in names if name in WAYS]
     reasons = {name: reason for name in known if (reason := moving.get(name) or WAYS[name].missing())}
     elsewhere = [name for name in names if name not in WAYS]

@@ -20,6 +20,7 @@ FLUX_LARGER: dict[str, Any] = {
 # The embedded image model: 144 tokens of 8 x 8 pixels, so the tiles are small; guided by a negative prompt, where
 # guidance is distilled into the others.
 _TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipes": {"sol": {"block_size": 16}}}
+_TINIES = {"flux-tiny": _TINY, "flux-tiny-4": {**_TINY, "forwards_per_step": 1}}
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
@@ -72,7 +73,7 @@ FLUX = Adapter(
     rope=FLUX_ROPE,
     joined_text=JoinedText(place="before"),
     references=("hidden_states", "img_ids"),
-    families=released("flux", {"flux-tiny": _TINY}, forwards_per_step=1, **FLUX_LARGER),
+    families=released("flux", _TINIES, forwards_per_step=1, **FLUX_LARGER),
     makes_images=True,
 )
 
