@@ -88,6 +88,7 @@ SIZES = """
 57 24 128 12288 1x8  256  0    1024x1024 1   4  flux.1-schnell black-forest-labs/FLUX.1-schnell
 57 24 128 12288 1x8  512  0    1024x1024 1   28 flux.1-kontext-dev black-forest-labs/FLUX.1-Kontext-dev
 12 2  64  512   1x4  64   0      96x96   1   20 flux-tiny embedded/flux-tiny
+12 2  64  512   1x4  64   0      96x96   1   20 flux-sizes embedded/flux-sizes
 12 2  64  512   1x4  64   0      96x96   1   4  flux-tiny-4 embedded/flux-tiny-4
 [flux2]
 56 48 128 27648 1x8  512  0    1024x1024 1   50 flux.2-dev black-forest-labs/FLUX.2-dev
