@@ -77,14 +77,14 @@ def lines_of(*rooms: str) -> int:
 
 
 def test_the_house_grows_no_heavier():
-    assert lines_of("tests") <= 45_330  # 44,000, and what generate and the benchmark gained since
-    assert lines_of("dit_accel", "eval", "pipelines") <= 49_900  # 46,850, and the same
+    assert lines_of("tests") <= 45_800  # 44,000, and what generate, the benchmark and the levers gained since
+    assert lines_of("dit_accel", "eval", "pipelines") <= 50_450  # 46,850, and the same
 
 
 def test_no_lines_are_saved_by_switching_the_formatter_off():
     """Rows of a table may stand so, and no more of them than there are."""
     files = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
-    assert sum(len(re.findall(r"# fmt: (?:skip|off)", path.read_text())) for path in files) <= 660
+    assert sum(len(re.findall(r"# fmt: (?:skip|off)", path.read_text())) for path in files) <= 665
 
 
 def test_the_suite_stays_short(request):

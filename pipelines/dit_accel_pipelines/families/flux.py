@@ -21,9 +21,10 @@ FLUX_LARGER: dict[str, Any] = {
 # guidance is distilled into the others.
 _TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipes": {"sol": {"block_size": 16}}}
 _TINIES = {
-    "flux-tiny": _TINY, "flux-tiny-4": {**_TINY, "forwards_per_step": 1},
+    "flux-tiny": _TINY,
+    "flux-tiny-4": {**_TINY, "forwards_per_step": 1},
     "flux-sizes": {**_TINY, "trained_size": (16, 16)},
-}  # fmt: skip
+}
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
