@@ -38,6 +38,7 @@ SIZES = """
 40 40 128 13824 4x8  0    512   720x1280 81  40 wan2.2-i2v-a14b Wan-AI/Wan2.2-I2V-A14B-Diffusers
 30 24 128 14336 4x16 0    512   704x1280 121 50 wan2.2-ti2v-5b Wan-AI/Wan2.2-TI2V-5B-Diffusers
 12 2  64  512   2x4  0    512    64x64   17  20 wan-tiny embedded/wan-tiny
+12 2  64  512   2x4  0    512    64x64   17  4  wan-tiny-4 embedded/wan-tiny-4
 6  5  32  480   2x4  0    512    64x64   17  20 wan-plain embedded/wan-plain
 [wan-animate]
 # Frames as made at a time, as those of helios and framepack.
