@@ -39,7 +39,8 @@ PAGES = {
         "docs/kernel-predictions.md": "attention-shapes eight-bit-linears",
         "docs/evaluating.md": "false-verdicts",
         "docs/benchmark.md": "protocol power board-wan-tiny board-flux-tiny",
-        "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny few-steps-flux-tiny-4",
+        "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny "
+        "few-steps-flux-tiny-4 few-steps-wan-tiny-4",
         "docs/scaling.md": "scaling",
         "docs/finetuning.md": "finetuned-wan-plain finetuned-4x-wan-plain",
         "docs/longer.md": "attention-spread positions-cost",
