@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2():
     for words, message in (
         ("", "plan needs a model, got none; give --family"),
         ("--family wan-plain --model x", "plan takes --family or --model, got both (wan-plain and x)"),
-        ("--model nope", "'nope' is no embedded model; known: flux-tiny, "),
+        ("--model nope", "'nope' is no embedded model; known: flux-sizes, flux-tiny, "),
         ("--family wan2.1-15b", "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
         ("--family wan2.1-14b --height 725", "height must be a multiple of 16"),
         ("--family cogvideox-2b --rope", "cogvideox has no rotary positions that could be changed"),

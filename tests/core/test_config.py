@@ -114,7 +114,7 @@ def test_what_is_no_config_gets_a_hint():
         (RadialAttention, r"got <class .*RadialAttention'>; .*instance.*RadialAttention\(\)"),
         ([RadialAttention(), SolAttention()], r"got \[RadialAttention.*\]; .*attach\(pipe, \*"),
         ((RadialAttention(),), r"got \(RadialAttention.*\); .*attach\(pipe, \*"),
-        ("radial", r"got 'radial'; known: AutoGuidance, DBCache, DBPrune, DFA.*RadialAttention.*UltraViCo"),
+        ("radial", r"got 'radial'; known: AutoGuidance, CFGCache, DBCache, DBPrune, DFA.*RadialAttention.*UltraViCo"),
         (None, r"got None; known: .*DeltaAttention"),
     ):
         transformer = tiny_transformer(num_layers=1)

@@ -201,14 +201,14 @@ def test_a_run_is_the_pipelines_call_not_a_method_of_it_further_in():
 HUNDREDTHS = st.integers(1, 99)
 COUNTS = st.integers(1, 1000)
 
-OPTIONS = {"dense_steps", "warmup_steps", "last_steps", "dense_last_steps"}
-ENDS = {name: config for name, config in methods().items() if OPTIONS & set(config.__dataclass_fields__)}
-"""The methods that leave a run's first and last steps alone."""
-
 
 def ends_of(config: type) -> tuple[str, str]:
     """The options of a method that count a run's first and last steps."""
     return ("dense_steps", "dense_last_steps") if issubclass(config, SparseConfig) else ("warmup_steps", "last_steps")
+
+
+ENDS = {name: config for name, config in methods().items() if set(ends_of(config)) <= set(config.__dataclass_fields__)}
+"""The methods that leave a run's first and last steps alone."""
 
 
 def kept(config: type, first: int | float, last: int | float, count: int | None) -> list[int]:

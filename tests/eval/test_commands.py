@@ -66,7 +66,7 @@ def here(tmp_path: Path, monkeypatch) -> Path:
 def test_a_misspelt_model_is_one_line_in_every_command(here: Path, arguments):
     (here / "s.toml").write_text(SUITE.format(model="wan-tinny"))
     found = start(*arguments)
-    told = "error: 'wan-tinny' is no embedded model; did you mean 'wan-tiny'? known: flux-tiny, "
+    told = "error: 'wan-tinny' is no embedded model; did you mean 'wan-tiny'? known: flux-sizes, "
     assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
     assert found.stderr.startswith(told)
     assert [entry.name for entry in here.iterdir()] == ["s.toml"]

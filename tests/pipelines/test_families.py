@@ -175,6 +175,8 @@ def why_not(name, adapter, family, *, given):
         return rf"^{name}.*noise level.*scheduler that {adapter.name} is"
     if name == "teacache" and adapter.signal is None:
         return rf"^teacache.*input of.*adapter of {adapter.name} does"
+    if name == "referencecache" and not isinstance(adapter.references, tuple):
+        return rf"referencecache keeps.*{adapter.name} has none"
     if name == "progressive" and not adapter.flow:
         return rf"progressive can't.*{adapter.name}.*Adapter.flow"
     if name == "nag" and not isinstance(text, CrossAttention | JoinedText):

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
-import numpy as np
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
@@ -85,8 +85,8 @@ def totals(raw: Mapping[str, Any]) -> dict[str, Any]:
     for group in GROUP_WEIGHTS:
         parts = [part for part in _ALL if part.group == group]
         values = [normalized[part.name] for part in parts]
-        groups[group] = float(np.average(values, weights=[part.weight for part in parts]))
-    total = float(np.average([*groups.values()], weights=[*GROUP_WEIGHTS.values()]))
+        groups[group] = fmean(values, [part.weight for part in parts])
+    total = fmean(groups.values(), GROUP_WEIGHTS.values())
     return {**groups, "total": total, "normalized": normalized}
 
 
