@@ -178,7 +178,11 @@ def test_dense_layers_count_over_both_block_lists():
 
 # Pictures
 
-PICTURES = [("flux", 6, 0, set()), ("sd3", 0, 6, {"rope", "teacache"}), ("qwen-image", 6, 6, {"teacache"})]
+PICTURES = [
+    ("flux", 6, 0, set()),
+    ("sd3", 0, 6, {"rope", "teacache", "referencecache"}),
+    ("qwen-image", 6, 6, {"teacache"}),
+]
 
 
 @pytest.mark.parametrize(("name", "before", "after", "own"), PICTURES)

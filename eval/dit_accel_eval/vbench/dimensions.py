@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
