@@ -108,7 +108,7 @@ def models_table(_: Path) -> str:
     rows = []
     for adapter in adapters().values():
         refused = refused_by(adapter)
-        known = [family for family in adapter.families if not family.name.endswith(("-tiny", "-plain"))]
+        known = [family for family in adapter.families if not family.repo.startswith("embedded/")]
         named = [adapter.transformers, [family.name for family in known], refused]
         rows.append([adapter.name, *(", ".join(f"`{name}`" for name in some) or "-" for some in named)])
     return markdown_table("family | transformer classes | sizes known of | takes all but", rows)
