@@ -45,6 +45,7 @@ CASES: dict[str, tuple[MethodConfig, ...]] = {
     "magcache": (d.MagCache(ratios=(1.0,) * 3, **SKIPS),),
     "seacache": (d.SeaCache(last_steps=0, **SKIPS),),
     "staticcache": (d.StaticCache(every=2, warmup_steps=1),),
+    "progressive": (d.ProgressiveResolution(until=0.5, last_steps=0),),
     "firstblockcache": (d.FirstBlockCache(**SKIPS),),
     "dbcache": (d.DBCache(first_blocks=1, last_blocks=1, **SKIPS),),
     "dbprune": (d.DBPrune(threshold=0.5, warmup_steps=1, max_consecutive=1),),
