@@ -7,7 +7,7 @@ many steps is in `preset_figures`, as measured on the two embedded models; large
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, did_you_mean
 from .attention.sol import SolAttention
@@ -76,7 +76,7 @@ def _cache(level: Level, warmup: float, bound: float, last: int) -> Choice:
     )
 
 
-def _sparse(beta: float, **options: float) -> Choice:
+def _sparse(beta: float, **options: Any) -> Choice:
     return Choice(
         SolAttention(beta=beta, min_tokens=SolAttention.worthwhile_tokens, **options),
         "video",

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -41,7 +42,9 @@ def main() -> None:
     torch.set_num_threads(1)
     about = {"threads": 1, "processor": processor_name(), "torch": torch.__version__}
     for shape, (heads, size) in SHAPES.items():
-        small = dict(in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=3 * heads * size, num_layers=3)
+        small: dict[str, Any] = dict(
+            in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=3 * heads * size, num_layers=3
+        )
         layers = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=size, **small).eval()
         shares = []
         for tokens in LENGTHS:

@@ -220,7 +220,7 @@ class PerturbedHandler(WindowedHandler):
             return output
         self._require_folded(site)
         sample, further = require_sample(sample_of(output), site.name), self._added[1]
-        if site.adapter.guidance.uncond_tokens == "last" and isinstance(sample, Tensor):
+        if site.adapter.guidance.uncond_tokens == "last" and isinstance(sample, Tensor) and isinstance(further, Tensor):
             further = F.pad(further, (0, 0, sample.shape[1] - further.shape[1], 0))  # below 0 it cuts
         if shapes(sample) != shapes(further):
             raise ConfigError(
