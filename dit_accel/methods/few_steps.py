@@ -7,7 +7,11 @@ from ..errors import ConfigError
 
 FEW = "few-steps"  # the preset for runs of `MOST` steps or fewer
 MOST = 8
-LORAS = re.compile(r"(?<!\d)[1-8][-_ ]?steps?(?![a-z])|lightning|lcm|causvid|forcing|dmd|turbo|hyper", re.IGNORECASE)
+LORAS = re.compile(  # whole words: a LoRA for hyperrealism is none
+    r"(?<!\d)[1-8][-_ ]?steps?(?![a-z])"
+    r"|(?<![a-z])(lightning|lcm|causvid|\w*forcing|dmd2?|turbo|hyper[-_ ]?(sd|sdxl|flux))(?![a-z])",
+    re.IGNORECASE,
+)
 SCHEDULERS = re.compile("(FlowMatch)?LCM|TCD|SCM|HeliosDMD")  # with which only such models run
 
 

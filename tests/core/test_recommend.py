@@ -24,7 +24,7 @@ from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.easy import EasyHandler
-from dit_accel.methods.few_steps import check_preset
+from dit_accel.methods.few_steps import check_preset, few_steps_sign
 from dit_accel.methods.preset_figures import figures, promise
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, PRESETS, preset_methods
 
@@ -113,6 +113,9 @@ def test_a_model_of_few_steps_is_told_by_scheduler_or_lora_and_takes_its_own_pre
     for pipe in (Distilled("FlowMatchEulerDiscreteScheduler"), Distilled("FlowMatchEulerDiscreteScheduler", "a-style")):
         with dit_accel.attach(pipe) as attachment:
             assert "preset balanced" in attachment.preset
+    loras = ("hyperrealism", "admdraw", "14steps", "Hyper-SDXL", "self-forcing", "lcm")
+    known = [bool(few_steps_sign([Distilled("LCMScheduler", name).transformer], None)) for name in loras]
+    assert known == [False] * 3 + [True] * 3
     check_preset("few-steps", "", 8, LEAST_STEPS)
     with pytest.raises(ConfigError, match=r"few-steps .* 9;"):
         check_preset("few-steps", "", 9, LEAST_STEPS)

@@ -105,7 +105,7 @@ class ProgressiveHandler(Handler):
         layout = poolable_layout(site, context)
         x = unpacked(latents.to(torch.promote_types(latents.dtype, torch.float32)), layout)
         # before the full forward, beside which no method would learn from it
-        low, output = _run_small(site, context, run, x) if small or settings.tau else (x.new_zeros(()), None)
+        low, output = _run_small(site, context, run, x, layout) if small or settings.tau else (x.new_zeros(()), None)
         if small:
             clean = doubled(low) if full is None else doubled(low + full[2]) + full[1]
             output = with_sample(output, packed((x - clean) / sigma, like=latents))
@@ -145,12 +145,14 @@ class ProgressiveHandler(Handler):
         return Saving(forwards=saved, skipped=frozenset(small), extra_forwards=further, notes=(note,) if small else ())
 
 
-def _run_small(site: Site, context: ForwardContext, run: Callable[..., Any], x: Tensor) -> tuple[Tensor, Any]:
+def _run_small(
+    site: Site, context: ForwardContext, run: Callable[..., Any], x: Tensor, layout: TokenLayout
+) -> tuple[Tensor, Any]:
     """Run a forward at half the height and width; return the clean latents that it predicts, and its output.
 
     The means of 2 x 2 latents (1 - s) clean + s noise, by 1 - s / 2, are latents of the noise level s / (2 - s).
     """
-    inputs, adapter, sigma, layout = context.inputs, site.adapter, context.sigma or 0.0, poolable_layout(site, context)
+    inputs, adapter, sigma = context.inputs, site.adapter, context.sigma or 0.0
     half, pooled, level = _half(layout), halved(x) / (1 - sigma / 2), sigma / (2 - sigma)
     # the last of an odd number of rows or columns is laid twice
     ends = zip((2 * half.height, 2 * half.width), pooled.shape[-2:], strict=True)
