@@ -135,6 +135,7 @@ FOUND = {
     "lists that the model takes entries out of, and lists of lists": [
         ("HunyuanDiTControlNetPipeline", "pag", ONE),
         ("ZImageOmniPipeline", "easycache", ONE),
+        ("ZImageOmniPipeline", "staticcache", "two of one prompt"),
     ],
     "latents of another shape": [("Flux2KleinKVPipeline", "easycache", ONE), ("QwenImage21Pipeline", "easycache", ONE)],
     "guidance that a callback ends": [("StableDiffusion3Pipeline", "easycache", "guidance ends midway")],

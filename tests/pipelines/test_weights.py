@@ -185,6 +185,8 @@ def test_every_method_acts_on_int8_weights():
     torchao.quantize_(case.transformer, torchao.Int8DynamicActivationInt8WeightConfig())
     before = outputs(case, 4)
     for name, row in TABLE.items():
+        if name == "referencecache":  # which Wan has no references for
+            continue
         with dit_accel.attach(case.transformer, *configs_of(row.active), preset="none"):
             after = outputs(case, 4)
         assert after.isfinite().all(), name

@@ -123,7 +123,7 @@ def declared(trial: Trial) -> str | None:
         return STILL[trial.method]
     if trial.method in COUNTED and "scheduler" not in trial.pipe.components:
         return "needs the number of steps"
-    if trial.method == "progressive" and not _pools(adapter, transformer.config, names):
+    if trial.method == "progressive" and not _pools(adapter, trial, names):
         return "progressive can't halve"
     if trial.method in ("seacache", "progressive") and not hasattr(trial.pipe.components.get("scheduler"), "sigmas"):
         return "needs the noise level"
@@ -141,10 +141,12 @@ def declared(trial: Trial) -> str | None:
     return _not_guided(adapter, trial) if trial.method in GUIDING else None
 
 
-def _pools(adapter: Adapter, config: Any, names: set[str]) -> bool:
+def _pools(adapter: Adapter, trial: Trial, names: set[str]) -> bool:
+    config = trial.transformer.config
     taken, given = config.get("in_channels"), config.get("out_channels")
-    beside = any(word in name for name in names for word in ("ControlNet", "VACE", "Kontext", "Edit", "Layered"))
-    return adapter.flow and not beside and (not given or taken in (given, 4 * given))
+    beside = any(word in name for name in names for word in ("ControlNet", "VACE", "Vace", "Kontext", "Edit", "Layered"))
+    each = getattr(trial.pipe, "config", {}).get("expand_timesteps")  # Wan 2.2 5B: a timestep for each token
+    return bool(adapter.flow) and not each and not beside and (not given or taken in (given, 4 * given))
 
 
 def _flows(pipe: Any) -> bool:

@@ -194,6 +194,8 @@ class History:
 
     def _bases(self, leaves: list[Any], latents: Any) -> list[Tensor | None]:
         """Return for each output the part of the latents that is taken off it, None where it is stored whole."""
+        if isinstance(latents, list):  # of a row's images the last is made
+            latents = [row[-1] if isinstance(row, list) else row for row in latents]
         bases = tree_leaves(latents) if self._settings.stored == "residual" else []
         return [_covering(leaf, bases[i]) if i < len(bases) else None for i, leaf in enumerate(leaves)]
 
