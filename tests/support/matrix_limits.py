@@ -144,7 +144,8 @@ def declared(trial: Trial) -> str | None:
 def _pools(adapter: Adapter, trial: Trial, names: set[str]) -> bool:
     config = trial.transformer.config
     taken, given = config.get("in_channels"), config.get("out_channels")
-    beside = any(word in name for name in names for word in ("ControlNet", "VACE", "Vace", "Kontext", "Edit", "Layered"))
+    words = ("ControlNet", "VACE", "Vace", "Kontext", "Edit", "Layered")
+    beside = any(word in name for name in names for word in words)
     each = getattr(trial.pipe, "config", {}).get("expand_timesteps")  # Wan 2.2 5B: a timestep for each token
     return bool(adapter.flow) and not each and not beside and (not given or taken in (given, 4 * given))
 
