@@ -60,6 +60,11 @@ def test_it_is_refused_where_there_is_nothing_to_leave_out():
     pipe, call = stock_pipeline("FluxPipeline")
     with d.attach(pipe, d.CFGCache(gate=4)), pytest.raises(d.ConfigError, match=r"gate = 4 .*run of 3 steps"):
         run_stock(pipe, call, **{**CASES["FluxPipeline"][0], "num_inference_steps": 3})
+    with d.attach(pipe, d.CFGCache(), preset="none") as attachment:
+        run_stock(pipe, call)
+        assert "no forward was unconditional" in str(attachment.report())
+        run_stock(pipe, call, **CASES["FluxPipeline"][0])
+        assert "no forward was unconditional" not in str(attachment.report())
     pipe, call = stock_pipeline("Flux2Pipeline")
     with d.attach(pipe, d.CFGCache()), pytest.raises(d.ConfigError, match="Flux2Pipeline"):
         run_stock(pipe, call)

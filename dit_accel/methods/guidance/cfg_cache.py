@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
+from ...report.sections import Section
 from ..caches.cache_config import ALONE, ExpertSteps, StepCacheConfig
 from ..caches.engine import StepCacheHandler, StepDecision
 from ..options import Steps, gt
@@ -85,6 +86,13 @@ class CFGCacheHandler(StepCacheHandler):
             decision.in_a_row -= 1  # a step that a cache skips does not count
             return None
         return super()._must_compute(context, decision)
+
+    def report(self) -> Section | None:
+        section = super().report()
+        if section is None or any(entry.branch == "uncond" for entry in self._log):
+            return section
+        why = "no forward was unconditional: guide by a negative prompt (FLUX: true_cfg_scale above 1), or detach it"
+        return replace(section, lines=(*section.lines, why))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         return self.counted(self.settings.skipped_steps(steps))
