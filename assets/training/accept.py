@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--most-steps", type=int, default=256, help="where the search for convergence ends")
     parser.add_argument("--guidance", type=float, default=Subject.guidance)
+    parser.add_argument("--beyond", type=int, metavar="PIXELS", help="plain extrapolation, where not as usual")
     parser.add_argument("--out", type=Path, default=RUNS / "acceptance.json")
     args = parser.parse_args()
     subject, pipe, name = subjects.chosen(args)
@@ -139,7 +140,7 @@ def main() -> None:
         elif gate == "mass":
             values = mass_gate(subject, pipe, args.guidance)
         else:
-            size, frames = subject.beyond
+            size, frames = args.beyond or subject.beyond[0], subject.beyond[1]
             values = judged(subject, pipe, subject.scenes(args.count, size), frames, *sampling)
             fall = figures.get("judge", {}).get("score", float("nan")) - values["score"]
             values |= {"pixels": size, "fall": round(fall, 3), "at_least": FALL, "passed": bool(fall >= FALL)}

@@ -22,7 +22,7 @@ FLUX_LARGER: dict[str, Any] = {
 _TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipes": {"sol": {"block_size": 16}}}
 _TINIES = {
     "flux-tiny": _TINY,
-    "flux-tiny-4": {**_TINY, "forwards_per_step": 1},
+    **{f"flux-tiny-{steps}": {**_TINY, "forwards_per_step": 1} for steps in (4, 8)},
     "flux-sizes": {**_TINY, "trained_size": (16, 16)},
 }
 

@@ -91,6 +91,7 @@ SIZES = """
 12 2  64  512   1x4  64   0      96x96   1   20 flux-tiny embedded/flux-tiny
 12 2  64  512   1x4  64   0      96x96   1   20 flux-sizes embedded/flux-sizes
 12 2  64  512   1x4  64   0      96x96   1   4  flux-tiny-4 embedded/flux-tiny-4
+12 2  64  512   1x4  64   0      96x96   1   8  flux-tiny-8 embedded/flux-tiny-8
 [flux2]
 56 48 128 27648 1x8  512  0    1024x1024 1   50 flux.2-dev black-forest-labs/FLUX.2-dev
 [sd3]
