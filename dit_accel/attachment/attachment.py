@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from dit_accel_kernels import decisions
@@ -13,7 +14,7 @@ from ..errors import AttachError, ConfigError
 from ..estimate.prediction import predict_attached
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
-from ..methods.few_steps import FEW, check_preset, few_steps_sign
+from ..methods.few_steps import FEW, adds_noise, check_preset, few_steps_sign
 from ..methods.find import (
     LayerFilter,
     attention_modules,
@@ -236,7 +237,8 @@ def attach(
         AttachError: if something is attached already.
         MissingBackend: if the named backend can't run here.
     """
-    sign = few_steps_sign(find_transformers(model).values(), scheduler_of(model))
+    scheduler = scheduler_of(model)
+    sign = few_steps_sign(find_transformers(model).values(), scheduler)
     level = preset or ("none" if methods else FEW if sign else "balanced")
     if level == "none":
         return _attach(model, methods, backend, layers, dense or "user")
@@ -245,11 +247,12 @@ def attach(
         return _attach(model, tuple(configs), backend, layers, dense or "auto")
 
     check_preset(level, sign, None, LEAST_STEPS)
-    chosen = preset_methods(level, model_of(model), methods)
+    choose = partial(preset_methods, level, model_of(model), methods, noisy=adds_noise(scheduler))
+    chosen = choose()
     try:
         attachment = put_on((*methods, *chosen.configs))
     except ConfigError:  # such as positions of a transformer that is compiled whole: find the method that is refused
-        chosen = preset_methods(level, chosen.model, methods, try_out=lambda configs: put_on(configs).detach())
+        chosen = choose(try_out=lambda configs: put_on(configs).detach())
         attachment = put_on((*methods, *chosen.configs))
     attachment._preset = chosen
     return attachment

@@ -22,6 +22,13 @@ def few_steps_sign(transformers: Any, scheduler: Any) -> str:
     return f"the LoRA {lora}" if lora else kind if SCHEDULERS.match(kind) else ""
 
 
+def adds_noise(scheduler: Any) -> bool:
+    """Tell whether a scheduler, or a class of this name, adds noise anew in each step: no prediction holds for two."""
+    kind = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
+    sampled = getattr(scheduler, "config", {}).get("stochastic_sampling")
+    return bool(sampled or SCHEDULERS.match(kind) or re.search("Ancestral|SDE|DDPM", kind))
+
+
 def check_preset(level: str, sign: str, steps: int | None, least: int) -> None:
     """Refuse a preset for few steps in a run of many, and one that waits for ``least`` steps where a sign tells of few.
 

@@ -24,11 +24,8 @@ from dit_accel_pipelines.generation.request import Request, resolve
 
 from dit_accel import SparseD, attach
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "wan-tiny": {}, "wan-tiny, 48 pixels": {"height": 48, "width": 48}, "wan-plain": {}, "flux-tiny": {},
-    "flux-tiny, 144 pixels": {"height": 144, "width": 144}, "flux-sizes, 64 pixels": {"height": 64, "width": 64},
-    "flux-sizes, 128 pixels": {"height": 128, "width": 128},
-}  # fmt: skip
+SIZES = {"wan-tiny": (64, 48), "wan-plain": (64,), "flux-tiny": (96, 144), "flux-sizes": (64, 128)}  # sides in pixels
+SETTINGS = {f"{name}, {side} pixels": (name, dict(height=side, width=side)) for name in SIZES for side in SIZES[name]}
 CHOOSING, JUDGING, ERROR, FIXED = range(16, 18), range(64, 68), 0.05, 0.3
 METHOD = SparseD(block_size=16, rest="cached", refresh=3, dense_steps=4, dense_layers=0)
 
@@ -61,11 +58,11 @@ def main() -> None:
     """Write a line for each model and size, then one of the spreads."""
     torch.set_num_threads(1)
     results, lines = Path(sys.argv[1]), list[dict[str, Any]]()
-    chosen = {name: found(name.partition(",")[0], size) for name, size in SETTINGS.items()}
+    chosen = {name: found(*setting) for name, setting in SETTINGS.items()}
     arms = {"found": chosen, f"{FIXED}": dict.fromkeys(chosen, FIXED)}
     arms["mean of those found"] = dict.fromkeys(chosen, round(fmean(chosen.values()), 3))
-    for name, size in SETTINGS.items():
-        made = runner(name.partition(",")[0], size)
+    for name, setting in SETTINGS.items():
+        made = runner(*setting)
         dense, line = made(None), {"setting": name, "density": {arm: of[name] for arm, of in arms.items()}}
         line["psnr"] = {arm: psnr(made(of[name]), dense) for arm, of in arms.items()}
         lines.append(line)

@@ -40,7 +40,7 @@ PAGES = {
         "docs/evaluating.md": "false-verdicts",
         "docs/benchmark.md": "protocol power board-wan-tiny board-flux-tiny",
         "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny "
-        "few-steps-flux-tiny-4 few-steps-wan-tiny-4",
+        "few-steps-flux-tiny-4 few-steps-flux-tiny-8 few-steps-wan-tiny-4",
         "docs/scaling.md": "scaling",
         "docs/finetuning.md": "finetuned-wan-plain finetuned-4x-wan-plain",
         "docs/longer.md": "attention-spread positions-cost",

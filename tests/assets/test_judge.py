@@ -59,6 +59,7 @@ def test_drawn_clips_pass_at_any_length(frames, count):
     assert min(scores) >= 0.85
 
 
+@pytest.mark.slow
 def test_every_stretch_of_a_drawn_clip_passes_from_its_frame_on():
     lasting = [scene for scene in SCENES if all(thing.motion != "shrinking" for thing in scene.things)]  # to 6 pixels
     scenes = [lasting[12], one_thing(motion="turning", shape="triangle"), one_thing(speed="quickly")]

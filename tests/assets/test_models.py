@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_assets import catalog, checker, clips, loading, painter, world
+from some_cases import some
 
 import dit_accel
 
 EVERY_MODEL = pytest.mark.parametrize("name", [name for name, model in catalog.KNOWN.items() if not model.base])
 
 
-@pytest.fixture(scope="module", params=assets.model_names())
+@pytest.fixture(scope="module", params=some(assets.model_names(), "flux-tiny", "wan-tiny-4"))
 def named(request):
     torch.set_num_threads(1)
     pipe = assets.load(request.param)

@@ -236,6 +236,7 @@ def test_two_trainings_are_packed_half_each():
     assert not torch.equal(one["proj_out.weight"], other["proj_out.weight"])
 
 
+@pytest.mark.slow
 def test_a_lora_of_few_steps_is_packed_judged_and_loaded_into_its_base(tmp_path, monkeypatch, capsys):
     models = tmp_path / "models"
     shutil.copytree(catalog.MODELS / "wan-tiny", models / "wan-tiny")

@@ -53,9 +53,10 @@ def test_the_published_counts():
     assert (dense["density"], dense["predicted_speedup"], dense["state_bytes"]) == (1.0, 1.0, 0)
 
 
-def test_plan_and_recommend_say_the_same_of_every_family_in_the_width_of_a_terminal(monkeypatch, tmp_path):
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
+def test_plan_and_recommend_say_the_same_of_every_family_in_the_width_of_a_terminal(monkeypatch, tmp_path, first):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in families():
+    for name in [*families()][first::6]:
         recommended = recommend(name, hardware="h100")
         rows, text = {row.name: row for row in recommended.settings}, str(recommended)
         assert max(map(len, text.splitlines())) <= WIDTH, name

@@ -245,6 +245,7 @@ def test_the_way_from_the_processor_to_the_kernels_stays_short():
     assert len({where.split(":")[0] for where in whole}) <= 7, whole
 
 
+@pytest.mark.slow
 def test_a_transformer_that_is_compiled_whole_follows_a_clip_whose_length_changes_within_a_run():
     """As a pipeline of stages has it; UltraViCo acts on the clips alone that are longer than the trained ones.
 

@@ -156,6 +156,7 @@ def test_an_arm_that_runs_out_of_memory_in_a_later_round_leaves_the_others(monke
     assert (dense["rounds"], large["reason"], large["out_of_memory"]) == (3, "ran out of memory", True)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_an_arm_and_the_next_begins_another():
     with Beside(None, toy_bench, ("made",), CPU, torch.float32, 4 << 30) as bench:
         assert bench("dense", 3) == ("made", "cpu", torch.float32, "dense", 3)

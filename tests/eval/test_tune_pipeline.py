@@ -177,6 +177,7 @@ def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monk
     assert (few.exit_code, "takes 4 prompts at least" in few.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_settings_that_can_not_be_cheaper_are_never_run_and_a_speed_up_is_met_by_the_best_quality(tune, fake):
     tune("psnr=20")
     steps = {steps for _, steps, solver, methods in fake.made if solver == "unipc" and not methods}
@@ -227,6 +228,7 @@ def test_settings_by_hand_are_run_on_all_prompts_and_taken_where_they_are_better
     assert ran >= {*pipeline_search.HELD_OUT_PROMPTS.rounds[-1]}  # whatever they cost
 
 
+@pytest.mark.slow
 def test_half_of_a_large_space_is_run_and_few_settings_on_all_prompts(tune, tmp_path):
     arm = '[[arm]]\nname = "{}"\nnum_inference_steps = [6, 8, 10, 12, 14, 16, 18, 20]\n{}\n'.format
     arms = [arm("unipc", ""), arm("euler", 'solver = "euler"')]

@@ -89,6 +89,7 @@ def test_the_lists_are_the_best_by_what_the_runs_show(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["own.toml"]
 
 
+@pytest.mark.slow
 def test_placements_are_chosen_by_prompts_of_their_own(tmp_path, pipe):
     output, settled_scheduler = tmp_path / "own.toml", pipe.scheduler
     tuned = tune_schedule(

@@ -114,6 +114,7 @@ def test_prompts_of_ones_own_need_no_protocol(tmp_path):
             own_pieces((prompt,), tmp_path, 1, 0)
 
 
+@pytest.mark.slow
 def test_videos_are_made_once_with_the_cost_told_first(info):
     arguments = ("-d", "subject_consistency", "--samples", 2, "--subset", 1, "--radial")
     found, videos, text = making(info, *arguments)

@@ -96,6 +96,7 @@ for target in ("sm_90", "gfx942"):
 """
 
 
+@pytest.mark.slow
 def test_a_forward_compiles_and_what_adds_pooled_tiles_to_flash_attention_is_recorded_from_its_call():
     """Tensor cores in its hot loop and no spill there, for NVIDIA and AMD; slow tests compile for all six."""
     done = run_python("-W", "ignore", "-c", COMPILES)

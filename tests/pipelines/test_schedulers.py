@@ -13,6 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from dit_accel_pipelines.generation import solvers
 from matrix_runs import changed_step
+from some_cases import some
 from tiny_stock import stock_pipeline
 
 import dit_accel
@@ -202,7 +203,7 @@ def wrong_with(name: str, scheduler: str) -> tuple[list[str], int, int]:
     return wrong, ran + 1, refused
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", some(FEW, "wan", "pixart"))
 def test_a_scheduler_of_each_kind(name):
     assert runs_with(name, FEW[name])
     wrong, ran, _ = wrong_with(name, FEW[name])

@@ -9,6 +9,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.estimate.hardware import card_called
 from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.methods.base import Model
+from dit_accel.methods.few_steps import adds_noise
 from dit_accel.methods.presets import NONE, preset_methods
 
 from .fit import needs_of, vae_ways
@@ -45,7 +46,8 @@ def predicted(request: Request) -> Prediction | None:
     except DitAccelError:
         return None
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer)
-    preset = preset_methods(request.preset or NONE, model, request.methods)
+    noisy = files.has("scheduler") and adds_noise(files.index["scheduler"][1])
+    preset = preset_methods(request.preset or NONE, model, request.methods, noisy=noisy)
     sizes = {name: getattr(request, name) for name in ("height", "width", "num_frames", "num_inference_steps")}
     how = {"linears": request.quantize, "config": files.transformer}
     return estimate(adapter, family, **sizes, **how, methods=request.methods, preset=preset)  # type: ignore[arg-type]
