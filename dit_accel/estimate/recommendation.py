@@ -9,6 +9,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from ..methods.few_steps import FEW
+
 WIDTH = 80
 """Columns of the text where no terminal tells."""
 
@@ -103,7 +105,8 @@ class Recommendation:
         if marks:
             parts += [Text(), _grid([(mark, text) for text, mark in marks.items()])]
         parts += [Text(), *(Text(f"note: {text}") for text in self.notes)]
-        return Group(*parts, Text(), Text('Attach one: attach(pipe, preset="balanced"), or --preset balanced.'))
+        level = FEW if any(setting.name == FEW for setting in self.settings) else "balanced"
+        return Group(*parts, Text(), Text(f'Attach one: attach(pipe, preset="{level}"), or --preset {level}.'))
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH, color_system=None, highlight=False)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,7 +48,7 @@ def runner(model: str, size: dict[str, Any]) -> Callable[[float | None], list[np
     pipe = load_pipeline(requests[0])
 
     def made(density: float | None) -> list[np.ndarray]:
-        method = None if density is None else METHOD.replace(density=density)
+        method = None if density is None else replace(METHOD, density=density)
         with attach(pipe, method, preset="none") if method else nullcontext():
             return [run(pipe, request).frames / 255 for request in requests]
 

@@ -37,15 +37,20 @@ def main() -> None:
     torch.set_num_threads(1)
     for model in sys.argv[1:] or ("wan-tiny", "flux-tiny"):
         plain: list[np.ndarray] = []
-        for kind in FEW if model_defaults(model)["num_inference_steps"] < STEPS else KINDS:
+        for kind in FEW if steps_of(model) < STEPS else KINDS:
             for line in measured(model, kind, plain):
                 print(json.dumps(line), flush=True)
+
+
+def steps_of(model: str) -> int:
+    """Return the steps of a model of few, else of all others."""
+    return min(STEPS, int(model_defaults(model)["num_inference_steps"]))
 
 
 def measured(model: str, kind: str | None, plain: list[np.ndarray]) -> Iterator[dict[str, Any]]:
     """Give a line for each prompt of a kind; ``plain`` holds the frames in float32, and is filled by their own runs."""
     output = Path(tempfile.gettempdir()) / "none.png"  # nothing is written there
-    steps, products = min(STEPS, model_defaults(model)["num_inference_steps"]), kind == FEW[-1]
+    steps, products = steps_of(model), kind == FEW[-1]
     requests = [
         resolve(Request(model=model, prompt=prompt, seed=seed, num_inference_steps=steps, device="cpu", output=output,
                         quantize=None if products else kind, preset="none")).request
