@@ -33,9 +33,11 @@ def pack(run: Path) -> tuple[str, int]:
     recipe, weights = state["recipe"], state["averages"]["transformer"]
     base, steps = MODELS / recipe["model"], recipe["student_steps"]
     out = MODELS / f"{recipe['model']}-{steps}"
-    for file in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(base / file, out / file)
+    parts = ("transformer", "vae", "scheduler", "text_encoder*")
+    for file in [base / "model_index.json", *(path for part in parts for path in base.glob(f"{part}/*config.json"))]:
+        place = out / file.relative_to(base)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
     notes = {"model": recipe["model"], "num_inference_steps": steps, "guidance_scale": 1.0, "solver": "euler"}
     if "flux" not in recipe["model"]:  # whose pipeline works its shift out itself
         notes["flow_shift"] = recipe["flow_shift"]

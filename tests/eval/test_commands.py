@@ -16,22 +16,12 @@ import typer
 from dit_accel_eval.suites import running
 from dit_accel_eval.tune import caches as tune_caches
 from dit_accel_pipelines.generation.threads import CHOSEN_BY, one_thread, threads
+from fake_model import ARM, HEAD
 from typer.testing import CliRunner
 
 from dit_accel.cli import app as cli
 from dit_accel.files import held
 
-SUITE = """
-version = 2
-name = "s"
-model = "{model}"
-clips = 1
-
-[[arm]]
-name = "a"
-solver = "euler"
-num_inference_steps = 2
-"""
 PROMPT = "a red circle"
 ALONE = {"demo": typer.Typer()}
 ALONE["demo"].command()(demo.main)
@@ -64,7 +54,7 @@ def here(tmp_path: Path, monkeypatch) -> Path:
     ids=" ".join,
 )
 def test_a_misspelt_model_is_one_line_in_every_command(here: Path, arguments):
-    (here / "s.toml").write_text(SUITE.format(model="wan-tinny"))
+    (here / "s.toml").write_text((HEAD + ARM).replace("wan-plain", "wan-tinny"))
     found = start(*arguments)
     told = "error: 'wan-tinny' is no embedded model; did you mean 'wan-tiny'? known: flux-sizes, "
     assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
@@ -83,7 +73,7 @@ RUNS = {
 
 @pytest.mark.parametrize(("arguments", "written", "what"), RUNS.values(), ids=RUNS)
 def test_a_second_run_on_one_output_is_refused_by_name(here: Path, arguments, written: str, what: str):
-    (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
+    (here / "s.toml").write_text(HEAD + ARM)
     with held(written):
         found = start(*arguments)
         told = str(found.exception) if arguments[0] in ALONE else found.stderr
@@ -121,14 +111,14 @@ def seen(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("arguments", [run[0] for run in RUNS.values()], ids=RUNS)
 def test_embedded_models_run_on_one_thread(here: Path, seen, arguments):
-    (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
+    (here / "s.toml").write_text(HEAD + ARM)
     start(*arguments)
     assert seen == [1]
     assert not (here / "lora").exists()
 
 
 def test_timed_suites_others_models_and_what_is_chosen_have_their_own_threads(monkeypatch, here: Path, seen):
-    (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
+    (here / "s.toml").write_text(HEAD + ARM)
     start("eval", "run", "s.toml", "--out", "s.jsonl", "--time")
     start("eval", "run", "s.toml", "--out", "s.jsonl", "--threads", "4")
     assert seen == [2, 4]

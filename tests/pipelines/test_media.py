@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from dit_accel_eval.suites import running
 from dit_accel_pipelines.generation import media, side_by_side, ui
+from fake_model import ARM, HEAD
 from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
@@ -166,17 +167,6 @@ def test_pictures_that_cannot_be_read(tmp_path: Path, read, what):
 PROMPT = "a red circle"
 MP4 = ["generate", PROMPT, "-o", "a.mp4"]
 PAGE = ["eval", "compare", "--easycache", "--prompt", PROMPT, "-o", "a.html"]
-SUITE = """
-version = 2
-name = "s"
-model = "wan-plain"
-clips = 1
-
-[[arm]]
-name = "a"
-solver = "euler"
-num_inference_steps = 2
-"""
 
 Break = Callable[[pytest.MonkeyPatch, Path], object]
 
@@ -247,7 +237,7 @@ def test_what_would_end_a_run_is_told_before_a_model_is_loaded(tmp_path: Path, m
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    for name, text in (("p.txt", f"{PROMPT}\n" * 5), ("s.toml", SUITE), ("a.safetensors", "")):
+    for name, text in (("p.txt", f"{PROMPT}\n" * 5), ("s.toml", HEAD + ARM), ("a.safetensors", "")):
         (here / name).write_text(text)
     for module, name in ((generation, "load_pipeline"), (side_by_side, "load_pipeline"), (running, "_loaded")):
         monkeypatch.setattr(module, name, reached)
