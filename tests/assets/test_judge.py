@@ -73,6 +73,7 @@ def test_every_stretch_of_a_drawn_clip_passes_from_its_frame_on():
     assert {"present.0", "path.0"} <= judge.judge_clips(clip[32:49], scenes[-1]).answers.keys()
 
 
+@pytest.mark.slow
 def test_a_stretch_that_begins_again_and_a_thing_that_appears_after_the_trained_length_are_told():
     turning = one_thing(motion="turning", shape="triangle")
     clip = painter.draw(turning, 49)
@@ -116,6 +117,7 @@ def test_drawn_pictures_pass_and_are_asked_nothing_that_takes_time():
     assert not {"path", "size", "turn", "camera"} & {n.partition(".")[0] for v in verdicts for n in v.answers}
 
 
+@pytest.mark.slow
 def test_a_wrong_word_is_told_by_its_question():
     asked = one_thing()
     right = judged(asked)

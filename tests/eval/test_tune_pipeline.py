@@ -126,6 +126,7 @@ def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune
     assert report.exit_code == 0, report.output
 
 
+@pytest.mark.slow
 def test_guidance_and_shift_are_written_as_they_were_tried(tune, tmp_path, fake, monkeypatch):
     shifted = SPACE + '[[arm]]\nname = "shifted"\nnum_inference_steps = 6\nflow_shift = 8.0\n'
     (tmp_path / "space.toml").write_text(shifted)

@@ -49,7 +49,7 @@ def strided(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("features", ["length mask decay order heads", "inside shared", "bits mask"])
-@pytest.mark.parametrize("backend", ["loop", "operations", "triton"], indirect=True)
+@pytest.mark.parametrize("backend", some(("loop", "operations", "triton"), "loop", "operations"), indirect=True)
 def test_no_tensor_of_a_call_need_lie_in_one_piece(backend, features):
     call, found = Call(batch=2, groups=2, features=f"pooled {features}"), []
     leaves, tiles, arguments = call.tensors(), call.lists(), call.arguments()
@@ -64,9 +64,10 @@ def test_no_tensor_of_a_call_need_lie_in_one_piece(backend, features):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize(
-    "name", ["keys left out", "masks inside", "masks inside and a head dim of v", "everything", ""]
-)
+ON_FLEX = "keys left out", "masks inside", "masks inside and a head dim of v", "everything", ""
+
+
+@pytest.mark.parametrize("name", some(ON_FLEX, *ON_FLEX[-2:]))
 def test_flex_is_what_the_specification_says(monkeypatch, name):
     """Its tables and functions without a compiler, on any machine and with LSE."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_call)

@@ -54,6 +54,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_triton_s_own_interpreter_is_right_for_bfloat16_and_fp8_or_refused():
     """Without what the tests change of it: products of bit patterns would be handed on; importing loads no compiler."""
     paths = os.pathsep.join([str(Path(__file__).parents[2] / "kernels"), *sys.path])

@@ -179,6 +179,7 @@ def comparing() -> Comparing:
     return Comparing(**SMALL)
 
 
+@pytest.mark.slow
 def test_both_runs_and_their_difference_become_clips_and_the_model_is_loaded_once(comparing, tmp_path):
     stages: list[Any] = []
     result = compare(Comparing(**SMALL), tmp_path, stages=watched(stages))
