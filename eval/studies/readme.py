@@ -40,7 +40,8 @@ PAGES = {
         "docs/evaluating.md": "false-verdicts",
         "docs/benchmark.md": "protocol power board-wan-tiny board-flux-tiny",
         "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny "
-        "few-steps-flux-tiny-4 few-steps-flux-tiny-8 few-steps-wan-tiny-4",
+        "few-steps-flux-tiny-4 few-steps-flux-tiny-8 few-steps-wan-tiny-4 "
+        "few-steps-wan-tiny-8",
         "docs/scaling.md": "scaling",
         "docs/finetuning.md": "finetuned-wan-plain finetuned-4x-wan-plain",
         "docs/longer.md": "attention-spread positions-cost",
@@ -51,7 +52,7 @@ PAGES = {
         "docs/evidence/guidance.md": "every-set-wan-plain every-set-flux-tiny guidance-wan-plain guidance-flux-tiny",
         "docs/evidence/block-caches.md": "profiling-wan-plain profiling-flux-tiny blocks-wan-plain blocks-flux-tiny "
         "blocks-time-wan-plain blocks-time-flux-tiny",
-        "docs/frontier.md": "frontier-wan-tiny frontier-flux-tiny staged-flux-sizes-128",
+        "docs/frontier.md": "frontier-wan-tiny frontier-flux-tiny staged-flux-sizes-128 guidance-reuse-wan-tiny",
         "docs/evidence/longer.md": "longer-wan-tiny larger-flux-tiny guided-flux-tiny",
         "docs/evidence/vbench-names.md": "vbench-proxies vbench-wan-plain vbench-flux-tiny",
     }.items()

@@ -39,6 +39,7 @@ SIZES = """
 30 24 128 14336 4x16 0    512   704x1280 121 50 wan2.2-ti2v-5b Wan-AI/Wan2.2-TI2V-5B-Diffusers
 12 2  64  512   2x4  0    512    64x64   17  20 wan-tiny embedded/wan-tiny
 12 2  64  512   2x4  0    512    64x64   17  4  wan-tiny-4 embedded/wan-tiny-4
+12 2  64  512   2x4  0    512    64x64   17  8  wan-tiny-8 embedded/wan-tiny-8
 6  5  32  480   2x4  0    512    64x64   17  20 wan-plain embedded/wan-plain
 [wan-animate]
 # Frames as made at a time, as those of helios and framepack.

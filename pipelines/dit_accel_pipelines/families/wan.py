@@ -66,7 +66,7 @@ FURTHER: dict[str, dict[str, Any]] = {
         "recipes": {**_EMBEDDED, "sol": {"beta": 0.5, "block_size": 16}},
     },
 }
-FURTHER["wan-tiny-4"] = {**FURTHER["wan-tiny"], "forwards_per_step": 1}  # distilled, so without guidance
+FURTHER |= {f"wan-tiny-{n}": {**FURTHER["wan-tiny"], "forwards_per_step": 1} for n in (4, 8)}  # without guidance
 
 
 def timestep_embedding(transformer: Any, inputs: Mapping[str, Any]) -> Any:
