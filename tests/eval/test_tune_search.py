@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import dit_accel_eval.tune.base as base
 import pytest
@@ -14,7 +12,6 @@ from dit_accel_eval.runs.model import shipped_scheduler
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.base import TuningRun, replaced_method
 from dit_accel_eval.tune.caches import tune_magcache
-from dit_accel_eval.tune.density import tune_density
 from dit_accel_eval.tune.heads import tune_heads
 from dit_accel_eval.tune.lite import tune_lite
 from dit_accel_eval.tune.period import tune_period
@@ -23,12 +20,11 @@ from dit_accel_eval.tune.profile import tune_profile
 from dit_accel_eval.tune.schedule import tune_schedule
 from tuning import PROMPTS, SMALL, request, tune
 
-from dit_accel import ConfigError, EasyCache, MagCache, RadialAttention, SoftPAG, SparseD
+from dit_accel import ConfigError, EasyCache, MagCache, RadialAttention, SoftPAG
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.toml import from_toml, to_toml
-from dit_accel.report.sections import Section
 
-TUNERS = {"density": tune_density, "heads": tune_heads, "lite": tune_lite, "magcache": tune_magcache,
+TUNERS = {"heads": tune_heads, "lite": tune_lite, "magcache": tune_magcache,
           "period": tune_period, "profile": tune_profile, "schedule": tune_schedule}  # fmt: skip
 SUFFIX = {"heads": ".json", "profile": ".json"}
 
@@ -99,31 +95,6 @@ def test_a_request_s_own_config_is_tuned_and_its_other_methods_stay():
     assert replaced_method(request(radial, mine), MagCache) == (mine, (radial,))
     assert replaced_method(request(radial), MagCache) == (MagCache(), (radial,))
     assert replaced_method(request(), SoftPAG, SoftPAG(u=0.5))[0].u == 0.5
-
-
-@pytest.mark.parametrize("by", ["density", "mass"])
-def test_the_least_density_is_found_whose_mean_error_over_the_prompts_is_within_the_target(
-    by, free, tmp_path, monkeypatch
-):
-    tried, output = set(), tmp_path / "own.toml"
-
-    def run(self, prompt, config):
-        tried.add((value := getattr(config, by), prompt))
-        section = Section(
-            method="sparsed", title="", data={"error": (1 - value) * (0.9 if prompt in PROMPTS[0] else 0.3)}
-        )
-        return SimpleNamespace(report=SimpleNamespace(section=lambda name: section, sparse_density=value / 2))
-
-    monkeypatch.setattr(TuningRun, "attached", lambda self, config: nullcontext(config))
-    monkeypatch.setattr(TuningRun, "run", run)
-    found = tune_density(request(SparseD(rest="cached", refresh=4)), output, error=0.2, by=by).found
-    assert found["value"] == 0.7  # whose mean is .18; of .65 it is .21
-    assert from_toml(output.read_text()) == [SparseD(rest="cached", refresh=4, **{by: 0.7})]
-    assert {(0.7, 0.35), (0.65, 0.325)} <= {(round(value, 6), kept) for value, _, kept in found["tried"]}
-    assert len(tried) <= 2 * 5
-    for config, error in ((SparseD(**{by: 0.5}, rest="cached"), 0.1), (SparseD(), 0.1), (SparseD(rest="cached"), 1.0)):
-        with pytest.raises(ConfigError, match=rf"tune density.*got {error}, sparsed\.density"):
-            tune_density(request(config), output, error=error, by=by)
 
 
 def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from dit_accel_pipelines.generation import options as usual
 from dit_accel_pipelines.generation.options import option, with_option_fields
@@ -92,23 +92,6 @@ def _prompts(shared: Shared, count: int) -> tuple[str, ...]:
     if name is None:
         raise ConfigError(f"tune has no prompts of its own for {shared.model}; give --prompt or --prompt-file")
     return embedded_prompts(name, count)
-
-
-@_command
-def density(
-    shared: Shared,
-    *,
-    methods: MethodList,
-    error: Annotated[float, option("Mean relative error of a layer's attention, as the report measures it.")] = 0.05,
-    by: Annotated[Literal["density", "mass"], option("What is found.")] = "density",
-) -> None:
-    """Find the one density, or mass, of SparseD at which attention errs by so much on this model and size.
-
-    Examples:
-
-    dit-accel tune density --error 0.05 -o density.toml
-    """
-    _tune("density", shared, methods, 4, error=error, by=by)
 
 
 @_command
