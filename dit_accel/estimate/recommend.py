@@ -40,9 +40,9 @@ PREDICTED_NOTE = (
 )
 
 FEW_NOTE = (
-    f"runs of {MOST} steps or fewer are for distilled models, and there the levels' step caches skip nothing; few-steps "
-    "kept 35 dB or more of the own run (10th percentile) on LoRAs of 4 and 8 steps of two small models, fewer steps of "
-    "as much work 24 to 32 (docs/presets.md)"
+    f"runs of {MOST} steps or fewer are for distilled models: there the levels' step caches skip nothing; few-steps "
+    "kept 35 dB or more of the own run (10th percentile) on LoRAs of 4 and 8 steps of two small models, as much work "
+    "in fewer steps 24 to 32 (docs/presets.md)"
 )
 
 
