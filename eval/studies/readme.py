@@ -53,7 +53,7 @@ PAGES = {
         "docs/evidence/block-caches.md": "profiling-wan-plain profiling-flux-tiny blocks-wan-plain blocks-flux-tiny "
         "blocks-time-wan-plain blocks-time-flux-tiny",
         "docs/frontier.md": "frontier-wan-tiny frontier-flux-tiny staged-flux-sizes-128 staged-flux-sizes-64 "
-        "guidance-reuse-wan-tiny",
+        "staged-flux-sizes-96 guidance-reuse-wan-tiny",
         "docs/evidence/longer.md": "longer-wan-tiny larger-flux-tiny guided-flux-tiny",
         "docs/evidence/vbench-names.md": "vbench-proxies vbench-wan-plain vbench-flux-tiny",
     }.items()

@@ -99,7 +99,7 @@ def test_a_request_s_own_config_is_tuned_and_its_other_methods_stay():
 
 def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch):
     for arguments, text in (
-        (["radial"], "tune has no command 'radial'; known: density, heads"),
+        (["radial"], "tune has no command 'radial'; known: heads"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
         (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give --prompt"),
         (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),
