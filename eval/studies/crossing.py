@@ -17,7 +17,7 @@ from dit_accel_eval.runs.loaded import processor_name
 from dit_accel import SparseD, attach
 
 SHAPES = {"wan-plain": (5, 32), "flux-tiny": (2, 64)}  # heads and channels of one
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 SKIPPED = SparseD(density=0.3, block_size=64, dense_steps=0, dense_layers=0)
 CACHED = {f"cached, every {n}": replace(SKIPPED, rest="cached", refresh=n) for n in (3, 6)}
 ARMS = {"dense": None, "skipped": SKIPPED, **CACHED}
