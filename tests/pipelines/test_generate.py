@@ -93,6 +93,8 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
     assert name in installed.families()
     if name.startswith("flux"):  # whose guidance scale is that by a negative prompt, since it has no other
         assert dataclasses.replace(asked, guidance_scale=1.0).beside(call)["true_cfg_scale"] == 1.0
+        assert cli(prompt, "--model", name, "--num-inference-steps=1", "-o", str(tmp_path / "a.png")).exit_code == 0
+        assert json.loads((tmp_path / "a.png.json").read_text())["guidance_scale"] == own["true_cfg_scale"]
 
 
 ONE = "generate takes a prompt in quotes or --prompt-file, got"

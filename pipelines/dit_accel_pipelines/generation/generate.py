@@ -350,9 +350,9 @@ def check_of(dense: Generation, accelerated: Generation) -> Check:
 
 def _with_choices(request: Request, pipe: Any) -> Request:
     """Return the request with what the pipeline chose where nothing was requested, for the side-car."""
-    guidance = request.guidance_scale
+    guidance, call = request.guidance_scale, CallSignature.of(type(pipe))
     if guidance is None:
-        guidance = CallSignature.of(type(pipe)).default("guidance_scale")
+        guidance = request.beside(call).get("true_cfg_scale", call.default("guidance_scale"))
     chosen = {"guidance_scale": guidance, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
     return dataclasses.replace(request, device=str(pipe._execution_device), **chosen)
 
