@@ -175,7 +175,7 @@ def test_each_wheel_holds_what_is_its_own_and_the_weights_are_in_the_assets_alon
     assert {path.replace(".", "/") for path in targets} <= {*paths}
     assert len(targets) > 25
     sizes = {name: wheel.stat().st_size / 1e6 for name, (wheel, _) in files.items()}
-    assert sizes["dit-accel"] + sizes["dit-accel-kernels"] < 2 < 20 < sizes["dit-accel-assets"] < 40
+    assert sizes["dit-accel"] + sizes["dit-accel-kernels"] < 2 < 20 < sizes["dit-accel-assets"] < 42
 
 
 @pytest.mark.slow
