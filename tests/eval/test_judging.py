@@ -99,9 +99,9 @@ def test_a_class_in_a_file_is_a_judge(results, tmp_path):
         (("--arm", ARM, "--judge", "likert"), "likert=Qwen"),
         (("--arm", ARM, "--judge", "likert=no/model"), "hf download no/model"),
         (("--arm", ARM, "--judge", "none.py:Mine"), "no class 'Mine' in none.py"),
-        (("--arm", ARM, "--judge", "python -c 'raise SystemExit(3)'"), "exit code 3"),
-        (("--arm", ARM, "--judge", "python -c 'print(1)'"), "printed 1 lines for 16"),
-        (("--arm", ARM, "--judge", "python -c 'print(16 * \"{}\\n\")'"), "answered '{}'"),
+        (("--arm", ARM, "--judge", f"{sys.executable} -c 'raise SystemExit(3)'"), "exit code 3"),
+        (("--arm", ARM, "--judge", f"{sys.executable} -c 'print(1)'"), "printed 1 lines for 16"),
+        (("--arm", ARM, "--judge", f"{sys.executable} -c 'print(16 * \"{{}}\\n\")'"), "answered '{}'"),
     ],
 )
 def test_what_can_not_judge_is_refused_in_a_line(results, options, message):
