@@ -25,8 +25,9 @@ def few_steps_sign(transformers: Any, scheduler: Any) -> str:
 def adds_noise(scheduler: Any) -> bool:
     """Tell whether a scheduler, or a class of this name, adds noise anew in each step: no prediction holds for two."""
     kind = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
-    sampled = getattr(scheduler, "config", {}).get("stochastic_sampling")
-    return bool(sampled or SCHEDULERS.match(kind) or re.search("Ancestral|SDE|DDPM", kind))
+    config = getattr(scheduler, "config", None)
+    sampled = getattr(config, "stochastic_sampling", False) or "sde" in str(getattr(config, "algorithm_type", ""))
+    return bool(sampled or SCHEDULERS.match(kind) or re.search("Ancestral|SDE|DDPM|CogVideoXDPM", kind))
 
 
 def check_preset(level: str, sign: str, steps: int | None, least: int) -> None:

@@ -89,7 +89,7 @@ def _sparse(beta: float, **options: Any) -> Choice:
 _LATER = Choice(
     StaticCache(every=2, warmup_steps=0.6, last_steps=0, min_steps=4, stored="output"),
     "all",
-    "skips every second step of the later half in runs of 4 steps or more, but where LCM, TCD or SCM add noise",
+    "skips every second step of the later half, in runs of 4 steps or more",
     "measured: docs/presets.md, few steps",
     repeats=True,
 )
@@ -187,7 +187,10 @@ def preset_methods(
     left_out: dict[str, str] = {}
     for choice in PRESETS[level]:
         beside, name = [*named, *(earlier.config for earlier in chosen)], choice.config.name
-        if not _suits(choice, model, beside) or (choice.repeats and noisy):
+        if not _suits(choice, model, beside):
+            continue
+        if choice.repeats and noisy:
+            left_out[name] = "the scheduler adds noise anew in each step, so no prediction holds for two"
             continue
         try:
             try_out([*beside, choice.config])

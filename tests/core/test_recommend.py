@@ -25,7 +25,7 @@ from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.easy import EasyHandler
-from dit_accel.methods.few_steps import check_preset, few_steps_sign
+from dit_accel.methods.few_steps import adds_noise, check_preset, few_steps_sign
 from dit_accel.methods.preset_figures import figures, promise
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, PRESETS, preset_methods
 
@@ -109,6 +109,7 @@ def test_a_model_of_few_steps_is_told_by_scheduler_or_lora_and_takes_its_own_pre
         with dit_accel.attach(pipe) as attachment:
             assert [one.name for one in attachment.engine.handlers] == ["sol", "staticcache"][: 1 + (pipe is even)]
             assert "preset few-steps" in attachment.preset
+            assert ("staticcache is left out: the scheduler adds noise" in attachment.preset) == (pipe is noisy)
         for level in LEVELS:
             with pytest.raises(ConfigError, match=rf"{level} .*{LEAST_STEPS} .*(LCM|4steps).*few-steps"):
                 dit_accel.attach(pipe, preset=level)
@@ -121,6 +122,14 @@ def test_a_model_of_few_steps_is_told_by_scheduler_or_lora_and_takes_its_own_pre
     check_preset("few-steps", "", 8, LEAST_STEPS)
     with pytest.raises(ConfigError, match=r"few-steps .* 9;"):
         check_preset("few-steps", "", 9, LEAST_STEPS)
+
+
+def test_a_scheduler_that_adds_noise_anew_is_told():
+    stochastic = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    by_option = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    adding = [stochastic, by_option, diffusers.EulerAncestralDiscreteScheduler(), "CogVideoXDPMScheduler"]
+    steady = [None, object(), diffusers.DPMSolverMultistepScheduler(), diffusers.UniPCMultistepScheduler()]
+    assert [*map(adds_noise, adding + steady)] == [True] * 4 + [False] * 4
 
 
 def test_an_unknown_preset_and_a_named_method_that_does_not_fit_are_refused():

@@ -23,7 +23,7 @@ BY_DTYPE = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: 
 RUNS = [
     ("reference", torch.float64, 40), ("reference", torch.float32, 10), ("loop", torch.float32, 20),
     ("operations", torch.float32, 20), ("operations", torch.float64, 20), ("operations", torch.bfloat16, 10),
-    ("triton", torch.float32, 6), ("triton", torch.bfloat16, 3),
+    ("triton", torch.float32, 12), ("triton", torch.bfloat16, 3),
 ]  # fmt: skip
 MANY = int(os.environ.get("FUZZ_TIMES", "8"))  # times as many in the slow tests
 
